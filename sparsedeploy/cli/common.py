@@ -1,0 +1,26 @@
+"""What the commands share: option types, printing, and how errors end the process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the model folder's own Python code. Only for sources you trust.")
+]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Output folder; it appears only when complete.")]
+
+console = Console(highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print a result for machines."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")

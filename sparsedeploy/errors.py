@@ -1,0 +1,15 @@
+"""The one exception that a user is meant to read."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad input or a missing prerequisite: one line that says what is wrong and, after it, what to do.
+
+    The command line prints it as ``error: MESSAGE. FIX`` on one line and exits with code 2.
+    """
+
+    def __init__(self, message: str, fix: str | None = None) -> None:
+        self.message = message.rstrip(".")
+        self.fix = fix
+        super().__init__(self.message if fix is None else f"{self.message}. {fix}")

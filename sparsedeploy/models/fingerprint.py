@@ -1,0 +1,49 @@
+"""Content hashes of a model folder: what makes a plan, a checkpoint and an artifact belong together."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from sparsedeploy.errors import UserError
+
+_CHUNK = 1 << 24
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of one file, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors shards of a model folder, sorted by name.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{folder} holds no .safetensors weights",
+            "Convert the checkpoint: load it with transformers and call save_pretrained.",
+        )
+    return files
+
+
+def model_sha256(folder: Path) -> str:
+    """SHA-256 over a model folder's ``config.json`` and weight shards (names and contents), as hex.
+
+    Raises:
+        UserError: no config or no safetensors weights.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"{folder} has no config.json", "Give a Hugging Face model folder or a hub id.")
+    digest = hashlib.sha256()
+    for path in [config, *weight_files(folder)]:
+        digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
