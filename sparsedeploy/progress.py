@@ -1,13 +1,13 @@
 """Progress bars on standard error, for everything that takes longer than a second.
 
-Library code calls :func:`bar` or :func:`track`; nothing shows until a program calls :func:`show` (the command line does,
-unless ``--quiet``), so importing the package never prints.
+Library code calls :func:`bar` or :func:`track`; nothing shows until a program calls :func:`show` (the command line
+does, unless ``--quiet``), so importing the package never prints.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -58,7 +58,7 @@ def bar(description: str, total: int | None, unit: str = "") -> Iterator[Callabl
 
 def track(items: Iterable[T], description: str, total: int | None = None, unit: str = "") -> Iterator[T]:
     """Iterate with a progress bar."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with bar(description, total, unit) as advance:
         for item in items:

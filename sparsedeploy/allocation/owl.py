@@ -1,0 +1,48 @@
+"""OWL: layers with more outlier scores keep more weights (methods 5.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparsedeploy.allocation.base import ALLOCATORS, Shares, centred_range, layer_units
+from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.scores import wanda_scores
+from sparsedeploy.plan import ModuleShape
+
+
+@dataclass(frozen=True)
+class OWLOptions:
+    """Options.
+
+    Attributes:
+        strength: lambda; the rates span ``2 * strength``, not centred on the target when outliers are skewed.
+        m: a score is an outlier when it exceeds ``m`` times its layer's mean score.
+    """
+
+    strength: float = 0.08
+    m: float = 5.0
+
+
+@ALLOCATORS.register("owl", OWLOptions, needs="sum_squares")
+class OWL:
+    """Outlier-weighed layerwise sparsity: s_l = s - (d_l - mean d), d from the share of outliers (Yin et al. 2024)."""
+
+    def __init__(self, options: OWLOptions) -> None:
+        self.options = options
+
+    def measure(self, layer: LayerView) -> float:
+        """Percent of the layer's Wanda scores above ``m`` times the mean of all of them; two passes, nothing kept."""
+        total, count, above = 0.0, 0, 0
+        for name, linear in layer.linears.items():
+            total += wanda_scores(linear.weight, layer.statistics[name].mean_square).sum(dtype=torch.float64).item()
+            count += linear.weight.numel()
+        threshold = self.options.m * total / count
+        for name, linear in layer.linears.items():
+            above += int((wanda_scores(linear.weight, layer.statistics[name].mean_square) > threshold).sum())
+        return 100 * above / count
+
+    def shares(self, measured: list[float], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
+        density = centred_range(measured, self.options.strength)
+        return Shares(layer_units(layers, [-d for d in density]), details={"outlier_percent": measured})

@@ -1,0 +1,28 @@
+"""The same rate everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsedeploy.allocation.base import ALLOCATORS, Shares, layer_units
+from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.plan import ModuleShape
+
+
+@dataclass(frozen=True)
+class UniformOptions:
+    """Uniform has no options."""
+
+
+@ALLOCATORS.register("uniform", UniformOptions, needs="none")
+class Uniform:
+    """Every module gets the target rate."""
+
+    def __init__(self, options: UniformOptions) -> None:
+        self.options = options
+
+    def measure(self, layer: LayerView) -> None:
+        return None
+
+    def shares(self, measured: list[None], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
+        return Shares(layer_units(layers, [0.0] * len(layers)))

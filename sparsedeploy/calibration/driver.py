@@ -1,0 +1,216 @@
+"""The sequential layer driver: run a causal LM one decoder layer at a time over calibration sequences.
+
+Every layer is run with the keyword arguments that the model itself gave it in one full forward pass, so position
+embeddings, masks and mixed layer types are the model's business and none of ours (methods 1.2, 1.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsedeploy.calibration.statistics import InputStatistics, Kind
+from sparsedeploy.models.loading import exact_matmul
+from sparsedeploy.models.structure import DecoderStack, check_finite, find_decoder_stack
+
+# The hidden states are the caller's; a replayed cache object would append keys and values across sequences.
+_NOT_REPLAYED = ("hidden_states", "past_key_values", "past_key_value")
+
+
+class _StopForward(Exception):
+    """Raised by our own hook to leave the model after its embeddings; private, so no real error is swallowed."""
+
+
+@dataclass
+class LayerView:
+    """One decoder layer during a pass, before it is changed.
+
+    Attributes:
+        index: depth, from 0.
+        linears: full name -> linear, in order of definition.
+        statistics: full name -> statistics of its input; linears that share an input share the object.
+        inputs: the hidden states ``[sequences, tokens, hidden]`` that enter the layer.
+    """
+
+    index: int
+    linears: dict[str, nn.Linear]
+    statistics: dict[str, InputStatistics]
+    inputs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerArguments:
+    """What the model passes to a layer besides the hidden states."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+class LayerDriver:
+    """Walks the decoder layers in order; what the caller changes in a layer is in force for the next one's inputs.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        tokens: int64 ``[sequences, length]``.
+        batch_size: sequences per layer call; it changes memory and speed, not results.
+    """
+
+    def __init__(self, model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 1) -> None:
+        if model.training:
+            raise ValueError("the model must be in evaluation mode")
+        exact_matmul()
+        self.model = model
+        self.stack: DecoderStack = find_decoder_stack(model)
+        self.tokens = tokens
+        self.batch_size = batch_size
+        self.device = next(model.parameters()).device
+
+    def __len__(self) -> int:
+        return len(self.stack.layers)
+
+    @torch.no_grad()
+    def walk(self, kind: Kind, *, changes_weights: bool) -> Iterator[LayerView]:
+        """Yield each layer with its statistics; after the caller is done with it, go on to the next.
+
+        Args:
+            kind: which statistics to accumulate.
+            changes_weights: the caller prunes: run the changed layer again for the next one's inputs. Otherwise the
+                one pass that gathers statistics gives them too.
+
+        Raises:
+            UserError: weights or activations that are not finite.
+        """
+        arguments = self._layer_arguments()
+        hidden = self._embed()
+        for index, layer in enumerate(self.stack.layers):
+            linears = self.stack.linears(index)
+            for name, linear in linears.items():
+                check_finite(name, linear.weight)
+            one_pass = not changes_weights
+            outputs = torch.empty_like(hidden) if one_pass else None
+            statistics: dict[str, InputStatistics] = {}
+            if kind != "none":
+                groups = self._input_groups(layer, linears, hidden, arguments[index])
+                statistics = self._gather(layer, linears, groups, kind, hidden, arguments[index], outputs)
+            elif one_pass:
+                self._run(layer, hidden, arguments[index], outputs)
+            yield LayerView(index, linears, statistics, hidden)
+            if one_pass:
+                assert outputs is not None
+                hidden = outputs
+            else:
+                self._run(layer, hidden, arguments[index], hidden)
+
+    def _layer_arguments(self) -> list[LayerArguments]:
+        """The arguments of every layer, from one forward pass of one sequence, without cache objects."""
+        captured = [LayerArguments((), {}) for _ in self.stack.layers]
+
+        def keep(at: int) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                captured[at] = LayerArguments(
+                    args[1:], {key: value for key, value in kwargs.items() if key not in _NOT_REPLAYED}
+                )
+
+            return hook
+
+        handles = [
+            layer.register_forward_pre_hook(keep(at), with_kwargs=True) for at, layer in enumerate(self.stack.layers)
+        ]
+        try:
+            self._base_model()(input_ids=self.tokens[:1].to(self.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return captured
+
+    def _embed(self) -> torch.Tensor:
+        """The hidden states that enter layer 0, ``[sequences, tokens, hidden]``."""
+        rows: list[torch.Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rows.append(args[0] if args else kwargs["hidden_states"])
+            raise _StopForward
+
+        handle = self.stack.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            for row in self.tokens:
+                try:
+                    self._base_model()(input_ids=row[None].to(self.device), use_cache=False)
+                except _StopForward:
+                    continue
+                raise RuntimeError("the model's forward pass did not reach its first decoder layer")
+        finally:
+            handle.remove()
+        return torch.cat(rows)
+
+    def _base_model(self) -> nn.Module:
+        """The model without its head, whose logits no pass needs."""
+        base = getattr(self.model, "base_model", self.model)
+        return base if isinstance(base, nn.Module) else self.model
+
+    def _run(
+        self, layer: nn.Module, hidden: torch.Tensor, arguments: LayerArguments, outputs: torch.Tensor | None
+    ) -> None:
+        """Run a layer over all sequences, batch by batch; ``outputs`` may be ``hidden`` itself."""
+        for start in range(0, len(hidden), self.batch_size):
+            batch = hidden[start : start + self.batch_size]
+            result = layer(batch, *arguments.positional, **arguments.named)
+            if outputs is not None:
+                outputs[start : start + self.batch_size] = result[0] if isinstance(result, tuple) else result
+
+    def _input_groups(
+        self, layer: nn.Module, linears: dict[str, nn.Linear], hidden: torch.Tensor, arguments: LayerArguments
+    ) -> dict[str, str]:
+        """Module -> the first module that reads the very same input tensor (q, k, v; gate, up), from one sequence."""
+        leader_of: dict[int, str] = {}
+        groups: dict[str, str] = {}
+        alive: list[torch.Tensor] = []  # an identity is only unique while its tensor lives
+
+        def note(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                alive.append(args[0])
+                groups.setdefault(name, leader_of.setdefault(id(args[0]), name))
+
+            return hook
+
+        handles = [linear.register_forward_pre_hook(note(name)) for name, linear in linears.items()]
+        try:
+            self._run(layer, hidden[:1], arguments, None)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: groups.get(name, name) for name in linears}
+
+    def _gather(
+        self,
+        layer: nn.Module,
+        linears: dict[str, nn.Linear],
+        groups: dict[str, str],
+        kind: Kind,
+        hidden: torch.Tensor,
+        arguments: LayerArguments,
+        outputs: torch.Tensor | None,
+    ) -> dict[str, InputStatistics]:
+        by_leader = {
+            leader: InputStatistics(linears[leader].in_features, kind, self.device) for leader in set(groups.values())
+        }
+
+        def feed(statistics: InputStatistics) -> Any:
+            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                statistics.add(args[0])
+
+            return hook
+
+        handles = [linears[leader].register_forward_pre_hook(feed(stats)) for leader, stats in by_leader.items()]
+        try:
+            self._run(layer, hidden, arguments, outputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for leader, stats in by_leader.items():
+            stats.check(leader)
+        return {name: by_leader[groups[name]] for name in linears}

@@ -1,0 +1,98 @@
+"""Calibration sequences: tokens drawn from documents by a private, seeded sampler."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsedeploy.errors import UserError
+
+DEFAULT_SAMPLES = 128
+DEFAULT_LENGTH = 2048
+_TRIES_PER_SAMPLE = 50
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Token sequences of one length.
+
+    Attributes:
+        tokens: int64 ``[sequences, length]``.
+        data: where the text came from, as the user named it.
+        seed: the sampler's seed.
+    """
+
+    tokens: torch.Tensor
+    data: str
+    seed: int
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokens and their shape."""
+        digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
+        digest.update(self.tokens.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        sequences, length = self.tokens.shape
+        return {
+            "data": self.data,
+            "sequences": sequences,
+            "length": length,
+            "seed": self.seed,
+            "sha256": self.fingerprint,
+        }
+
+
+def default_length(config: Any) -> int:
+    """min(2048, the model's positions): long contexts would need memory and bring little."""
+    return min(DEFAULT_LENGTH, int(getattr(config, "max_position_embeddings", DEFAULT_LENGTH)))
+
+
+def sample_tokens(
+    documents: list[str], tokenizer: Any, *, sequences: int, length: int, seed: int, data: str
+) -> CalibrationSet:
+    """Draw ``sequences`` windows of ``length`` tokens: a random document, a random offset in it (methods 1.4).
+
+    Documents shorter than a window are rejected; when no document is long enough, all are joined into one stream.
+
+    Raises:
+        UserError: all the text together is shorter than one window, or a count is not positive.
+    """
+    if sequences < 1 or length < 2:
+        raise UserError(f"cannot draw {sequences} sequences of {length} tokens", "Use at least 1 sequence of 2 tokens.")
+    rng = random.Random(seed)
+    encoded: dict[int, list[int]] = {}
+
+    def encode(index: int) -> list[int]:
+        if index not in encoded:
+            encoded[index] = tokenizer(documents[index], verbose=False)["input_ids"]
+        return encoded[index]
+
+    windows: list[list[int]] = []
+    # A token covers at least one byte, special tokens aside: shorter documents need no tokenising to be rejected.
+    candidates = [i for i, text in enumerate(documents) if len(text.encode()) + 2 >= length]
+    tries = _TRIES_PER_SAMPLE * sequences if candidates else 0
+    while len(windows) < sequences and tries > 0:
+        tries -= 1
+        tokens = encode(rng.choice(candidates))
+        if len(tokens) >= length:
+            windows.append(_window(tokens, length, rng))
+    if len(windows) < sequences:
+        stream = [token for index in range(len(documents)) for token in encode(index)]
+        if len(stream) < length:
+            raise UserError(
+                f"the text of '{data}' gives {len(stream)} tokens, fewer than one sequence of {length}",
+                "Give more text, or lower --calibration-length.",
+            )
+        windows.extend(_window(stream, length, rng) for _ in range(sequences - len(windows)))
+    return CalibrationSet(torch.tensor(windows, dtype=torch.int64), data, seed)
+
+
+def _window(tokens: list[int], length: int, rng: random.Random) -> list[int]:
+    start = rng.randint(0, len(tokens) - length)
+    return tokens[start : start + length]

@@ -1,0 +1,70 @@
+"""Statistics of what enters a linear, accumulated sequence by sequence so that the batch size does not matter."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from sparsedeploy.errors import UserError
+
+Kind = Literal["none", "sum_squares", "hessian"]
+_RANK: dict[str, int] = {"none": 0, "sum_squares": 1, "hessian": 2}
+
+
+def richest(*kinds: Kind) -> Kind:
+    """The kind that answers for all: the Hessian's diagonal holds the sums of squares."""
+    return max(kinds, key=lambda kind: _RANK[kind], default="none")
+
+
+class InputStatistics:
+    """Running sums over calibration sequences of the inputs ``X [tokens, columns]`` of one or more linears.
+
+    Attributes:
+        sequences: how many were added.
+    """
+
+    def __init__(self, columns: int, kind: Kind, device: torch.device) -> None:
+        self.columns = columns
+        self.kind = kind
+        self.sequences = 0
+        shape = (columns, columns) if kind == "hessian" else (columns,)
+        self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add a batch ``[batch, tokens, columns]`` or one sequence ``[tokens, columns]``, one sequence at a time."""
+        for sequence in inputs.reshape(-1, *inputs.shape[-2:]):
+            x = sequence.detach().to(torch.float32)
+            if self.kind == "hessian":
+                self._sum.addmm_(x.T, x)
+            else:
+                self._sum += x.square().sum(dim=0)
+            self.sequences += 1
+
+    @property
+    def mean_square(self) -> torch.Tensor:
+        """a_j = (1/sequences) sum over tokens of x_tj^2, fp32 ``[columns]`` (methods 1.5)."""
+        total = self._sum.diagonal() if self.kind == "hessian" else self._sum
+        return total / self.sequences
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """H = (2/sequences) X^T X, fp32 ``[columns, columns]``, exactly symmetric (methods 1.5)."""
+        if self.kind != "hessian":
+            raise ValueError("no Hessian was accumulated")
+        scaled = self._sum * (2 / self.sequences)
+        return (scaled + scaled.T) / 2
+
+    def check(self, name: str) -> None:
+        """Refuse statistics that are not finite or were never fed.
+
+        Raises:
+            UserError: naming the module.
+        """
+        if self.sequences == 0:
+            raise UserError(f"no calibration token reached {name}", "Use more or other calibration text.")
+        if not torch.isfinite(self._sum).all():
+            raise UserError(
+                f"the inputs of {name} overflow or hold NaN on the calibration text",
+                "Check the checkpoint, or compute in another type with --dtype float32.",
+            )

@@ -1,0 +1,167 @@
+"""Load a causal LM and its tokenizer from a local folder or a hub id."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from sparsedeploy.errors import UserError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+    "vocab.txt",
+    "tokenizer_config.json",
+)
+_INDEX = "model.safetensors.index.json"
+
+
+def resolve_model(source: str | Path) -> Path:
+    """The local folder of a model: the folder itself, or the snapshot of a hub id (downloaded when needed).
+
+    Raises:
+        UserError: neither a folder nor a reachable hub id.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    text = str(source)
+    if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise UserError(f"no model folder at {text}", "Give a Hugging Face model folder or a hub id such as org/name.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"])
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"'{text}' is no local folder and could not be fetched from the hub ({type(error).__name__}: {reason})",
+            "Check the name, or download the model and give its folder.",
+        ) from error
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration.
+
+    Raises:
+        UserError: no or broken ``config.json``, a model type that transformers does not know, or an encoder-decoder.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json", "Give a Hugging Face model folder or a hub id.")
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error})", "Get a sound copy of the model.") from error
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder} needs its own Python code to load",
+                "If you trust its source, add --trust-remote-code.",
+            ) from error
+        raise UserError(
+            f"model type '{raw.get('model_type')}' in {folder} is unknown to this version of transformers",
+            "Upgrade transformers, or use a supported causal LM such as Llama, Qwen, Mistral, OPT or Gemma.",
+        ) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{folder} is an encoder-decoder ({config.model_type})", "Use a decoder-only causal language model."
+        )
+    return config
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a causal LM in evaluation mode, without gradients.
+
+    Args:
+        dtype: None keeps the checkpoint's own.
+
+    Raises:
+        UserError: see :func:`load_config`; also missing or broken weights.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    _check_shards(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        )
+    except SafetensorError as error:
+        raise UserError(f"a weight file of {folder} is truncated or corrupt ({error})", "Download it again.") from error
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise UserError(
+            f"{folder} does not load as a causal LM ({reason})",
+            "Check that its config.json and weights belong together.",
+        ) from error
+    model.requires_grad_(False)
+    return model.eval().to(device)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: the folder has none, or it does not load.
+    """
+    fix = "Copy the tokenizer files of the original model into the folder."
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(f"{folder} has no tokenizer", fix)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"the tokenizer in {folder} does not load ({reason})", fix) from error
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` picks CUDA when there is one.
+
+    Raises:
+        UserError: CUDA is asked for and absent, or the name is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device '{name}'", "Use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device '{name}' is not on this machine", "Use --device cpu.")
+    return device
+
+
+def exact_matmul() -> None:
+    """Turn TF32 off: statistics and solves need full fp32 products (methods: Hessians lose rank in TF32)."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+
+
+def _check_shards(folder: Path) -> None:
+    index = folder / _INDEX
+    if index.is_file():
+        named = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        missing = sorted(name for name in named if not (folder / name).is_file())
+        if missing:
+            raise UserError(f"{index} names {missing[0]}, which is missing", "Download the missing shard.")
+    elif not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise UserError(f"{folder} holds no weights", "Give a folder with .safetensors weights.")

@@ -1,0 +1,225 @@
+"""The sparsity plan: how many weights each module loses. Allocators make it, pruners obey it, files carry it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.folders import write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class NM:
+    """N of every M consecutive weights along the input dimension are **kept**."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if self.m < 1 or self.n < 1:
+            raise UserError(f"pattern {self} keeps nothing", "Use N:M with 1 <= N <= M, such as 2:4.")
+        if self.n > self.m:
+            raise UserError(f"pattern {self} keeps more than it has", "N is the number kept of every M: use N <= M.")
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @staticmethod
+    def parse(text: str) -> NM:
+        """Read ``2:4``.
+
+        Raises:
+            UserError: another form, or N > M.
+        """
+        match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+        if match is None:
+            raise UserError(f"pattern '{text}' is not known", "Use unstructured or N:M (N of every M kept), e.g. 2:4.")
+        return NM(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """A prunable linear: its full name and weight shape ``[rows, columns]`` = [outputs, inputs]."""
+
+    name: str
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class ModuleTarget:
+    """What one module loses: ``zeros_per_row`` on average over its rows, or an N:M pattern.
+
+    Every pruner makes exactly ``rows * zeros_per_row`` zeros; whether each row gets the same number is the pruner's.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    zeros_per_row: int
+    pattern: NM | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.zeros_per_row <= self.columns:
+            raise UserError(f"plan asks {self.name} for {self.zeros_per_row} zeros in rows of {self.columns}")
+        if self.pattern is not None:
+            if self.columns % self.pattern.m:
+                raise UserError(
+                    f"{self.name} has {self.columns} inputs, not divisible by the {self.pattern.m} of {self.pattern}",
+                    "Choose an M that divides it, or unstructured.",
+                )
+            if self.zeros_per_row != self.columns // self.pattern.m * (self.pattern.m - self.pattern.n):
+                raise UserError(f"plan for {self.name}: {self.zeros_per_row} zeros per row do not fit {self.pattern}")
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def zeros(self) -> int:
+        return self.rows * self.zeros_per_row
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros_per_row / self.columns
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """Module name -> target, in model order, with what led to it.
+
+    Attributes:
+        sparsity: the asked parameter-weighted fraction of zeros over prunable weights.
+        pattern: ``unstructured``, ``N:M`` or ``mixed-N:M``.
+        allocation: the allocator's name; ``options`` its options.
+        model_sha256: the model that the plan is for (``models.fingerprint.model_sha256``), or None when unknown.
+        details: what the allocator measured, for plots and reports.
+    """
+
+    sparsity: float
+    pattern: str
+    allocation: str
+    targets: tuple[ModuleTarget, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model_sha256: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def by_name(self) -> dict[str, ModuleTarget]:
+        return {target.name: target for target in self.targets}
+
+    @property
+    def achieved(self) -> float:
+        """The parameter-weighted sparsity that the integer counts give."""
+        return sum(t.zeros for t in self.targets) / sum(t.size for t in self.targets)
+
+    def check_modules(self, shapes: list[ModuleShape]) -> None:
+        """Refuse a plan that is for another model.
+
+        Raises:
+            UserError: it names modules that the model lacks, lacks modules that it has, or disagrees on a shape.
+        """
+        have = {shape.name: shape for shape in shapes}
+        plan = self.by_name
+        fix = "Make the plan again for this model: sparsedeploy allocate."
+        if extra := [name for name in plan if name not in have]:
+            raise UserError(f"the plan names {len(extra)} modules that the model lacks, such as {extra[0]}", fix)
+        if lacking := [name for name in have if name not in plan]:
+            raise UserError(f"the plan lacks {len(lacking)} modules that the model has, such as {lacking[0]}", fix)
+        for name, target in plan.items():
+            if (target.rows, target.columns) != (have[name].rows, have[name].columns):
+                raise UserError(f"the plan has {name} as {target.rows} x {target.columns}, the model differs", fix)
+
+    def to_dict(self) -> dict[str, Any]:
+        modules = []
+        for target in self.targets:
+            entry = asdict(target)
+            entry["pattern"] = str(target.pattern) if target.pattern else None
+            entry["sparsity"] = target.sparsity
+            modules.append(entry)
+        return {
+            "format": FORMAT,
+            "sparsity": self.sparsity,
+            "achieved": self.achieved,
+            "pattern": self.pattern,
+            "allocation": self.allocation,
+            "options": dict(self.options),
+            "model_sha256": self.model_sha256,
+            "modules": modules,
+            "details": dict(self.details),
+        }
+
+    @staticmethod
+    def from_dict(value: Mapping[str, Any]) -> SparsityPlan:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            UserError: another format, or a missing or malformed entry.
+        """
+        try:
+            if value["format"] != FORMAT:
+                raise UserError(f"plan format {value['format']} is not {FORMAT}", "Use the version that wrote it.")
+            targets = tuple(
+                ModuleTarget(
+                    name=str(entry["name"]),
+                    rows=int(entry["rows"]),
+                    columns=int(entry["columns"]),
+                    zeros_per_row=int(entry["zeros_per_row"]),
+                    pattern=NM.parse(entry["pattern"]) if entry["pattern"] else None,
+                )
+                for entry in value["modules"]
+            )
+            return SparsityPlan(
+                sparsity=float(value["sparsity"]),
+                pattern=str(value["pattern"]),
+                allocation=str(value["allocation"]),
+                targets=targets,
+                options=dict(value["options"]),
+                model_sha256=value["model_sha256"],
+                details=dict(value["details"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the plan is malformed ({type(error).__name__}: {error})", "Make it again.") from error
+
+    def save(self, path: Path) -> None:
+        write_json(path, self.to_dict())
+
+    @staticmethod
+    def load(path: Path) -> SparsityPlan:
+        """Read a plan file.
+
+        Raises:
+            UserError: no such file, or not a plan.
+        """
+        try:
+            value = json.loads(Path(path).read_text())
+        except FileNotFoundError as error:
+            raise UserError(f"no plan at {path}", "Make one: sparsedeploy allocate MODEL -o plan.json.") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+            raise UserError(f"{path} is not a plan ({error})", "Make one: sparsedeploy allocate.") from error
+        return SparsityPlan.from_dict(value)
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Refuse a target outside [0, 1).
+
+    Raises:
+        UserError: also for NaN.
+    """
+    if not 0 <= sparsity < 1:
+        raise UserError(f"sparsity {sparsity} is outside [0, 1)", "It is the fraction of zeros: 0.7 removes 70 %.")

@@ -1,0 +1,39 @@
+"""Magnitude pruning: the smallest absolute weights go. The data-free baseline (methods 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sparsedeploy.calibration.statistics import InputStatistics
+from sparsedeploy.plan import ModuleTarget
+from sparsedeploy.pruning.base import PRUNERS, Pruned, apply_mask
+from sparsedeploy.pruning.patterns import keep_all_but_smallest, keep_n_of_m
+
+
+@dataclass(frozen=True)
+class MagnitudeOptions:
+    """Options.
+
+    Attributes:
+        scope: weights compete within the whole matrix (as in the Wanda paper's baseline) or within each output row.
+    """
+
+    scope: Literal["matrix", "row"] = "matrix"
+
+
+@PRUNERS.register("magnitude", MagnitudeOptions, needs="none")
+def magnitude(
+    weight: torch.Tensor, statistics: InputStatistics | None, target: ModuleTarget, options: MagnitudeOptions
+) -> Pruned:
+    """Drop the smallest |W|; needs no data (Han et al. 2015)."""
+    scores = weight.float().abs()
+    if target.pattern is not None:
+        mask = keep_n_of_m(scores, target.pattern.n, target.pattern.m)
+    elif options.scope == "row":
+        mask = keep_all_but_smallest(scores, target.zeros_per_row)
+    else:
+        mask = keep_all_but_smallest(scores.reshape(1, -1), target.zeros).reshape(scores.shape)
+    return Pruned(mask, apply_mask(weight, mask))

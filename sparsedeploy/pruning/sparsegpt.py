@@ -1,0 +1,146 @@
+"""SparseGPT: one-shot pruning with optimal-brain-surgeon updates of the surviving weights (methods 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparsedeploy.calibration.statistics import InputStatistics
+from sparsedeploy.errors import UserError
+from sparsedeploy.plan import NM, ModuleTarget
+from sparsedeploy.pruning.base import PRUNERS, Pruned, apply_mask
+from sparsedeploy.pruning.patterns import keep_all_but_smallest, keep_n_of_m
+
+_RETRIES = 3
+
+
+@dataclass(frozen=True)
+class SparseGPTOptions:
+    """Options.
+
+    Attributes:
+        damping: share of the Hessian's mean diagonal that is added to it; times 10 on each failed factorisation.
+        block: columns that are selected and updated together; a multiple of M for N:M patterns.
+    """
+
+    damping: float = 0.01
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        if self.damping <= 0 or self.block < 1:
+            raise ValueError("damping and block must be positive")
+
+
+@PRUNERS.register("sparsegpt", SparseGPTOptions, needs="hessian")
+def sparsegpt(
+    weight: torch.Tensor, statistics: InputStatistics | None, target: ModuleTarget, options: SparseGPTOptions
+) -> Pruned:
+    """Drop weights by W^2 / U_jj^2 block by block and let the survivors make up for it (Frantar & Alistarh 2023)."""
+    assert statistics is not None
+    factor, dead = inverse_factor(statistics.hessian, options.damping, target.name)
+    solved, mask, loss = solve(weight.float(), factor, dead, target, options.block)
+    # The cast may not revive a pruned weight, and the mask, not the value, says what is pruned.
+    return Pruned(mask, apply_mask(solved.to(weight.dtype), mask), loss)
+
+
+def inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The upper Cholesky factor ``U`` of the damped inverse Hessian, ``H^-1 = U^T U``, and the dead inputs.
+
+    Args:
+        hessian: ``[columns, columns]``, symmetric; not changed.
+
+    Returns:
+        ``U [columns, columns]`` and bool ``[columns]``, True for inputs that were zero on every token.
+
+    Raises:
+        UserError: the Hessian is not positive definite even with 1000 times the damping.
+    """
+    dead = hessian.diagonal() == 0
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    diagonal[dead] = 1
+    mean = diagonal.mean().item()
+    step = damping
+    for _ in range(_RETRIES + 1):
+        attempt = damped.clone()
+        attempt.diagonal().add_(step * mean)
+        lower, failed = torch.linalg.cholesky_ex(attempt)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and torch.isfinite(upper).all():
+                return upper, dead
+        step *= 10
+    raise UserError(
+        f"the Hessian of {name} cannot be factorised, even with damping {step / 10:g}",
+        "Use more calibration sequences, or --method wanda.",
+    )
+
+
+def solve(
+    weight: torch.Tensor, factor: torch.Tensor, dead: torch.Tensor, target: ModuleTarget, block: int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The OBS sweep over column blocks, left to right.
+
+    W_out = W_in - E U, so that sum E^2 = tr(dW H dW^T): the reported loss 1/2 sum E^2 is the damped squared output
+    error per sequence.
+
+    Args:
+        weight: ``[rows, columns]`` in the type to compute in; not changed.
+        factor: ``U`` of :func:`inverse_factor`.
+        dead: inputs that never fired; they are pruned first.
+
+    Returns:
+        The new weight (zero where pruned), the mask (True where kept) and the loss.
+
+    Raises:
+        UserError: an N:M pattern whose M does not divide ``block``.
+    """
+    pattern = target.pattern
+    if pattern is not None and block % pattern.m:
+        raise UserError(
+            f"SparseGPT's block of {block} columns is not divisible by {pattern.m} (pattern {pattern})",
+            f"Set the option block to a multiple of {pattern.m}.",
+        )
+    columns = weight.shape[1]
+    new = weight.clone()
+    new[:, dead] = 0
+    mask = torch.ones_like(new, dtype=torch.bool)
+    squared_error = 0.0
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
+        current = new[:, start:end]
+        inner = factor[start:end, start:end]
+        errors = torch.zeros_like(current)
+        kept = mask[:, start:end]
+        if pattern is None:
+            # The plan's exact count, spread over the blocks so that every prefix is within one weight of its share.
+            count = target.zeros * end // columns - target.zeros * start // columns
+            scores = _scores(current, inner.diagonal(), dead[start:end])
+            kept.copy_(keep_all_but_smallest(scores.reshape(1, -1), count).reshape(kept.shape))
+        for j in range(end - start):
+            if pattern is not None and j % pattern.m == 0:
+                _select_group(current, kept, inner, dead[start:end], j, pattern)
+            pruned_column = torch.where(kept[:, j], current[:, j], 0)
+            error = (current[:, j] - pruned_column) / inner[j, j]
+            errors[:, j] = error
+            current[:, j] = pruned_column
+            current[:, j + 1 :].addr_(error, inner[j, j + 1 :], alpha=-1)
+        new[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+        squared_error += errors.double().square().sum().item()
+    return new, mask, squared_error / 2
+
+
+def _scores(current: torch.Tensor, diagonal: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+    """W^2 / U_jj^2, the error of dropping each weight; dead inputs cost less than anything."""
+    scores = (current / diagonal).square()
+    scores[:, dead] = -1
+    return scores
+
+
+def _select_group(
+    current: torch.Tensor, kept: torch.Tensor, inner: torch.Tensor, dead: torch.Tensor, start: int, pattern: NM
+) -> None:
+    group = slice(start, start + pattern.m)
+    scores = _scores(current[:, group], inner.diagonal()[group], dead[group])
+    kept[:, group] = keep_n_of_m(scores, pattern.n, pattern.m)
