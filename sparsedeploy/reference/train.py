@@ -1,0 +1,196 @@
+"""Train the reference model from scratch: next-token prediction on the corpus, AdamW, one pass over a few minutes.
+
+Deterministic: the same options, corpus, machine and number of threads give bit-identical weights.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sparsedeploy import progress
+from sparsedeploy.folders import write_json
+from sparsedeploy.reference.corpus import Document, fingerprint, texts_of
+from sparsedeploy.reference.options import RECIPE_VERSION, ReferenceOptions, content_key
+from sparsedeploy.reference.tokenizer import save_tokenizer, train_tokenizer
+
+_GRADIENT_NORM = 1.0
+_VALIDATION_TOKENS = 32_768
+_REPORTED_STEPS = 50
+
+
+def train_reference(options: ReferenceOptions, documents: Sequence[Document], folder: Path) -> None:
+    """Train tokenizer and model and write a Hugging Face folder plus ``reference.json`` into ``folder``.
+
+    The caller's random state is left as it was.
+    """
+    started = time.perf_counter()
+    tokenizer = train_tokenizer(texts_of(documents, "train"), options.vocab_size)
+    train_stream = token_stream(tokenizer, texts_of(documents, "train"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        model = build_model(options, tokenizer)
+        losses, speed = _optimize(model, train_stream, options)
+    validation_stream = token_stream(tokenizer, texts_of(documents, "validation"))
+    windows = _validation_windows(validation_stream, options.context)
+    validation_loss = mean_loss(model, windows)
+    recent = losses[-_REPORTED_STEPS:]
+
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    corpus_fingerprint = fingerprint(documents)
+    report: dict[str, Any] = {
+        "content_key": content_key(options, corpus_fingerprint),
+        "recipe_version": RECIPE_VERSION,
+        "options": asdict(options),
+        "corpus": {
+            "fingerprint": corpus_fingerprint,
+            "documents": len(documents),
+            "train_tokens": len(train_stream),
+            "validation_tokens": len(validation_stream),
+        },
+        "result": {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "trained_tokens": options.steps * options.batch_size * options.context,
+            "train_loss": sum(recent) / len(recent),
+            "validation_loss": validation_loss,
+            "validation_perplexity": float(torch.tensor(validation_loss).exp()),
+            "validation_windows": list(windows.shape),
+        },
+        "training": {
+            "seconds": round(time.perf_counter() - started, 1),
+            "tokens_per_second": round(speed),
+            "precision": str(_training_dtype()).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+    }
+    write_json(folder / "reference.json", report)
+
+
+def build_model(options: ReferenceOptions, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A randomly initialised model, from torch's current random state."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.key_value_heads,
+        max_position_embeddings=options.context,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            # The residual stream adds up two outputs per layer; this keeps its variance from growing with depth.
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.weight.mul_((2 * options.layers) ** -0.5)
+    return model
+
+
+def token_stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> torch.Tensor:
+    """All texts as one 1-D int64 tensor, each as ``<s> tokens </s>``."""
+    ids: list[int] = []
+    for encoded in tokenizer(list(texts))["input_ids"]:
+        ids += encoded
+        ids.append(tokenizer.eos_token_id)
+    return torch.tensor(ids)
+
+
+def _optimize(model: LlamaForCausalLM, stream: torch.Tensor, options: ReferenceOptions) -> tuple[list[float], float]:
+    """Train in place; returns each step's loss (nats per token) and the tokens per second."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, options))
+    batches = _batches(stream, options)
+    dtype = _training_dtype()
+    tokens_per_step = options.batch_size * options.context
+    losses: list[float] = []
+    started = time.perf_counter()
+    model.train()
+    with progress.bar("Training the reference model", options.steps, "steps") as advance:
+        for step in range(1, options.steps + 1):
+            loss = _loss(model, next(batches), dtype)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+            speed = step * tokens_per_step / (time.perf_counter() - started)
+            advance(1, f"loss {losses[-1]:.2f}, {speed:,.0f} tokens/s")
+    model.eval()
+    return losses, speed
+
+
+def _learning_rate_factor(step: int, options: ReferenceOptions) -> float:
+    if step < options.warmup_steps:
+        return (step + 1) / options.warmup_steps
+    return (options.steps - step) / (options.steps - options.warmup_steps)
+
+
+def _batches(stream: torch.Tensor, options: ReferenceOptions) -> Iterator[torch.Tensor]:
+    """Endless ``(batch_size, context + 1)`` windows: every epoch cuts the stream anew and visits it in random order."""
+    generator = torch.Generator().manual_seed(options.seed)
+    offsets = torch.arange(options.context + 1)
+    while True:
+        first = int(torch.randint(options.context, (1,), generator=generator))
+        starts = torch.arange(first, len(stream) - options.context, options.context)
+        for chosen in starts[torch.randperm(len(starts), generator=generator)].split(options.batch_size):
+            if len(chosen) == options.batch_size:
+                yield stream[chosen[:, None] + offsets]
+
+
+def _loss(model: LlamaForCausalLM, windows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Mean next-token cross-entropy (nats) over ``(batch, length)`` windows."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+
+
+def _training_dtype() -> torch.dtype:
+    """bfloat16 autocast where the processor multiplies it natively (there it is twice as fast), else float32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return torch.bfloat16 if native else torch.float32
+
+
+def _validation_windows(stream: torch.Tensor, context: int) -> torch.Tensor:
+    """Non-overlapping ``(n, context + 1)`` windows, evenly spread over the held-out stream."""
+    available = (len(stream) - 1) // context
+    wanted = min(available, max(1, _VALIDATION_TOKENS // context))
+    starts = torch.arange(wanted) * available // wanted * context
+    return stream[starts[:, None] + torch.arange(context + 1)]
+
+
+@torch.no_grad()
+def mean_loss(model: LlamaForCausalLM, windows: torch.Tensor, batch_size: int = 8) -> float:
+    """Mean next-token cross-entropy (nats per token, float32) over ``(n, length)`` windows."""
+    total = 0.0
+    for batch in windows.split(batch_size):
+        total += float(_loss(model, batch, torch.float32)) * len(batch)
+    return total / len(windows)
