@@ -1,0 +1,161 @@
+"""``artifact.json``: what an exported folder holds, where it came from and which engine it was written for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.folders import write_json
+from sparsedeploy.models.fingerprint import file_sha256
+from sparsedeploy.version import __version__
+
+ARTIFACT_FILE = "artifact.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that was exported: its folder's name and :func:`~sparsedeploy.models.fingerprint.model_sha256`."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes that a runtime needs to feed the model. ``max_positions`` is in tokens; None where the model has no limit."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocab: int
+    max_positions: int | None
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Zeros among the prunable weights (the linears of the decoder layers), as counted in the exported weights."""
+
+    weights: int
+    zeros: int
+
+    @property
+    def fraction(self) -> float:
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The runtime and the version of it that the artifact was written for."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far the exported model was from the checkpoint in the check after the export, in logits."""
+
+    tokens: int
+    largest_difference: float
+    largest_logit: float
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An exported folder, as its ``artifact.json`` describes it.
+
+    Attributes:
+        target: the export target, such as ``deepsparse``.
+        model_type: the Hugging Face model type, such as ``llama``.
+        dtype: of the weights and the cache, such as ``float32``.
+        opset: the ONNX opset; None for a target without an ONNX graph.
+        files: name -> SHA-256 of every other file of the folder.
+        check: None when the check could not run.
+    """
+
+    target: str
+    source: Source
+    model_type: str
+    shapes: Shapes
+    dtype: str
+    opset: int | None
+    files: dict[str, str]
+    sparsity: Sparsity
+    engine: Engine
+    check: Check | None = None
+    format: int = FORMAT
+    sparsedeploy: str = __version__
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as they stand in the file."""
+        first = {"format": self.format, "target": self.target}
+        values = {**first, **dataclasses.asdict(self)}
+        values["sparsity"]["fraction"] = self.sparsity.fraction
+        return values
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of every file of a folder except ``artifact.json``, sorted by name."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {name: file_sha256(path) for name, path in names.items() if name != ARTIFACT_FILE}
+
+
+def write_artifact(folder: Path, artifact: Artifact) -> None:
+    """Write ``artifact.json`` into the folder that it describes."""
+    write_json(folder / ARTIFACT_FILE, artifact.to_json())
+
+
+def load_artifact(folder: Path, *, verify: bool = False) -> Artifact:
+    """Read the description of an exported folder and make sure that its files are there.
+
+    Args:
+        verify: also compare the files' hashes, which reads every byte of them.
+
+    Raises:
+        UserError: no artifact, one of another format, a file is missing, or (with ``verify``) was changed.
+    """
+    path = Path(folder) / ARTIFACT_FILE
+    again = "Export the checkpoint again with sparsedeploy export."
+    if not path.is_file():
+        raise UserError(f"{folder} is not an exported artifact (it has no {ARTIFACT_FILE})", again)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise UserError(
+                f"{path} has format {values['format']}; this version of sparsedeploy reads format {FORMAT}", again
+            )
+        artifact = _from_json(values)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a valid artifact description ({type(error).__name__}: {error})", again) from error
+    for name, digest in artifact.files.items():
+        file = Path(folder) / name
+        if not file.is_file():
+            raise UserError(f"artifact {folder} lacks its file {name}", again)
+        if verify and file_sha256(file) != digest:
+            raise UserError(f"{file} was changed since the export", again)
+    return artifact
+
+
+def _from_json(values: dict[str, Any]) -> Artifact:
+    sparsity = values["sparsity"]
+    check = values.get("check")
+    return Artifact(
+        target=values["target"],
+        source=Source(**values["source"]),
+        model_type=values["model_type"],
+        shapes=Shapes(**values["shapes"]),
+        dtype=values["dtype"],
+        opset=values["opset"],
+        files=dict(values["files"]),
+        sparsity=Sparsity(weights=sparsity["weights"], zeros=sparsity["zeros"]),
+        engine=Engine(**values["engine"]),
+        check=None if check is None else Check(**check),
+        sparsedeploy=values["sparsedeploy"],
+    )

@@ -1,0 +1,84 @@
+"""Does an exported graph compute what its model computes? Run both on the same tokens and compare the logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparsedeploy import progress
+from sparsedeploy.errors import UserError
+from sparsedeploy.export.artifact import Check
+
+# Prompt first, then one token at a time: the two ways in which a runtime calls the graph. Both lengths differ from the
+# example that was traced, so a size or a branch that the trace froze shows.
+_PROMPT, _STEPS = 11, 4
+# float32 logits differ by rounding only, some 1e-6 of the largest one; a wrong mask, position or branch by far more.
+TOLERANCE = 1e-3
+
+
+@torch.no_grad()
+def reference_logits(model: nn.Module, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens [1, T] and the model's own logits [1, T, V] for them, in one pass without a cache."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, vocabulary, (1, _PROMPT + _STEPS), generator=generator)
+    return tokens.numpy(), model(input_ids=tokens, use_cache=False).logits.float().numpy()
+
+
+def check_graph(path: Path, tokens: np.ndarray, expected: np.ndarray) -> Check | None:
+    """Run the graph with ONNX Runtime, prompt and then token by token with its cache, and compare the logits.
+
+    Returns:
+        The differences found; None when onnxruntime is not installed.
+
+    Raises:
+        UserError: the logits differ by more than rounding.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        progress.note("onnxruntime is not installed: the exported graph is not checked against the model")
+        return None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    cache = {
+        entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+        for entry in session.get_inputs()
+        if entry.name.startswith("past_key_values")
+    }
+    names = [entry.name for entry in session.get_outputs()]
+    total = tokens.shape[1]
+    starts = [0, *range(_PROMPT, total)]
+    logits = []
+    for start, stop in progress.track(list(zip(starts, [*starts[1:], total], strict=True)), "check the graph"):
+        outputs = session.run(None, {**step_inputs(tokens, start, stop), **cache})
+        logits.append(outputs[0])
+        cache = {
+            name.replace("present", "past_key_values"): value
+            for name, value in zip(names[1:], outputs[1:], strict=True)
+        }
+    found = np.concatenate(logits, axis=1)
+    difference = float(np.abs(found - expected).max())
+    largest = float(np.abs(expected).max())
+    if not difference <= TOLERANCE * max(largest, 1e-6):
+        raise UserError(
+            f"the exported graph does not compute what the model computes (logits differ by {difference:.3g}, "
+            f"the largest is {largest:.3g})",
+            "Its architecture cannot be exported: use a supported one such as Llama, Qwen, Mistral, OPT or Gemma.",
+        )
+    return Check(tokens=total, largest_difference=difference, largest_logit=largest)
+
+
+def step_inputs(tokens: np.ndarray, start: int, stop: int) -> dict[str, np.ndarray]:
+    """The graph's token and mask inputs for tokens ``start`` to ``stop`` of unpadded sequences [B, T]."""
+    batch = tokens.shape[0]
+    causal = np.tri(stop - start, stop, start, dtype=np.int64)
+    return {
+        "input_ids": tokens[:, start:stop],
+        "attention_mask": np.ones((batch, stop), np.int64),
+        "positions": np.tile(np.arange(start, stop), (batch, 1)),
+        "causal_mask": np.tile(causal, (batch, 1, 1, 1)),
+    }

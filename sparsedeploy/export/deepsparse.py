@@ -1,0 +1,134 @@
+"""Export for DeepSparse 1.8.0: a float32 ONNX graph with a key/value cache, and the files around it.
+
+DeepSparse sparsifies constant matrices by itself when it compiles the graph, so pruned weights go in as they are.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.export.artifact import Artifact, Engine, Shapes, Source, Sparsity, hash_files, write_artifact
+from sparsedeploy.export.check import check_graph, reference_logits
+from sparsedeploy.export.kv_graph import KVCacheGraph
+from sparsedeploy.export.onnx_file import LARGEST_SINGLE_FILE, MODEL_FILE, OPSET, count_weights, import_onnx, write_onnx
+from sparsedeploy.export.targets import TARGETS
+from sparsedeploy.folders import check_writable, new_folder
+from sparsedeploy.models.fingerprint import model_sha256
+from sparsedeploy.models.loading import load_config, load_model, load_tokenizer
+from sparsedeploy.models.structure import check_finite, find_decoder_stack
+
+ENGINE = Engine(name="deepsparse", version="1.8.0")
+# Everything that a tokenizer or a generation loop may read; never weights or Python code.
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class DeepSparseOptions:
+    """Options of the DeepSparse target.
+
+    Attributes:
+        largest_single_file: bytes of weights above which they go to ``model.data`` beside ``model.onnx``.
+    """
+
+    largest_single_file: int = LARGEST_SINGLE_FILE
+
+
+@TARGETS.register("deepsparse", DeepSparseOptions)
+def export_deepsparse(
+    checkpoint: Path,
+    output: Path,
+    options: DeepSparseOptions | None = None,
+    *,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Artifact:
+    """An ONNX graph with a key/value cache for the DeepSparse engine on CPUs.
+
+    Args:
+        checkpoint: a Hugging Face model folder, dense or pruned.
+        output: the folder to create.
+
+    Raises:
+        UserError: not a causal LM, an architecture that cannot be exported, quantised or non-finite weights, no
+            tokenizer, a graph that does not reproduce the model, or an output folder that exists.
+    """
+    options = options or DeepSparseOptions()
+    checkpoint, output = Path(checkpoint), Path(output)
+    check_writable(output, overwrite)
+    import_onnx()
+    if not checkpoint.is_dir():
+        raise UserError(f"no model folder at {checkpoint}", "Give the folder of a Hugging Face model.")
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{checkpoint} is quantised", "Export the model before quantisation.")
+    load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    source = Source(name=checkpoint.resolve().name, sha256=model_sha256(checkpoint))
+    model = load_model(checkpoint, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    for name, parameter in model.named_parameters():
+        check_finite(name.removesuffix(".weight"), parameter)
+    linears = find_decoder_stack(model).all_linears()
+    graph = KVCacheGraph(model)
+    shapes = _shapes(graph)
+    tokens, expected = reference_logits(model, shapes.vocab)
+    with new_folder(output, overwrite=overwrite) as folder:
+        write_onnx(graph, folder, largest_single_file=options.largest_single_file)
+        counted = count_weights(folder / MODEL_FILE, linears)
+        # The engine of the check holds the weights once more: let go of the model's first.
+        del graph, model, linears
+        gc.collect()
+        check = check_graph(folder / MODEL_FILE, tokens, expected)
+        for name in _COMPANIONS:
+            if (checkpoint / name).is_file():
+                shutil.copyfile(checkpoint / name, folder / name)
+        artifact = Artifact(
+            target="deepsparse",
+            source=source,
+            model_type=config.model_type,
+            shapes=shapes,
+            dtype="float32",
+            opset=OPSET,
+            files=hash_files(folder),
+            sparsity=Sparsity(weights=counted.weights, zeros=counted.zeros),
+            engine=ENGINE,
+            check=check,
+        )
+        write_artifact(folder, artifact)
+    return artifact
+
+
+def _shapes(graph: KVCacheGraph) -> Shapes:
+    config: Any = graph.config
+    first = graph.cache_shapes[0]
+    if any(shape != first for shape in graph.cache_shapes) or first.key_size != first.value_size:
+        raise UserError(
+            f"the layers of {type(graph.model).__name__} cache keys and values of different sizes",
+            "DeepSparse needs the same number of key/value heads and head size in every layer.",
+        )
+    return Shapes(
+        layers=len(graph.cache_shapes),
+        kv_heads=first.heads,
+        head_dim=first.key_size,
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+        max_positions=getattr(config, "max_position_embeddings", None),
+    )

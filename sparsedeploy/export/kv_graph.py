@@ -1,0 +1,221 @@
+"""One wrapper that turns any decoder-only transformers model into a graph with an explicit key/value cache.
+
+It calls the model's own attention: only the cache object, the mask and the positions are ours, so every family keeps
+its own rotary embeddings, norms, soft caps and biases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from sparsedeploy.errors import UserError
+
+INPUTS = ("input_ids", "attention_mask", "positions", "causal_mask")
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Their frequencies depend on the length seen so far, which a trace would freeze at the example's length.
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+class GraphCache(Cache):
+    """A transformers cache whose past is given and whose present is remembered, both as plain tensors.
+
+    Attributes:
+        past: per layer (key, value), each [B, KV heads, S-L, head size]; None for an empty cache.
+        present: layer index -> (key, value), each [B, KV heads, S, head size], filled by the model's forward pass.
+    """
+
+    def __init__(self, past: list[tuple[torch.Tensor, torch.Tensor]] | None) -> None:
+        super().__init__(layers=[])
+        self.past = past
+        self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.past is not None:
+            past_key, past_value = self.past[layer_idx]
+            key_states = torch.cat([past_key, key_states], dim=2)
+            value_states = torch.cat([past_value, value_states], dim=2)
+        self.present[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if self.past is None else self.past[layer_idx][0].shape[2]
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Sizes of one layer's cache: number of key/value heads and the size of a key and of a value vector."""
+
+    heads: int
+    key_size: int
+    value_size: int
+
+
+class KVCacheGraph(nn.Module):
+    """A causal LM as a function of tokens, masks, positions and past keys and values.
+
+    Inputs, in order (B batch, L new tokens, S all tokens including the cached ones):
+    ``input_ids`` [B, L], ``attention_mask`` [B, S], ``positions`` [B, L], ``causal_mask`` [B, 1, L, S] (1 = attend),
+    all int64; then ``past_key_values.{i}.key`` and ``.value``, [B, KV heads, S-L, head size], float32.
+    Outputs: ``logits`` [B, L, V], then ``present.{i}.key`` and ``.value``, [B, KV heads, S, head size].
+
+    A position is attended when both masks say so. Sliding-window layers also need it to be less than a window of
+    columns behind the query, as transformers itself counts it.
+
+    Raises:
+        UserError: the model has no plain per-layer key/value cache, or layers that cannot be traced.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.config = model.config.get_text_config(decoder=True)
+        _check_traceable(type(model).__name__, self.config)
+        model.set_attn_implementation("eager")
+        self.model = model
+        self.window = getattr(self.config, "sliding_window", None)
+        self.layer_types = getattr(self.config, "layer_types", None)
+        self.cache_shapes = self._measure_cache()
+
+    @property
+    def input_names(self) -> list[str]:
+        pairs = [f"past_key_values.{i}.{part}" for i in range(len(self.cache_shapes)) for part in ("key", "value")]
+        return [*INPUTS, *pairs]
+
+    @property
+    def output_names(self) -> list[str]:
+        return ["logits", *(f"present.{i}.{part}" for i in range(len(self.cache_shapes)) for part in ("key", "value"))]
+
+    @property
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Which axes of the graph's inputs and outputs are free, by name."""
+        axes = {
+            "input_ids": {0: "batch", 1: "length"},
+            "attention_mask": {0: "batch", 1: "sequence"},
+            "positions": {0: "batch", 1: "length"},
+            "causal_mask": {0: "batch", 2: "length", 3: "sequence"},
+            "logits": {0: "batch", 1: "length"},
+        }
+        axes.update({name: {0: "batch", 2: "past"} for name in self.input_names[len(INPUTS) :]})
+        axes.update({name: {0: "batch", 2: "sequence"} for name in self.output_names[1:]})
+        return axes
+
+    def example_inputs(self, batch: int = 2, length: int = 3, past: int = 4) -> tuple[torch.Tensor, ...]:
+        """Inputs of the given sizes, in order, with random tokens and an arbitrary past."""
+        generator = torch.Generator().manual_seed(0)
+        total = past + length
+        tokens = torch.randint(0, self.config.vocab_size, (batch, length), generator=generator)
+        positions = torch.arange(past, total).repeat(batch, 1)
+        causal = torch.ones(length, total, dtype=torch.int64).tril(past).repeat(batch, 1, 1, 1)
+        cache = [
+            torch.randn(batch, shape.heads, past, size, generator=generator)
+            for shape in self.cache_shapes
+            for size in (shape.key_size, shape.value_size)
+        ]
+        return (tokens, torch.ones(batch, total, dtype=torch.int64), positions, causal, *cache)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        positions: torch.Tensor,
+        causal_mask: torch.Tensor,
+        *past: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        cache = GraphCache(list(zip(past[0::2], past[1::2], strict=True)))
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=self._float_masks(attention_mask, causal_mask),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        present = [tensor for index in range(len(self.cache_shapes)) for tensor in cache.present[index]]
+        return (output.logits, *present)
+
+    def _float_masks(
+        self, attention_mask: torch.Tensor, causal_mask: torch.Tensor
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Additive masks in the form that this model takes: one tensor, or one for each kind of layer."""
+        attend = causal_mask.float() * attention_mask[:, None, None, :].float()
+        if self.layer_types is None:
+            return _additive(attend if self.window is None else attend * self._near(causal_mask))
+        masks = {"full_attention": _additive(attend)}
+        if "sliding_attention" in self.layer_types:
+            masks["sliding_attention"] = _additive(attend * self._near(causal_mask))
+        return masks
+
+    def _near(self, causal_mask: torch.Tensor) -> torch.Tensor:
+        """1 where a column lies less than a window behind its query's own column, [L, S].
+
+        Columns and not positions are counted, as transformers does; it also leaves only shapes in this part of the
+        graph, so an engine with fixed shapes folds it into a constant.
+        """
+        length, total = causal_mask.shape[2], causal_mask.shape[3]
+        column = torch.arange(total)
+        query = torch.arange(length)[:, None] + (total - length)
+        return (query - column < self.window).float()
+
+    @torch.no_grad()
+    def _measure_cache(self) -> list[CacheShape]:
+        """Run one token and read the sizes of the keys and values that the layers really store."""
+        zero = torch.zeros(1, 1, dtype=torch.int64)
+        one = torch.ones(1, 1, dtype=torch.int64)
+        cache = GraphCache(None)
+        fix = "Use a decoder-only transformer with attention in every layer, such as Llama, Qwen, Mistral, OPT or Gemma."
+        name = type(self.model).__name__
+        try:
+            self.model(
+                input_ids=zero,
+                attention_mask=self._float_masks(one, one[None, None]),
+                position_ids=zero,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"{name} does not run with a 4-D mask, positions and a cache ({type(error).__name__}: {reason})", fix
+            ) from error
+        if sorted(cache.present) != list(range(self.config.num_hidden_layers)):
+            raise UserError(
+                f"{name} stores keys and values in {len(cache.present)} of its {self.config.num_hidden_layers} layers", fix
+            )
+        return [
+            CacheShape(heads=key.shape[1], key_size=key.shape[3], value_size=value.shape[3])
+            for key, value in (cache.present[index] for index in range(len(cache.present)))
+        ]
+
+
+def _additive(attend: torch.Tensor) -> torch.Tensor:
+    """0 where 1, the lowest float32 where 0: finite, so that a row without any column stays free of NaN."""
+    return (1.0 - attend) * torch.finfo(torch.float32).min
+
+
+def _check_traceable(name: str, config: Any) -> None:
+    unknown = sorted(set(getattr(config, "layer_types", None) or []) - _LAYER_TYPES)
+    if unknown:
+        raise UserError(
+            f"{name} has layers of type {', '.join(unknown)}",
+            "Only full and sliding-window attention can be exported with a key/value cache.",
+        )
+    kind = _rope_kind(config)
+    if kind in _LENGTH_DEPENDENT_ROPE:
+        raise UserError(
+            f"{name} uses '{kind}' rotary scaling, whose frequencies change with the length",
+            "Set a fixed scaling (such as linear, yarn or llama3) or none in its config.json.",
+        )
+
+
+def _rope_kind(config: Any) -> str | None:
+    """The rotary scaling in use. transformers 5 calls the field rope_parameters, earlier versions rope_scaling."""
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # With one entry for each layer type, any of them can be the length-dependent one.
+    entries = [value for value in settings.values() if isinstance(value, dict)] or [settings]
+    kinds = [entry.get("rope_type") or entry.get("type") for entry in entries]
+    return next((kind for kind in kinds if kind in _LENGTH_DEPENDENT_ROPE), kinds[0])

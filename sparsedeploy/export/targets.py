@@ -1,0 +1,36 @@
+"""The export targets. Each lives in a file of its own that registers one function; they are listed in ``_MODULES``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from sparsedeploy.export.artifact import Artifact
+from sparsedeploy.registry import Registry
+
+# Called as function(checkpoint, output, options, trust_remote_code=..., overwrite=...).
+ExportFunction = Callable[..., Artifact]
+TARGETS: Registry[ExportFunction] = Registry("export target")
+_MODULES = ("deepsparse",)
+
+
+def export_targets() -> Registry[ExportFunction]:
+    """Every target, with their modules imported."""
+    for name in _MODULES:
+        importlib.import_module(f"sparsedeploy.export.{name}")
+    return TARGETS
+
+
+def export_checkpoint(
+    checkpoint: Path, target: str, output: Path, *, trust_remote_code: bool = False, overwrite: bool = False
+) -> Artifact:
+    """Export a checkpoint for a target with its default options.
+
+    Raises:
+        UserError: an unknown target, or whatever the target refuses.
+    """
+    method = export_targets().get(target)
+    return method.function(
+        checkpoint, output, method.make_options(), trust_remote_code=trust_remote_code, overwrite=overwrite
+    )
