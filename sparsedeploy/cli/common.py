@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
+
+from sparsedeploy.errors import UserError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the model folder's own Python code. Only for sources you trust.")
+    bool,
+    typer.Option("--trust-remote-code", help="Run the model folder's own Python code. Only for sources you trust."),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Output folder; it appears only when complete.")]
 
@@ -24,3 +28,15 @@ console = Console(highlight=False)
 def print_json(value: Any) -> None:
     """Print a result for machines."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """The torch type of that name; None for ``auto``.
+
+    Raises:
+        UserError: another name.
+    """
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UserError(f"unknown dtype '{name}'", f"Use one of {', '.join(known)}.")
+    return known[name]

@@ -9,8 +9,12 @@ from typing import Annotated
 import click
 import typer
 from rich.console import Console
+from transformers.utils import logging
 
 from sparsedeploy import progress
+from sparsedeploy.cli.eval import eval_command
+from sparsedeploy.cli.inspect import inspect_command
+from sparsedeploy.cli.prune import prune_command
 from sparsedeploy.errors import UserError
 from sparsedeploy.version import __version__
 
@@ -28,10 +32,17 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars. Works after any command too.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress bars. Works after any command too.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. Works after any command too.")] = False,
 ) -> None:
     """Make a Hugging Face causal LM sparse, keep it good, and ship it to a runtime that runs faster for it."""
+
+
+app.command("prune")(prune_command)
+app.command("eval")(eval_command)
+app.command("inspect")(inspect_command)
 
 
 def main() -> None:
@@ -43,6 +54,8 @@ def main() -> None:
     debug = "--debug" in flags
     progress.show(not flags & {"--quiet", "-q"})
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         code = app(args=arguments, standalone_mode=False)

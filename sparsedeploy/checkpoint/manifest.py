@@ -1,0 +1,151 @@
+"""``sparsity.json``: what a checkpoint claims, read back and verified against its files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+from sparsedeploy import progress
+from sparsedeploy.checkpoint import masks as mask_file
+from sparsedeploy.errors import UserError
+from sparsedeploy.models.fingerprint import file_sha256, weight_files
+from sparsedeploy.plan import NM, SparsityPlan
+from sparsedeploy.pruning.patterns import follows_n_of_m
+
+FORMAT = 1
+MANIFEST = "sparsity.json"
+RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class ModuleFindings:
+    """What a module's stored weight and mask show.
+
+    Attributes:
+        zeros: masked weights; ``value_zeros`` counts every weight that is zero.
+        row_sparsity: histogram of the rows' sparsity in ten bins of width 0.1.
+        follows: whether the pattern holds in every group; None for unstructured modules.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    zeros: int
+    value_zeros: int
+    row_sparsity: list[int]
+    pattern: NM | None
+    follows: bool | None
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / (self.rows * self.columns)
+
+
+@dataclass
+class Inspection:
+    """The result of :func:`inspect_checkpoint`.
+
+    Attributes:
+        problems: every way in which the folder differs from its manifest; empty when it is sound.
+    """
+
+    manifest: dict[str, Any]
+    modules: list[ModuleFindings] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def sparsity(self) -> float:
+        return sum(m.zeros for m in self.modules) / sum(m.rows * m.columns for m in self.modules)
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a pruned checkpoint.
+
+    Raises:
+        UserError: no such folder, no manifest, or one of another format.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} has no {MANIFEST}", "Give a folder that sparsedeploy prune wrote.")
+    try:
+        manifest = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error})", "Prune the model again.") from error
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} has format {manifest.get('format')}, not {FORMAT}", "Use the version that wrote it.")
+    return dict(manifest)
+
+
+def inspect_checkpoint(folder: Path) -> Inspection:
+    """Read every pruned tensor and mask of a checkpoint and compare the folder with its manifest.
+
+    Raises:
+        UserError: see :func:`load_manifest`; also unreadable masks or weights.
+    """
+    manifest = load_manifest(folder)
+    result = Inspection(manifest)
+    _check_files(folder, manifest, result.problems)
+    plan = SparsityPlan.from_dict(manifest["plan"])
+    masks = mask_file.load_masks(folder / mask_file.FILE, {t.name: t.columns for t in plan.targets})
+    located = _locate(folder)
+    for target in progress.track(plan.targets, "inspect modules"):
+        tensor = manifest["modules"][target.name]["tensor"]
+        if tensor not in located:
+            result.problems.append(f"{target.name}: no tensor {tensor} in the weight files")
+            continue
+        with safetensors.safe_open(located[tensor], framework="pt") as file:
+            weight = file.get_tensor(tensor)
+        mask = masks[target.name]
+        if weight.shape != mask.shape:
+            result.problems.append(f"{target.name}: weight {tuple(weight.shape)}, mask {tuple(mask.shape)}")
+            continue
+        finding = _examine(target.name, weight, mask, target.pattern)
+        result.modules.append(finding)
+        if finding.zeros != target.zeros:
+            result.problems.append(f"{target.name}: {finding.zeros} masked weights, the plan has {target.zeros}")
+        if int((weight[~mask] != 0).sum()):
+            result.problems.append(f"{target.name}: weights that its mask prunes are not zero")
+        if finding.follows is False:
+            result.problems.append(f"{target.name}: not every group follows {target.pattern}")
+    return result
+
+
+def _examine(name: str, weight: torch.Tensor, mask: torch.Tensor, pattern: NM | None) -> ModuleFindings:
+    rows, columns = mask.shape
+    pruned_per_row = columns - mask.sum(dim=1)
+    bins = (pruned_per_row * 10 // columns).clamp(max=9)
+    return ModuleFindings(
+        name=name,
+        rows=rows,
+        columns=columns,
+        zeros=int(pruned_per_row.sum()),
+        value_zeros=int((weight == 0).sum()),
+        row_sparsity=torch.bincount(bins, minlength=10).tolist(),
+        pattern=pattern,
+        follows=None if pattern is None else follows_n_of_m(mask, pattern.n, pattern.m),
+    )
+
+
+def _check_files(folder: Path, manifest: dict[str, Any], problems: list[str]) -> None:
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"file {name} is missing")
+        elif file_sha256(path) != expected:
+            problems.append(f"file {name} was changed after it was written")
+
+
+def _locate(folder: Path) -> dict[str, Path]:
+    located: dict[str, Path] = {}
+    for shard in weight_files(folder):
+        try:
+            with safetensors.safe_open(shard, framework="pt") as file:
+                located.update(dict.fromkeys(file.keys(), shard))
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{shard} is truncated or corrupt ({error})", "Write the checkpoint again.") from error
+    return located

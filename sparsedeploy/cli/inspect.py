@@ -1,0 +1,86 @@
+"""``sparsedeploy inspect``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from sparsedeploy.checkpoint.manifest import Inspection, ModuleFindings, inspect_checkpoint
+from sparsedeploy.cli.common import JsonOption, console, print_json
+from sparsedeploy.errors import UserError
+
+_LEVELS = " ▁▂▃▄▅▆▇█"
+
+
+def inspect_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that sparsedeploy prune wrote.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show what was pruned, module by module, and verify the folder against its manifest."""
+    result = inspect_checkpoint(checkpoint)
+    if as_json:
+        print_json(_as_dict(result))
+    else:
+        _print(checkpoint, result)
+    if result.problems:
+        raise UserError(
+            f"{checkpoint} differs from its manifest: {result.problems[0]}"
+            + (f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""),
+            "Prune the model again.",
+        )
+
+
+def _print(checkpoint: Path, result: Inspection) -> None:
+    plan = result.manifest["plan"]
+    table = Table(title=f"{checkpoint}: {result.manifest['method']}, {plan['allocation']}, {plan['pattern']}")
+    for heading in ("module", "shape", "sparsity", "planned", "pattern", "rows 0..1"):
+        table.add_column(heading, justify="right" if heading in ("sparsity", "planned") else "left", no_wrap=True)
+    common = os.path.commonprefix([module.name for module in result.modules])
+    common = common[: common.rfind(".") + 1]
+    console.print(f"modules of {common}" if common else "modules")
+    planned = {entry["name"]: entry["sparsity"] for entry in plan["modules"]}
+    for module in result.modules:
+        table.add_row(
+            module.name.removeprefix(common),
+            f"{module.rows} x {module.columns}",
+            f"{module.sparsity:.4f}",
+            f"{planned[module.name]:.4f}",
+            _pattern(module),
+            _histogram(module.row_sparsity),
+        )
+    console.print(table)
+    target = plan["sparsity"]
+    console.print(f"global sparsity {result.sparsity:.5f}, asked {target:.5f}, over {len(result.modules)} modules")
+    if not result.problems:
+        console.print("the folder matches its manifest: files, masks, zeros and patterns")
+    for problem in result.problems:
+        console.print(f"problem: {problem}", markup=False)
+
+
+def _pattern(module: ModuleFindings) -> str:
+    if module.pattern is None:
+        return "-"
+    return f"{module.pattern} {'ok' if module.follows else 'BROKEN'}"
+
+
+def _histogram(counts: list[int]) -> str:
+    most = max(counts)
+    return "".join(_LEVELS[-(-count * (len(_LEVELS) - 1) // most)] for count in counts)
+
+
+def _as_dict(result: Inspection) -> dict[str, object]:
+    modules = [
+        {**asdict(module), "pattern": str(module.pattern) if module.pattern else None, "sparsity": module.sparsity}
+        for module in result.modules
+    ]
+    return {
+        "sparsity": result.sparsity,
+        "modules": modules,
+        "problems": result.problems,
+        "plan": result.manifest["plan"],
+    }

@@ -1,0 +1,68 @@
+"""Perplexity over non-overlapping windows (methods 1.9)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsedeploy import progress
+from sparsedeploy.errors import UserError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean over windows of the mean cross-entropy (nats) of their ``context - 1`` predictions."""
+
+    perplexity: float
+    cross_entropy: float
+    windows: int
+    context: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def windows_of(tokens: list[int], context: int, data: str) -> torch.Tensor:
+    """Cut a token stream into floor(len / context) windows, int64 ``[windows, context]``; the rest is dropped.
+
+    Raises:
+        UserError: less than one window.
+    """
+    count = len(tokens) // context
+    if count == 0:
+        raise UserError(
+            f"the text of '{data}' gives {len(tokens)} tokens, fewer than one window of {context}",
+            "Give more text, or lower --context.",
+        )
+    return torch.tensor(tokens[: count * context], dtype=torch.int64).reshape(count, context)
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: torch.Tensor, *, batch_size: int = 1) -> Perplexity:
+    """Perplexity of a causal LM on ``windows [count, context]``, logits and cross-entropy in fp32.
+
+    Raises:
+        UserError: a window whose loss is not finite, naming it: a diverged model must not look fine.
+    """
+    device = next(model.parameters()).device
+    losses: list[float] = []
+    with progress.bar("perplexity", len(windows), "windows") as advance:
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size].to(device)
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+            loss = nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").mean(dim=1)
+            losses.extend(loss.double().tolist())
+            if not math.isfinite(losses[-1]) or not torch.isfinite(loss).all():
+                raise UserError(
+                    f"the loss of window {start} is not finite: the model has diverged",
+                    "Prune less, or with another method; check the weights with sparsedeploy inspect.",
+                )
+            advance(len(batch), f"ppl {math.exp(min(sum(losses) / len(losses), 700)):.2f}")
+    mean = sum(losses) / len(losses)
+    if mean > 700:
+        raise UserError(f"the mean loss {mean:.0f} overflows a perplexity: the model has diverged", "Prune less.")
+    return Perplexity(math.exp(mean), mean, len(windows), windows.shape[1])
