@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
 from sparsedeploy.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
@@ -36,6 +38,8 @@ def parse_dtype(name: str) -> torch.dtype | None:
     Raises:
         UserError: another name.
     """
+    import torch
+
     known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
         raise UserError(f"unknown dtype '{name}'", f"Use one of {', '.join(known)}.")

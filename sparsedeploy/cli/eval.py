@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from sparsedeploy.cli.common import DeviceOption, JsonOption, TrustOption, console, print_json
-from sparsedeploy.evaluation.evaluate import evaluate
 
 
 def eval_command(
@@ -27,6 +26,8 @@ def eval_command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity on a text (lower is better; compare only figures of one text and one context)."""
+    from sparsedeploy.evaluation.evaluate import evaluate
+
     result = evaluate(
         model,
         data,

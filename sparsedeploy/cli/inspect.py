@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from sparsedeploy.checkpoint.manifest import Inspection, ModuleFindings, inspect_checkpoint
 from sparsedeploy.cli.common import JsonOption, console, print_json
 from sparsedeploy.errors import UserError
+
+if TYPE_CHECKING:
+    from sparsedeploy.checkpoint.manifest import Inspection, ModuleFindings
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
 
@@ -22,6 +24,8 @@ def inspect_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show what was pruned, module by module, and verify the folder against its manifest."""
+    from sparsedeploy.checkpoint.manifest import inspect_checkpoint
+
     result = inspect_checkpoint(checkpoint)
     if as_json:
         print_json(_as_dict(result))
@@ -40,8 +44,8 @@ def _print(checkpoint: Path, result: Inspection) -> None:
     table = Table(title=f"{checkpoint}: {result.manifest['method']}, {plan['allocation']}, {plan['pattern']}")
     for heading in ("module", "shape", "sparsity", "planned", "pattern", "rows 0..1"):
         table.add_column(heading, justify="right" if heading in ("sparsity", "planned") else "left", no_wrap=True)
-    common = os.path.commonprefix([module.name for module in result.modules])
-    common = common[: common.rfind(".") + 1]
+    parts = zip(*(module.name.split(".") for module in result.modules), strict=False)
+    common = "".join(f"{group[0]}." for group in itertools.takewhile(lambda group: len(set(group)) == 1, parts))
     console.print(f"modules of {common}" if common else "modules")
     planned = {entry["name"]: entry["sparsity"] for entry in plan["modules"]}
     for module in result.modules:

@@ -9,7 +9,6 @@ from typing import Annotated
 import click
 import typer
 from rich.console import Console
-from transformers.utils import logging
 
 from sparsedeploy import progress
 from sparsedeploy.cli.eval import eval_command
@@ -54,8 +53,7 @@ def main() -> None:
     debug = "--debug" in flags
     progress.show(not flags & {"--quiet", "-q"})
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         code = app(args=arguments, standalone_mode=False)

@@ -17,9 +17,6 @@ from sparsedeploy.cli.common import (
     parse_dtype,
     print_json,
 )
-from sparsedeploy.pipeline import CalibrationOptions, PruneOptions, prune
-from sparsedeploy.plan import SparsityPlan
-from sparsedeploy.registry import parse_options
 
 
 def prune_command(
@@ -66,6 +63,10 @@ def prune_command(
     as_json: JsonOption = False,
 ) -> None:
     """Make a model sparse: calibrate, allocate, prune, and write a Hugging Face folder with its plan and masks."""
+    from sparsedeploy.pipeline import CalibrationOptions, PruneOptions, prune
+    from sparsedeploy.plan import SparsityPlan
+    from sparsedeploy.registry import parse_options
+
     manifest = prune(
         model,
         output,

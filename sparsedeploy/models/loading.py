@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from sparsedeploy.errors import UserError
 
@@ -101,9 +104,10 @@ def load_model(
     config = load_config(folder, trust_remote_code=trust_remote_code)
     _check_shards(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code
-        )
+        with _no_foreign_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+            )
     except SafetensorError as error:
         raise UserError(f"a weight file of {folder} is truncated or corrupt ({error})", "Download it again.") from error
     except (ValueError, OSError, RuntimeError) as error:
@@ -154,6 +158,18 @@ def exact_matmul() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+
+
+@contextmanager
+def _no_foreign_bars() -> Iterator[None]:
+    """Keep transformers' own progress bar off standard error: ours tell what is going on."""
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def _check_shards(folder: Path) -> None:
