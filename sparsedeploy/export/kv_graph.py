@@ -1,21 +1,26 @@
 """One wrapper that turns any decoder-only transformers model into a graph with an explicit key/value cache.
 
-It calls the model's own attention: only the cache object, the mask and the positions are ours, so every family keeps
-its own rotary embeddings, norms, soft caps and biases.
+It runs the model's own modules: only the cache object, the mask, the positions and the product of queries, keys and
+values are ours, so every family keeps its own projections, rotary embeddings, norms and scales.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsedeploy.errors import UserError
 
 INPUTS = ("input_ids", "attention_mask", "positions", "causal_mask")
+_ATTENTION = "sparsedeploy_grouped"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Their frequencies depend on the length seen so far, which a trace would freeze at the example's length.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -48,6 +53,52 @@ class GraphCache(Cache):
         return 0 if self.past is None else self.past[layer_idx][0].shape[2]
 
 
+def grouped_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of H query heads over K key/value heads without copying the cache H / K times.
+
+    The queries of a group are stacked along the length, so the cache goes into the two products as it is. DeepSparse
+    1.8.0 needs that to keep the cache inside the engine: repeating the heads, as transformers does, ends its
+    compilation with an assertion.
+
+    Args:
+        query: [B, H, L, D].
+        key: [B, K, S, D]; ``value`` likewise.
+        attention_mask: additive, [B, 1, L, S].
+        softcap: bound the scores to plus or minus this by a tanh, as Gemma 2 does.
+
+    Returns:
+        The output [B, L, H, D], and None for the weights.
+    """
+    if kwargs.get("s_aux") is not None:
+        raise NotImplementedError("attention sinks")
+    batch, heads, length, size = query.shape
+    groups, rows = key.shape[1], heads // key.shape[1]
+    scale = size**-0.5 if scaling is None else scaling
+    stacked = (query * scale).reshape(-1, groups, rows * length, size) if rows > 1 else query * scale
+    scores = torch.matmul(stacked, key.transpose(2, 3))
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.reshape(-1, heads, length, key.shape[2]) if rows > 1 else scores
+    weights = torch.softmax(scores + attention_mask, dim=-1)
+    weights = weights.reshape(-1, groups, rows * length, key.shape[2]) if rows > 1 else weights
+    output = torch.matmul(weights, value)
+    output = output.reshape(-1, heads, length, value.shape[3]) if rows > 1 else output
+    return output.transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, grouped_attention)
+
+
 @dataclass(frozen=True)
 class CacheShape:
     """Sizes of one layer's cache: number of key/value heads and the size of a key and of a value vector."""
@@ -76,11 +127,16 @@ class KVCacheGraph(nn.Module):
         super().__init__()
         self.config = model.config.get_text_config(decoder=True)
         _check_traceable(type(model).__name__, self.config)
-        model.set_attn_implementation("eager")
         self.model = model
         self.window = getattr(self.config, "sliding_window", None)
         self.layer_types = getattr(self.config, "layer_types", None)
+        self.rotary = _rotary_tables(model, self.config)
         self.cache_shapes = self._measure_cache()
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the model was made for; the graph's rotary tables end there. None where there is no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
 
     @property
     def input_names(self) -> list[str]:
@@ -128,13 +184,14 @@ class KVCacheGraph(nn.Module):
         *past: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         cache = GraphCache(list(zip(past[0::2], past[1::2], strict=True)))
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=self._float_masks(attention_mask, causal_mask),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with _graph_form(self.model, self.rotary):
+            output = self.model(
+                input_ids=input_ids,
+                attention_mask=self._float_masks(attention_mask, causal_mask),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
         present = [tensor for index in range(len(self.cache_shapes)) for tensor in cache.present[index]]
         return (output.logits, *present)
 
@@ -170,13 +227,14 @@ class KVCacheGraph(nn.Module):
         fix = "Use a decoder-only transformer with attention in every layer, such as Llama, Qwen, Mistral, OPT or Gemma."
         name = type(self.model).__name__
         try:
-            self.model(
-                input_ids=zero,
-                attention_mask=self._float_masks(one, one[None, None]),
-                position_ids=zero,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            with _graph_form(self.model, self.rotary):
+                self.model(
+                    input_ids=zero,
+                    attention_mask=self._float_masks(one, one[None, None]),
+                    position_ids=zero,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(
@@ -190,6 +248,63 @@ class KVCacheGraph(nn.Module):
             CacheShape(heads=key.shape[1], key_size=key.shape[3], value_size=value.shape[3])
             for key, value in (cache.present[index] for index in range(len(cache.present)))
         ]
+
+
+class RotaryTable(nn.Module):
+    """A rotary embedding as two tables looked up by position, instead of sines and cosines of it.
+
+    DeepSparse 1.8.0 ends its compilation with an assertion on the computed form when it keeps the cache inside.
+
+    Args:
+        embedding: the model's module, called as ``embedding(x, position_ids, layer_type)`` or without the last.
+        positions: number of rows of the tables.
+        layer_types: the values of its last argument; ``[None]`` when it takes none.
+    """
+
+    def __init__(self, embedding: nn.Module, positions: int, layer_types: list[str | None]) -> None:
+        super().__init__()
+        steps = torch.arange(positions)[None]
+        for layer_type in layer_types:
+            extra = () if layer_type is None else (layer_type,)
+            cosine, sine = embedding(torch.zeros(1), steps, *extra)
+            self.register_buffer(f"cosine_{layer_type}", cosine[0].float().contiguous())
+            self.register_buffer(f"sine_{layer_type}", sine[0].float().contiguous())
+
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cosine, sine = getattr(self, f"cosine_{layer_type}"), getattr(self, f"sine_{layer_type}")
+        return nn.functional.embedding(position_ids, cosine), nn.functional.embedding(position_ids, sine)
+
+
+@torch.no_grad()
+def _rotary_tables(model: nn.Module, config: Any) -> nn.ModuleDict:
+    """A table for each rotary embedding of the model that maps positions to (cosine, sine), by its module path."""
+    tables = nn.ModuleDict()
+    for name, module in model.named_modules():
+        parameters = list(inspect.signature(module.forward).parameters)
+        if "RotaryEmbedding" not in type(module).__name__ or parameters[:2] != ["x", "position_ids"]:
+            continue
+        by_type = parameters[2:3] == ["layer_type"]
+        layer_types = sorted(set(config.layer_types)) if by_type else [None]
+        tables[name.replace(".", "/")] = RotaryTable(module, config.max_position_embeddings, layer_types)
+    return tables
+
+
+@contextmanager
+def _graph_form(model: nn.Module, rotary: nn.ModuleDict) -> Iterator[None]:
+    """Let the model run with grouped attention and rotary tables inside the block, and as it was after it."""
+    before = model.config._attn_implementation
+    modules = [(model.get_submodule(name.replace("/", ".")), table) for name, table in rotary.items()]
+    model.set_attn_implementation(_ATTENTION)
+    for module, table in modules:
+        module.forward = table.forward
+    try:
+        yield
+    finally:
+        for module, _ in modules:
+            del module.forward
+        model.set_attn_implementation(before)
 
 
 def _additive(attend: torch.Tensor) -> torch.Tensor:
