@@ -196,12 +196,14 @@ class LayerDriver:
         outputs: torch.Tensor | None,
     ) -> dict[str, InputStatistics]:
         by_leader = {
-            leader: InputStatistics(linears[leader].in_features, kind, self.device) for leader in set(groups.values())
+            leader: InputStatistics(linears[leader].in_features, kind, self.device) for leader in dict.fromkeys(groups.values())
         }
 
         def feed(statistics: InputStatistics) -> Any:
             def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                statistics.add(args[0])
+                # Some layers (OPT's) flatten [batch, tokens] before a linear; statistics go sequence by sequence.
+                sequences = min(self.batch_size, len(hidden) - statistics.sequences)
+                statistics.add(args[0], sequences)
 
             return hook
 

@@ -31,15 +31,19 @@ class InputStatistics:
         shape = (columns, columns) if kind == "hessian" else (columns,)
         self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Add a batch ``[batch, tokens, columns]`` or one sequence ``[tokens, columns]``, one sequence at a time."""
-        for sequence in inputs.reshape(-1, *inputs.shape[-2:]):
-            x = sequence.detach().to(torch.float32)
+    def add(self, inputs: torch.Tensor, sequences: int) -> None:
+        """Add the inputs of ``sequences`` sequences, ``[..., columns]``, one sequence at a time.
+
+        Where their rows cannot be told apart (routed experts see some tokens only), they are added in one piece.
+        """
+        rows = inputs.detach().reshape(-1, self.columns)
+        for part in rows.chunk(sequences) if len(rows) % sequences == 0 else (rows,):
+            x = part.to(torch.float32)
             if self.kind == "hessian":
                 self._sum.addmm_(x.T, x)
             else:
                 self._sum += x.square().sum(dim=0)
-            self.sequences += 1
+        self.sequences += sequences
 
     @property
     def mean_square(self) -> torch.Tensor:
