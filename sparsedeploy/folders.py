@@ -40,19 +40,13 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     target = Path(target)
     check_writable(target, overwrite)
-    staging: Path | None = None
+    staging = _new_sibling(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        umask = os.umask(0)
-        os.umask(umask)
-        staging.chmod(0o777 & ~umask)
         yield staging
         _sync_tree(staging)
         _replace(staging, target)
     except BaseException as error:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         reason = _disk_error(error)
         if reason is not None:
             raise UserError(f"cannot write {target}: {reason[0]}", reason[1]) from error
@@ -85,6 +79,19 @@ def write_text(path: Path, text: str) -> None:
         if reason is None:
             raise
         raise UserError(f"cannot write {path}: {reason[0]}", reason[1]) from error
+
+
+def _new_sibling(target: Path) -> Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        umask = os.umask(0)
+        os.umask(umask)
+        staging.chmod(0o777 & ~umask)
+    except OSError as error:
+        reason, fix = _disk_error(error) or (error.strerror or str(error), "Choose a folder that you may write to.")
+        raise UserError(f"cannot write {target}: {reason}", fix) from error
+    return staging
 
 
 def _replace(staging: Path, target: Path) -> None:
