@@ -27,7 +27,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes that a runtime needs to feed the model. ``max_positions`` is in tokens; None where the model has no limit."""
+    """Sizes that a runtime needs to feed the model. ``max_positions`` is in tokens, None where there is no limit."""
 
     layers: int
     kv_heads: int
@@ -133,7 +133,9 @@ def load_artifact(folder: Path, *, verify: bool = False) -> Artifact:
             )
         artifact = _from_json(values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a valid artifact description ({type(error).__name__}: {error})", again) from error
+        raise UserError(
+            f"{path} is not a valid artifact description ({type(error).__name__}: {error})", again
+        ) from error
     for name, digest in artifact.files.items():
         file = Path(folder) / name
         if not file.is_file():

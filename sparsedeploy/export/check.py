@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
@@ -20,7 +20,7 @@ TOLERANCE = 1e-3
 
 
 @torch.no_grad()
-def reference_logits(model: nn.Module, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+def reference_logits(model: PreTrainedModel, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     """Random tokens [1, T] and the model's own logits [1, T, V] for them, in one pass without a cache.
 
     The plain attention is asked for: the fused one leaves out the soft cap of Gemma 2.

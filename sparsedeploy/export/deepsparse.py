@@ -21,7 +21,7 @@ from sparsedeploy.export.onnx_file import LARGEST_SINGLE_FILE, MODEL_FILE, OPSET
 from sparsedeploy.export.targets import TARGETS
 from sparsedeploy.folders import check_writable, new_folder
 from sparsedeploy.models.fingerprint import model_sha256
-from sparsedeploy.models.loading import load_config, load_model, load_tokenizer
+from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_model
 from sparsedeploy.models.structure import check_finite, find_decoder_stack
 
 ENGINE = Engine(name="deepsparse", version="1.8.0")
@@ -55,7 +55,7 @@ class DeepSparseOptions:
 
 @TARGETS.register("deepsparse", DeepSparseOptions)
 def export_deepsparse(
-    checkpoint: Path,
+    checkpoint: str | Path,
     output: Path,
     options: DeepSparseOptions | None = None,
     *,
@@ -65,7 +65,7 @@ def export_deepsparse(
     """An ONNX graph with a key/value cache for the DeepSparse engine on CPUs.
 
     Args:
-        checkpoint: a Hugging Face model folder, dense or pruned.
+        checkpoint: a Hugging Face model folder, dense or pruned, or a hub id.
         output: the folder to create.
 
     Raises:
@@ -73,19 +73,18 @@ def export_deepsparse(
             tokenizer, a graph that does not reproduce the model, or an output folder that exists.
     """
     options = options or DeepSparseOptions()
-    checkpoint, output = Path(checkpoint), Path(output)
+    name = Path(checkpoint).expanduser().resolve().name
+    checkpoint, output = resolve_model(checkpoint), Path(output)
     check_writable(output, overwrite)
     import_onnx()
-    if not checkpoint.is_dir():
-        raise UserError(f"no model folder at {checkpoint}", "Give the folder of a Hugging Face model.")
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{checkpoint} is quantised", "Export the model before quantisation.")
     load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    source = Source(name=checkpoint.resolve().name, sha256=model_sha256(checkpoint))
+    source = Source(name=name, sha256=model_sha256(checkpoint))
     model = load_model(checkpoint, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    for name, parameter in model.named_parameters():
-        check_finite(name.removesuffix(".weight"), parameter)
+    for path, parameter in model.named_parameters():
+        check_finite(path.removesuffix(".weight"), parameter)
     linears = find_decoder_stack(model).all_linears()
     graph = KVCacheGraph(model)
     shapes = _shapes(graph)
@@ -97,9 +96,9 @@ def export_deepsparse(
         del graph, model, linears
         gc.collect()
         check = check_graph(folder / MODEL_FILE, tokens, expected)
-        for name in _COMPANIONS:
-            if (checkpoint / name).is_file():
-                shutil.copyfile(checkpoint / name, folder / name)
+        for companion in _COMPANIONS:
+            if (checkpoint / companion).is_file():
+                shutil.copyfile(checkpoint / companion, folder / companion)
         artifact = Artifact(
             target="deepsparse",
             source=source,
@@ -130,5 +129,5 @@ def _shapes(graph: KVCacheGraph) -> Shapes:
         head_dim=first.key_size,
         hidden=config.hidden_size,
         vocab=config.vocab_size,
-        max_positions=getattr(config, "max_position_embeddings", None),
+        max_positions=graph.max_positions,
     )

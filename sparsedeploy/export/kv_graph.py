@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -81,7 +82,7 @@ def grouped_attention(
     """
     if kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention sinks")
-    batch, heads, length, size = query.shape
+    _, heads, length, size = query.shape
     groups, rows = key.shape[1], heads // key.shape[1]
     scale = size**-0.5 if scaling is None else scaling
     stacked = (query * scale).reshape(-1, groups, rows * length, size) if rows > 1 else query * scale
@@ -123,12 +124,12 @@ class KVCacheGraph(nn.Module):
         UserError: the model has no plain per-layer key/value cache, or layers that cannot be traced.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.config = model.config.get_text_config(decoder=True)
         _check_traceable(type(model).__name__, self.config)
-        self.model = model
-        self.window = getattr(self.config, "sliding_window", None)
+        self.model: PreTrainedModel = model
+        self.window: int | None = getattr(self.config, "sliding_window", None)
         self.layer_types = getattr(self.config, "layer_types", None)
         self.rotary = _rotary_tables(model, self.config)
         self.cache_shapes = self._measure_cache()
@@ -201,22 +202,11 @@ class KVCacheGraph(nn.Module):
         """Additive masks in the form that this model takes: one tensor, or one for each kind of layer."""
         attend = causal_mask.float() * attention_mask[:, None, None, :].float()
         if self.layer_types is None:
-            return _additive(attend if self.window is None else attend * self._near(causal_mask))
+            return _additive(attend if self.window is None else attend * _near(causal_mask, self.window))
         masks = {"full_attention": _additive(attend)}
-        if "sliding_attention" in self.layer_types:
-            masks["sliding_attention"] = _additive(attend * self._near(causal_mask))
+        if self.window is not None and "sliding_attention" in self.layer_types:
+            masks["sliding_attention"] = _additive(attend * _near(causal_mask, self.window))
         return masks
-
-    def _near(self, causal_mask: torch.Tensor) -> torch.Tensor:
-        """1 where a column lies less than a window behind its query's own column, [L, S].
-
-        Columns and not positions are counted, as transformers does; it also leaves only shapes in this part of the
-        graph, so an engine with fixed shapes folds it into a constant.
-        """
-        length, total = causal_mask.shape[2], causal_mask.shape[3]
-        column = torch.arange(total)
-        query = torch.arange(length)[:, None] + (total - length)
-        return (query - column < self.window).float()
 
     @torch.no_grad()
     def _measure_cache(self) -> list[CacheShape]:
@@ -224,7 +214,9 @@ class KVCacheGraph(nn.Module):
         zero = torch.zeros(1, 1, dtype=torch.int64)
         one = torch.ones(1, 1, dtype=torch.int64)
         cache = GraphCache(None)
-        fix = "Use a decoder-only transformer with attention in every layer, such as Llama, Qwen, Mistral, OPT or Gemma."
+        fix = (
+            "Use a decoder-only transformer with attention in every layer, such as Llama, Qwen, Mistral, OPT or Gemma."
+        )
         name = type(self.model).__name__
         try:
             with _graph_form(self.model, self.rotary):
@@ -242,7 +234,8 @@ class KVCacheGraph(nn.Module):
             ) from error
         if sorted(cache.present) != list(range(self.config.num_hidden_layers)):
             raise UserError(
-                f"{name} stores keys and values in {len(cache.present)} of its {self.config.num_hidden_layers} layers", fix
+                f"{name} stores keys and values in {len(cache.present)} of its {self.config.num_hidden_layers} layers",
+                fix,
             )
         return [
             CacheShape(heads=key.shape[1], key_size=key.shape[3], value_size=value.shape[3])
@@ -278,7 +271,7 @@ class RotaryTable(nn.Module):
 
 
 @torch.no_grad()
-def _rotary_tables(model: nn.Module, config: Any) -> nn.ModuleDict:
+def _rotary_tables(model: PreTrainedModel, config: Any) -> nn.ModuleDict:
     """A table for each rotary embedding of the model that maps positions to (cosine, sine), by its module path."""
     tables = nn.ModuleDict()
     for name, module in model.named_modules():
@@ -292,7 +285,7 @@ def _rotary_tables(model: nn.Module, config: Any) -> nn.ModuleDict:
 
 
 @contextmanager
-def _graph_form(model: nn.Module, rotary: nn.ModuleDict) -> Iterator[None]:
+def _graph_form(model: PreTrainedModel, rotary: nn.ModuleDict) -> Iterator[None]:
     """Let the model run with grouped attention and rotary tables inside the block, and as it was after it."""
     before = model.config._attn_implementation
     modules = [(model.get_submodule(name.replace("/", ".")), table) for name, table in rotary.items()]
@@ -305,6 +298,18 @@ def _graph_form(model: nn.Module, rotary: nn.ModuleDict) -> Iterator[None]:
         for module, _ in modules:
             del module.forward
         model.set_attn_implementation(before)
+
+
+def _near(causal_mask: torch.Tensor, window: int) -> torch.Tensor:
+    """1 where a column lies less than a window behind its query's own column, [L, S].
+
+    Columns and not positions are counted, as transformers does; it also leaves only shapes in this part of the graph,
+    so an engine with fixed shapes folds it into a constant.
+    """
+    length, total = causal_mask.shape[2], causal_mask.shape[3]
+    column = torch.arange(total)
+    query = torch.arange(length)[:, None] + (total - length)
+    return (query - column < window).float()
 
 
 def _additive(attend: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,9 +20,6 @@ from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.export.kv_graph import KVCacheGraph
 
-if TYPE_CHECKING:
-    import onnx
-
 OPSET = 14
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.data"
@@ -27,6 +27,7 @@ DATA_FILE = "model.data"
 LARGEST_SINGLE_FILE = 2_000_000_000
 _ALIGNMENT = 64
 _WRAPPER = "model."  # the attribute of KVCacheGraph that holds the model: the exporter's names start with it
+_TRANSPOSED = ".T"  # ends the name of a constant that is the transpose of the model's weight
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class WeightCount:
 
 def write_onnx(graph: KVCacheGraph, folder: Path, *, largest_single_file: int = LARGEST_SINGLE_FILE) -> list[str]:
     """Export the graph in float32 at opset 14 into an existing folder.
+
+    A weight of the model becomes a constant of its name, or of its name and ``.T`` when the graph multiplies by the
+    transpose. The model is held once in memory; constants are written one at a time.
 
     Args:
         largest_single_file: when the constants exceed this many bytes they go to ``model.data`` beside ``model.onnx``.
@@ -53,22 +57,22 @@ def write_onnx(graph: KVCacheGraph, folder: Path, *, largest_single_file: int = 
     if largest_single_file > LARGEST_SINGLE_FILE:
         raise ValueError(f"one ONNX file holds at most {LARGEST_SINGLE_FILE} bytes")
     onnx = import_onnx()
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".trace-") as scratch:
+    files = [MODEL_FILE]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".trace-") as scratch, ExitStack() as stack:
         raw = Path(scratch) / MODEL_FILE
         with progress.bar("trace the model", total=1) as advance:
             _trace(graph, raw)
             advance()
         model = onnx.load(raw, load_external_data=False)
-        _inline_identities(model)
-        _fold_transposes(model, raw.parent)
-        _name_weights(model)
-        size = sum(_byte_size(tensor) for tensor in model.graph.initializer)
-        files = [MODEL_FILE]
-        if size > largest_single_file:
+        _check_inputs(graph, model)
+        sources = _fold_views(model)
+        data: BinaryIO | None = None
+        if sum(_byte_size(tensor) for tensor in model.graph.initializer) > largest_single_file:
             files.append(DATA_FILE)
-            with open(folder / DATA_FILE, "wb") as data:
-                for tensor in progress.track(model.graph.initializer, "write the weights"):
-                    _move_outside(tensor, raw.parent, data)
+            data = stack.enter_context(open(folder / DATA_FILE, "wb"))
+        for tensor in progress.track(model.graph.initializer, "write the weights"):
+            _fill(tensor, sources.get(tensor.name), raw.parent, data)
+        _strip_wrapper(model)
         onnx.save(model, folder / MODEL_FILE)
     onnx.checker.check_model(str(folder / MODEL_FILE))
     return files
@@ -85,26 +89,29 @@ def count_weights(path: Path, linears: dict[str, nn.Linear]) -> WeightCount:
     """
     onnx = import_onnx()
     model = onnx.load(path, load_external_data=False)
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    in_graph = dict(_matrix_uses(model))
+    factors = {node.input[1] for node in model.graph.node if node.op_type in ("MatMul", "Gemm")}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in factors}
     weights = zeros = 0
     for name, linear in progress.track(linears.items(), "compare the weights", total=len(linears)):
-        if name not in in_graph:
+        weight = linear.weight.detach().float().numpy()
+        if f"{name}.weight" in constants:
+            tensor, wanted = constants[f"{name}.weight"], weight
+        elif f"{name}.weight{_TRANSPOSED}" in constants:
+            tensor, wanted = constants[f"{name}.weight{_TRANSPOSED}"], weight.T
+        else:
             raise UserError(
                 f"{name} is not one constant matrix of the exported graph",
                 "Its architecture cannot be exported: use one whose linears all run for every token.",
             )
-        found = onnx.numpy_helper.to_array(constants[in_graph[name]], base_dir=str(path.parent))
-        wanted = linear.weight.detach().float().numpy()
-        # The exporter stores a matrix as MatMul takes it, [in, out]; as Gemm takes it, it stays [out, in].
-        if not (_same_bits(found, wanted) or _same_bits(found, wanted.T)):
+        found = onnx.numpy_helper.to_array(tensor, base_dir=str(path.parent))
+        if not np.array_equal(found.view(np.int32), np.ascontiguousarray(wanted).view(np.int32)):
             raise UserError(f"the exported weights of {name} differ from the model's", "Please report this as a bug.")
         weights += found.size
         zeros += found.size - int(np.count_nonzero(found))
     return WeightCount(weights=weights, zeros=zeros)
 
 
-def import_onnx() -> object:
+def import_onnx() -> Any:
     """The onnx package.
 
     Raises:
@@ -122,7 +129,7 @@ def import_onnx() -> object:
 def _trace(graph: KVCacheGraph, path: Path) -> None:
     inputs = graph.example_inputs()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _silent_native_output():
             # The tracer warns at each Python branch of the model's code; the numeric check after the export is what
             # tells a harmless one from a wrong one.
             warnings.simplefilter("ignore")
@@ -134,6 +141,8 @@ def _trace(graph: KVCacheGraph, path: Path) -> None:
                 output_names=graph.output_names,
                 dynamic_axes=graph.dynamic_axes,
                 opset_version=OPSET,
+                # Folding would give the transposed weights numbers instead of their names; it is done below.
+                do_constant_folding=False,
                 dynamo=False,
             )
     except OSError:
@@ -148,98 +157,105 @@ def _trace(graph: KVCacheGraph, path: Path) -> None:
         ) from error
 
 
-def _inline_identities(model: onnx.ModelProto) -> None:
-    """Let nodes read a shared constant itself: the exporter puts an Identity where two weights are equal."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    outputs = {output.name for output in model.graph.output}
-    source = {
-        node.output[0]: node.input[0]
-        for node in model.graph.node
-        if node.op_type == "Identity" and node.input[0] in constants and node.output[0] not in outputs
-    }
-    kept = [node for node in model.graph.node if not node.output or node.output[0] not in source]
-    for node in kept:
-        for at, name in enumerate(node.input):
-            node.input[at] = source.get(name, name)
-    _replace_nodes(model, kept)
+@contextmanager
+def _silent_native_output() -> Iterator[None]:
+    """Keep standard output clean: the exporter's native code prints the whole graph there when it fails."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as sink:
+            os.dup2(sink.fileno(), 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
-def _fold_transposes(model: onnx.ModelProto, folder: Path) -> None:
-    """Turn a transpose of a constant matrix into a constant; the exporter leaves those that came after an Identity."""
+def _check_inputs(graph: KVCacheGraph, model: Any) -> None:
+    """The tracer drops an input that the model does not use: then positions or masks have no effect."""
+    found = [entry.name for entry in model.graph.input]
+    unused = [name for name in graph.input_names if name not in found]
+    if unused:
+        raise UserError(
+            f"{type(graph.model).__name__} does not use {', '.join(unused)}",
+            "Use a supported architecture such as Llama, Qwen, Mistral, OPT or Gemma.",
+        )
+
+
+def _fold_views(model: Any) -> dict[str, Any]:
+    """Turn Identity and Transpose of constants into constants of their own, without contents yet.
+
+    The exporter writes ``x @ transpose(weight)``, and an Identity where two weights are equal. An engine that
+    sparsifies weights must see a constant matrix instead.
+
+    Returns:
+        Name -> the constant that holds its contents, for the new constants. Those named ``.T`` are its transposes.
+    """
     onnx = import_onnx()
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    sources: dict[str, Any] = {}
+    renamed: dict[str, str] = {}
     kept = []
     for node in model.graph.node:
-        source = constants.get(node.input[0]) if node.op_type == "Transpose" else None
-        if source is None:
+        for at, name in enumerate(node.input):
+            node.input[at] = renamed.get(name, name)
+        source = constants.get(node.input[0]) if node.op_type in ("Identity", "Transpose") else None
+        if source is None or (node.op_type == "Transpose" and len(source.dims) != 2):
             kept.append(node)
             continue
-        order = list(node.attribute[0].ints) if node.attribute else None
-        array = np.ascontiguousarray(onnx.numpy_helper.to_array(source, base_dir=str(folder)).transpose(order))
-        model.graph.initializer.append(onnx.numpy_helper.from_array(array, node.output[0]))
-    _replace_nodes(model, kept)
-    _drop_unused_constants(model)
+        if node.op_type == "Identity":
+            name, dims = node.output[0], list(source.dims)
+        else:
+            name, dims = source.name + _TRANSPOSED, list(source.dims)[::-1]
+            renamed[node.output[0]] = name
+        if name not in constants:
+            constants[name] = onnx.TensorProto(name=name, data_type=source.data_type, dims=dims)
+            sources[name] = sources.get(source.name, source)
+    used = {name for node in kept for name in node.input}
+    tensors = [tensor for name, tensor in constants.items() if name in used]
+    sources = {name: _copy(source) for name, source in sources.items() if name in used}
+    nodes, tensors = [_copy(node) for node in kept], [_copy(tensor) for tensor in tensors]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(tensors)
+    return sources
 
 
-def _name_weights(model: onnx.ModelProto) -> None:
-    """Name constants after the model's modules, also those that the exporter numbered after transposing them."""
-    renamed = {constant: f"{module}.weight" for module, constant in _matrix_uses(model)}
-    taken: set[str] = set()
-    final = {}
+def _fill(tensor: Any, source: Any | None, folder: Path, data: BinaryIO | None) -> None:
+    """Put a constant's contents into the tensor itself, or append them to the data file and point the tensor there."""
+    onnx = import_onnx()
+    if source is None and data is None and tensor.HasField("raw_data"):
+        return
+    array = onnx.numpy_helper.to_array(tensor if source is None else source, base_dir=str(folder))
+    if source is not None and tensor.name.endswith(_TRANSPOSED):
+        array = array.T
+    content = array.tobytes()
+    for field in ("float_data", "int64_data", "external_data", "data_location"):
+        tensor.ClearField(field)
+    tensor.raw_data = content if data is None else b""
+    if data is not None:
+        data.write(b"\0" * (-data.tell() % _ALIGNMENT))
+        onnx.external_data_helper.set_external_data(tensor, DATA_FILE, offset=data.tell(), length=len(content))
+        tensor.ClearField("raw_data")
+        data.write(content)
+
+
+def _strip_wrapper(model: Any) -> None:
+    """Name the constants as the model names its weights."""
+    names = {tensor.name: tensor.name.removeprefix(_WRAPPER) for tensor in model.graph.initializer}
     for tensor in model.graph.initializer:
-        name = renamed.get(tensor.name, tensor.name.removeprefix(_WRAPPER))
-        if name in taken or (tensor.name not in renamed and name in renamed.values()):
-            name = tensor.name
-        taken.add(name)
-        final[tensor.name] = name
-        tensor.name = name
+        tensor.name = names[tensor.name]
     for node in model.graph.node:
         for at, name in enumerate(node.input):
-            node.input[at] = final.get(name, name)
+            node.input[at] = names.get(name, name)
 
 
-def _matrix_uses(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
-    """(module path, constant) for each MatMul or Gemm with a constant matrix, by the scope in the node's name."""
-    constants = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
-    for node in model.graph.node:
-        if node.op_type in ("MatMul", "Gemm") and len(node.input) > 1 and node.input[1] in constants:
-            scope = node.name.rpartition("/")[0]
-            yield scope.strip("/").replace("/", ".").removeprefix(_WRAPPER), node.input[1]
+def _copy(message: Any) -> Any:
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy
 
 
-def _replace_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
-    if len(nodes) == len(model.graph.node):
-        return
-    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
-
-
-def _drop_unused_constants(model: onnx.ModelProto) -> None:
-    used = {name for node in model.graph.node for name in node.input}
-    for at in reversed(range(len(model.graph.initializer))):
-        if model.graph.initializer[at].name not in used:
-            del model.graph.initializer[at]
-
-
-def _byte_size(tensor: onnx.TensorProto) -> int:
+def _byte_size(tensor: Any) -> int:
     onnx = import_onnx()
     return int(np.prod(tensor.dims, dtype=np.int64)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-
-
-def _move_outside(tensor: onnx.TensorProto, folder: Path, data: BinaryIO) -> None:
-    """Append one constant's bytes to the data file and point the tensor there."""
-    onnx = import_onnx()
-    array = onnx.numpy_helper.to_array(tensor, base_dir=str(folder))
-    content = array.tobytes()
-    data.write(b"\0" * (-data.tell() % _ALIGNMENT))
-    for field in ("raw_data", "float_data", "int64_data", "external_data"):
-        tensor.ClearField(field)
-    tensor.raw_data = b""
-    onnx.external_data_helper.set_external_data(tensor, DATA_FILE, offset=data.tell(), length=len(content))
-    tensor.ClearField("raw_data")
-    data.write(content)
-
-
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and bool(np.array_equal(a.view(np.int32), np.ascontiguousarray(b).view(np.int32)))

@@ -23,7 +23,7 @@ def export_targets() -> Registry[ExportFunction]:
 
 
 def export_checkpoint(
-    checkpoint: Path, target: str, output: Path, *, trust_remote_code: bool = False, overwrite: bool = False
+    checkpoint: str | Path, target: str, output: Path, *, trust_remote_code: bool = False, overwrite: bool = False
 ) -> Artifact:
     """Export a checkpoint for a target with its default options.
 

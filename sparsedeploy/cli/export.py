@@ -1,0 +1,47 @@
+"""``sparsedeploy export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparsedeploy.cli.common import JsonOption, OutputOption, OverwriteOption, TrustOption, console, print_json
+
+if TYPE_CHECKING:
+    from sparsedeploy.export.artifact import Artifact
+
+
+def export_command(
+    model: Annotated[str, typer.Argument(help="Model folder (dense or pruned) or hub id.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="Runtime to export for: deepsparse.")],
+    output: OutputOption,
+    overwrite: OverwriteOption = False,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model in the form that a runtime takes, and check that it still computes the same."""
+    from sparsedeploy.export.targets import export_checkpoint
+
+    artifact = export_checkpoint(model, target, output, trust_remote_code=trust_remote_code, overwrite=overwrite)
+    if as_json:
+        print_json({"output": str(output), **artifact.to_json()})
+    else:
+        _print(output, artifact)
+
+
+def _print(output: Path, artifact: Artifact) -> None:
+    shapes, sparsity = artifact.shapes, artifact.sparsity
+    console.print(
+        f"{output}: {artifact.model_type} for {artifact.engine.name} {artifact.engine.version}, "
+        f"{shapes.layers} layers, {artifact.dtype}"
+    )
+    console.print(f"{sparsity.fraction:.2%} of {sparsity.weights:,} prunable weights are zero")
+    if artifact.check is None:
+        console.print("not checked against the model: install onnxruntime and export again to have it checked")
+    else:
+        console.print(
+            f"checked against the model on {artifact.check.tokens} tokens: logits differ by at most "
+            f"{artifact.check.largest_difference:.1e} (the largest is {artifact.check.largest_logit:.3g})"
+        )
