@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -17,7 +16,13 @@ from sparsedeploy.cli.prune import prune_command
 from sparsedeploy.errors import UserError
 from sparsedeploy.version import __version__
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
+)
+
+
+# Typer brings its own copy of click or uses the installed one, by version: take the class from its public names.
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
 
 def _print_version(value: bool) -> None:
@@ -36,12 +41,21 @@ def root(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. Works after any command too.")] = False,
 ) -> None:
-    """Make a Hugging Face causal LM sparse, keep it good, and ship it to a runtime that runs faster for it."""
+    """Make a Hugging Face causal LM sparse, keep it good, and ship it to a runtime that runs faster for it.
+
+    **Sparsity** is the fraction of zeros in the decoder's linear weights. The **allocation** says how much each
+    layer loses (uniform, owl, ...), the **method** which weights: **magnitude** drops small ones, **wanda** weighs
+    them by their inputs, **sparsegpt** also mends what is left. The **pattern** is unstructured, or N of every M
+    weights are kept (2:4, 4:8, 2:8).
+
+    sparsedeploy prune MODEL -o SPARSE --sparsity 0.7 && sparsedeploy export SPARSE --target deepsparse -o ARTIFACT
+    """
 
 
-app.command("prune")(prune_command)
-app.command("eval")(eval_command)
-app.command("inspect")(inspect_command)
+_MAKE, _CHECK = "Make it sparse", "Look at it"
+app.command("prune", rich_help_panel=_MAKE)(prune_command)
+app.command("inspect", rich_help_panel=_CHECK)(inspect_command)
+app.command("eval", rich_help_panel=_CHECK)(eval_command)
 
 
 def main() -> None:
@@ -62,10 +76,10 @@ def main() -> None:
             raise
         stderr.print(f"error: {error}", markup=False)
         code = 2
-    except click.ClickException as error:
+    except _USAGE_ERROR as error:
         error.show()
         code = 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         stderr.print("stopped")
         code = 130
     except Exception as error:

@@ -1,0 +1,186 @@
+"""Bad input: one clear line that names the fix, exit code 2, and nothing half-written."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.cli.conftest import Outcome
+from tests.small_models import save_model
+
+Cli = Callable[..., Outcome]
+
+
+def refused(outcome: Outcome, message: str, folder: Path) -> None:
+    """The error is one line with the message and a fix, and no output or temporary folder is left."""
+    assert outcome.code == 2, outcome.err
+    lines = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, outcome.err
+    assert message in lines[0]
+    assert lines[0].count(". ") >= 1, "the line names no fix"
+    assert "Traceback" not in outcome.err
+    assert not [*folder.glob("out*"), *folder.glob(".*.tmp")]
+
+
+def prune(cli: Cli, model: Path, text: Path, *more: object) -> Outcome:
+    output = model.parent / "out"
+    base = ("prune", model, "-o", output, "--data", text, "-n", 2, "--calibration-length", 32, "--device", "cpu")
+    return cli(*base, *more)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-s", "1.0"], "sparsity 1.0 is outside [0, 1)"),
+        (["-s", "-0.1"], "sparsity -0.1 is outside [0, 1)"),
+        (["-s", "nan"], "sparsity nan is outside [0, 1)"),
+        ([], "no sparsity given"),
+        (["-s", "0.995"], "cannot be met with rates between 0 and 0.99"),
+        (["-p", "5:4"], "pattern 5:4 keeps more than it has"),
+        (["-p", "0:4"], "pattern 0:4 keeps nothing"),
+        (["-p", "two"], "pattern 'two' is not known"),
+        (["-p", "3:6"], "not divisible by the 6 of 3:6"),
+        (["-p", "2:4", "-s", "0.7"], "pattern 2:4 keeps 2 of 4: 0.5 sparsity, not 0.7"),
+        (["-p", "2:4", "-a", "owl"], "gives unequal rates, which the fixed pattern 2:4 cannot hold"),
+        (["-s", "0.5", "-m", "nosuch"], "unknown pruning method 'nosuch'. Known: magnitude"),
+        (["-s", "0.5", "-a", "nosuch"], "unknown allocation method 'nosuch'. Known: "),
+        (["-s", "0.5", "-m", "sparsegpt", "--method-option", "blok=8"], "sparsegpt has no option 'blok'"),
+        (["-s", "0.5", "-m", "sparsegpt", "--method-option", "block=x"], "option block is 'x'. It takes int"),
+        (["-s", "0.5", "--method-option", "block"], "option 'block' is not NAME=VALUE"),
+        (["-s", "0.5", "--device", "tpu9"], "unknown device 'tpu9'"),
+        (["-s", "0.5", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["-s", "0.5", "--data", "nowhere.txt"], "no calibration text at 'nowhere.txt'"),
+        (["-s", "0.5", "--calibration-length", "200"], "calibration length 200 exceeds the model's 128 positions"),
+        (["-s", "0.5", "-n", "0"], "cannot draw 0 sequences"),
+        (["-s", "0.5", "--plan", "nowhere.json"], "no plan at nowhere.json"),
+    ],
+)
+def test_options(cli: Cli, model: Path, text: Path, options: list[str], message: str) -> None:
+    refused(prune(cli, model, text, *options), message, model.parent)
+
+
+def test_empty_and_short_text(cli: Cli, model: Path, text: Path) -> None:
+    text.write_text(" \n ")
+    refused(prune(cli, model, text, "-s", 0.5), "holds no text", model.parent)
+    text.write_text("short")
+    refused(prune(cli, model, text, "-s", 0.5), "gives 5 tokens, fewer than one sequence of 32", model.parent)
+
+
+def test_unknown_model_type(cli: Cli, model: Path, text: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "frobnicator"}))
+    refused(prune(cli, model, text, "-s", 0.5), "model type 'frobnicator'", model.parent)
+
+
+def test_missing_tokenizer(cli: Cli, model: Path, text: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    refused(prune(cli, model, text, "-s", 0.5), "has no tokenizer", model.parent)
+
+
+def test_missing_model(cli: Cli, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused(prune(cli, model.parent / "nowhere", text, "-s", 0.5), "no model folder at", model.parent)
+    shutil.rmtree(model)
+    model.mkdir()
+    refused(prune(cli, model, text, "-s", 0.5), "has no config.json", model.parent)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_non_finite_weights(cli: Cli, model: Path, text: Path, value: float, method: str) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    message = "model.layers.1.mlp.up_proj.weight holds NaN or infinite values"
+    refused(prune(cli, model, text, "-s", 0.5, "-m", method), message, model.parent)
+
+
+def test_truncated_and_missing_weights(cli: Cli, model: Path, text: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(prune(cli, model, text, "-s", 0.5), "truncated or corrupt", model.parent)
+    weights.unlink()
+    refused(prune(cli, model, text, "-s", 0.5), "holds no .safetensors weights", model.parent)
+
+
+def test_existing_output_is_kept(cli: Cli, model: Path, text: Path) -> None:
+    output = model.parent / "out"
+    output.mkdir()
+    (output / "precious").write_text("x")
+    outcome = prune(cli, model, text, "-s", 0.5)
+    assert outcome.code == 2
+    assert "exists. Choose another, or pass --overwrite" in outcome.err
+    assert (output / "precious").read_text() == "x"
+    assert prune(cli, model, text, "-s", 0.5, "--overwrite").code == 0
+    assert not (output / "precious").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for 64 kB; skipped where none can be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_full_disk(cli: Cli, model: Path, text: Path, small_disk: Path) -> None:
+    outcome = cli(
+        "prune", model, "-o", small_disk / "out", "-s", 0.5, "--data", text, "-n", 2, "--calibration-length", 32
+    )
+    refused(outcome, "the disk is full. Free some space", small_disk)
+    assert not list(small_disk.iterdir())
+
+
+def test_a_plan_for_another_model(cli: Cli, model: Path, text: Path) -> None:
+    assert prune(cli, model, text, "-s", 0.5).code == 0
+    manifest = json.loads((model.parent / "out" / "sparsity.json").read_text())
+    shutil.rmtree(model.parent / "out")
+    plan = model.parent / "plan.json"
+    plan.write_text(json.dumps(manifest["plan"]))
+    other = save_model(model.parent / "other", seed=1)
+    refused(prune(cli, other, text, "--plan", plan), "the plan was made for another model", model.parent)
+    manifest["plan"]["model_sha256"] = None
+    manifest["plan"]["modules"].pop()
+    plan.write_text(json.dumps(manifest["plan"]))
+    refused(prune(cli, model, text, "--plan", plan), "the plan lacks 1 modules", model.parent)
+    plan.write_text("{}")
+    refused(prune(cli, model, text, "--plan", plan), "the plan is malformed", model.parent)
+
+
+def test_eval(cli: Cli, model: Path, text: Path) -> None:
+    refused(cli("eval", model, "-d", text, "-c", 500), "context 500 is outside [2, 128]", model.parent)
+    refused(cli("eval", model, "-d", "nowhere"), "no calibration text at 'nowhere'", model.parent)
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"][:] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    refused(cli("eval", model, "-d", text), "loss of window 0 is not finite", model.parent)
+
+
+def test_inspect(cli: Cli, model: Path) -> None:
+    refused(cli("inspect", model), "has no sparsity.json", model.parent)
+
+
+def test_unknown_command_and_option(cli: Cli) -> None:
+    for arguments in (["nosuch"], ["prune", "--nosuch"], ["prune"]):
+        outcome = cli(*arguments)
+        assert outcome.code == 2
+        assert "Traceback" not in outcome.err
+
+
+def test_debug_shows_the_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsedeploy.cli.main import main
+    from sparsedeploy.errors import UserError
+
+    monkeypatch.setattr("sys.argv", ["sparsedeploy", "inspect", "/nowhere", "--debug"])
+    with pytest.raises(UserError):
+        main()
