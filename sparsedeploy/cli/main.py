@@ -77,7 +77,8 @@ def main() -> None:
         stderr.print(f"error: {error}", markup=False)
         code = 2
     except _USAGE_ERROR as error:
-        error.show()
+        command = error.ctx.command_path if getattr(error, "ctx", None) else "sparsedeploy"
+        stderr.print(f"error: {error.format_message().rstrip('.')}. See {command} --help.", markup=False)
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         stderr.print("stopped")
