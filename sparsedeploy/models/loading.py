@@ -105,8 +105,12 @@ def load_model(
     _check_shards(folder)
     try:
         with _no_foreign_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
     except SafetensorError as error:
         raise UserError(f"a weight file of {folder} is truncated or corrupt ({error})", "Download it again.") from error
@@ -116,6 +120,9 @@ def load_model(
             f"{folder} does not load as a causal LM ({reason})",
             "Check that its config.json and weights belong together.",
         ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"{folder} lacks the weight {missing[0]} ({len(missing)} missing)", "Download the model again.")
     model.requires_grad_(False)
     return model.eval().to(device)
 
