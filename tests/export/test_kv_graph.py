@@ -19,8 +19,8 @@ from sparsedeploy.models.structure import find_decoder_stack
 from tests.export.graphs import FAMILIES, SLIDING, GraphRunner, open_graph, random_tokens, save_for_export
 from tests.small_models import random_model
 
-# Logits reach about 5, and two runtimes that add float32 products in different orders differ by some 1e-6. A position or
-# a mask column that is off, a window one longer, a lost soft cap or a scale 5 % off move them by 5e-3 to 2.
+# Logits reach about 5; two runtimes that add float32 products in different orders differ by some 1e-6. A position or a
+# mask column that is off, a window one longer, a lost soft cap or a scale 5 % off move them by 5e-3 to 2.
 TOLERANCE = 1e-4
 PROMPT, STEPS = 21, 8  # longer than the window of 16 of the sliding families, and odd
 
