@@ -15,6 +15,10 @@ from typing import Any
 from sparsedeploy.errors import UserError
 
 
+class DiskError(UserError):
+    """The disk is full or not writable: nothing is wrong with the request itself."""
+
+
 def check_writable(target: Path, overwrite: bool) -> None:
     """Refuse early, before any work, an output folder that exists.
 
@@ -43,14 +47,33 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     staging = _new_sibling(target)
     try:
         yield staging
-        _sync_tree(staging)
-        _replace(staging, target)
+        publish(staging, target)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        reason = _disk_error(error)
+        reason = disk_error(error)
         if reason is not None:
-            raise UserError(f"cannot write {target}: {reason[0]}", reason[1]) from error
+            raise DiskError(f"cannot write {target}: {reason[0]}", reason[1]) from error
         raise
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Refuse early what will not fit.
+
+    Raises:
+        UserError: less than ``needed`` bytes are free where ``folder`` is.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the disk is too full: {folder.parent} has {free / 1e6:,.1f} MB free, {needed / 1e6:,.1f} MB are needed",
+            "Free some space or choose another place, then run the command again.",
+        )
+
+
+def publish(staging: Path, target: Path) -> None:
+    """Make a finished folder safe on disk and give it its name, in place of what was there."""
+    _sync_tree(staging)
+    _replace(staging, target)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -75,10 +98,10 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        reason = _disk_error(error)
+        reason = disk_error(error)
         if reason is None:
             raise
-        raise UserError(f"cannot write {path}: {reason[0]}", reason[1]) from error
+        raise DiskError(f"cannot write {path}: {reason[0]}", reason[1]) from error
 
 
 def _new_sibling(target: Path) -> Path:
@@ -89,7 +112,7 @@ def _new_sibling(target: Path) -> Path:
         os.umask(umask)
         staging.chmod(0o777 & ~umask)
     except OSError as error:
-        reason, fix = _disk_error(error) or (error.strerror or str(error), "Choose a folder that you may write to.")
+        reason, fix = disk_error(error) or (error.strerror or str(error), "Choose a folder that you may write to.")
         raise UserError(f"cannot write {target}: {reason}", fix) from error
     return staging
 
@@ -116,7 +139,7 @@ def _sync_tree(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _disk_error(error: BaseException) -> tuple[str, str] | None:
+def disk_error(error: BaseException) -> tuple[str, str] | None:
     """(reason, fix) when the error is the disk's. Native writers report a full disk only in their message's text."""
     number = error.errno if isinstance(error, OSError) else None
     text = str(error)

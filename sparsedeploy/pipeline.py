@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparsedeploy import progress
-from sparsedeploy.allocation import ALLOCATORS, plan_from_shares
+from sparsedeploy.allocation import ALLOCATORS, MixedOptions, allocate, model_layers
+from sparsedeploy.allocation.allocate import check_pattern, effective_needs
+from sparsedeploy.allocation.atp import ATPOptions, search_beta, trial_betas
 from sparsedeploy.calibration.documents import load_documents
-from sparsedeploy.calibration.driver import LayerDriver
 from sparsedeploy.calibration.samples import CalibrationSet, default_length, sample_tokens
-from sparsedeploy.checkpoint.writer import write_checkpoint
+from sparsedeploy.checkpoint.journal import journalled_folder
+from sparsedeploy.checkpoint.tensor_writer import TensorWriter
+from sparsedeploy.checkpoint.writer import Provenance, complete
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import check_writable
+from sparsedeploy.evaluation.perplexity import perplexity, windows_of
+from sparsedeploy.folders import check_free_space, check_writable
 from sparsedeploy.models.fingerprint import model_sha256
+from sparsedeploy.models.layers import LayerSource, ResidentLayers, StreamedLayers
 from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
-from sparsedeploy.models.structure import check_finite, find_decoder_stack
-from sparsedeploy.plan import NM, ModuleShape, SparsityPlan, check_sparsity
+from sparsedeploy.plan import NM, MixedNM, SparsityPlan, check_sparsity, parse_pattern
 from sparsedeploy.pruning import PRUNERS
-from sparsedeploy.pruning.base import apply_mask
+from sparsedeploy.pruning.base import Pruned
+from sparsedeploy.pruning.run import prune_layers
+from sparsedeploy.registry import build_options
+from sparsedeploy.version import __version__
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,14 @@ class PruneOptions:
 
     Attributes:
         sparsity: global fraction of zeros; None takes the N:M pattern's own.
-        pattern: ``unstructured`` or ``N:M`` (N kept).
+        pattern: ``unstructured``, ``N:M`` (N kept) or ``mixed-N:M`` (N kept on average).
+        pattern_options: of a mixed pattern (:class:`sparsedeploy.allocation.MixedOptions`).
         plan: a ready plan, in place of ``sparsity``, ``pattern`` and ``allocation``.
     """
 
     sparsity: float | None = None
     pattern: str = "unstructured"
+    pattern_options: Mapping[str, Any] | None = None
     method: str = "wanda"
     method_options: Mapping[str, Any] | None = None
     allocation: str = "uniform"
@@ -78,19 +88,23 @@ def prune(
     *,
     device: str = "auto",
     dtype: torch.dtype | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Prune a model folder or hub id into ``output`` and return the new checkpoint's manifest.
 
+    Memory holds the embeddings, one decoder layer and the activations of the calibration text; never the whole model.
+
+    Args:
+        resume: go on with a run of the same request that was interrupted; the result is identical, byte for byte.
+
     Raises:
         UserError: any input that cannot be used; ``output`` then does not exist or is as it was.
     """
-    sparsity, pattern = resolve_pattern(options.sparsity, options.pattern) if options.plan is None else (0.0, None)
+    choice = None if options.plan is not None else resolve_allocation(options)
     pruner = PRUNERS.get(options.method)
     pruner_options = pruner.make_options(options.method_options)
-    allocator = ALLOCATORS.get(options.allocation)
-    allocator_options = allocator.make_options(options.allocation_options)
     check_writable(output, overwrite)
     on = resolve_device(device)
     folder = resolve_model(source)
@@ -100,40 +114,163 @@ def prune(
         raise UserError(
             "the plan was made for another model (its hash differs)", "Make it again: sparsedeploy allocate."
         )
-    needs_data = pruner.traits["needs"] != "none" or (options.plan is None and allocator.traits["needs"] != "none")
     calibration = (
         calibration_set(folder, config, options.calibration, trust_remote_code=trust_remote_code)
-        if needs_data
+        if pruner.traits["needs"] != "none" or (choice is not None and choice.needs_data)
         else None
     )
-    model = load_model(folder, dtype=dtype, device=on, trust_remote_code=trust_remote_code)
+    selection = (
+        selection_windows(folder, config, choice.options, options.calibration, trust_remote_code=trust_remote_code)
+        if choice is not None and choice.searches
+        else None
+    )
+    layers = StreamedLayers(folder, device=on, dtype=dtype, trust_remote_code=trust_remote_code)
+    request = {
+        "model_sha256": sha256,
+        "plan": asdict(choice) if choice is not None else options.plan.to_dict() if options.plan else None,
+        "method": options.method,
+        "method_options": asdict(pruner_options),
+        "calibration": calibration.describe() if calibration else None,
+        "dtype": str(dtype),
+        "device": on.type,
+        "torch": torch.__version__,
+        "sparsedeploy": __version__,
+    }
     batch_size = options.calibration.batch_size
-    plan = options.plan or make_plan(
-        model, calibration, sparsity, pattern, options.allocation, allocator_options, sha256, batch_size
-    )
-    pruned = prune_model(model, calibration, plan, options.method, pruner_options, batch_size)
-    return write_checkpoint(
-        folder,
-        output,
-        linears=find_decoder_stack(model).all_linears(),
-        masks=pruned.masks,
-        plan=plan,
-        method=options.method,
-        options=asdict(pruner_options),
-        losses=pruned.losses,
-        calibration=calibration.describe() if calibration else None,
-        source_name=source,
-        overwrite=overwrite,
+    with journalled_folder(output, request, resume=resume, overwrite=overwrite) as journal:
+        if journal.plan is not None:
+            plan = SparsityPlan.from_dict(journal.plan)
+        elif options.plan is not None:
+            plan = options.plan
+        else:
+            assert choice is not None
+            # A search prunes whole copies of the model; everything else measures one layer at a time.
+            model = (
+                load_model(folder, dtype=dtype, device=on, trust_remote_code=trust_remote_code)
+                if choice.searches
+                else layers
+            )
+            plan = choose_plan(
+                model, calibration, choice, options.method, pruner_options, selection, sha256, batch_size
+            )
+            del model
+        writer = TensorWriter(layers.files, journal.folder, plan.targets)
+        if journal.plan is None:
+            check_free_space(journal.folder, layers.files.size)
+            writer.create()
+            journal.record_plan(plan.to_dict())
+        for index in range(journal.finished):
+            layers.redirect(index, journal.folder)
+        for pruned in prune_layers(
+            layers,
+            calibration.tokens if calibration else None,
+            plan,
+            options.method,
+            pruner_options,
+            batch_size=batch_size,
+            stored={target.name: layers.files.locate(f"{target.name}.weight").dtype for target in plan.targets},
+            finished=journal.finished,
+        ):
+            for name, module in pruned.modules.items():
+                writer.put(name, module.weight, module.mask)
+            writer.sync()
+            journal.record_layer(pruned.index, losses_of(pruned.modules))
+        provenance = Provenance(
+            source, plan, options.method, asdict(pruner_options), calibration.describe() if calibration else None
+        )
+        return complete(folder, journal.folder, layers.files, provenance, journal.losses)
+
+
+@dataclass(frozen=True)
+class AllocationChoice:
+    """Everything that decides a plan, checked.
+
+    Attributes:
+        pattern: None for unstructured.
+        options: of the allocation ``name``; ``mixed`` of a mixed pattern.
+    """
+
+    sparsity: float
+    pattern: NM | MixedNM | None
+    name: str
+    options: Any
+    mixed: MixedOptions
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether making the plan reads calibration text; a search prunes, and what pruning reads comes on top."""
+        marginal = isinstance(self.pattern, MixedNM) and self.mixed.rule == "marginal"
+        needs = effective_needs(ALLOCATORS.get(self.name).traits["needs"], marginal=marginal)
+        return needs not in ("none", "weights")
+
+    @property
+    def searches(self) -> bool:
+        return isinstance(self.options, ATPOptions) and self.options.search
+
+
+def resolve_allocation(options: PruneOptions) -> AllocationChoice:
+    """Check target, pattern, allocation and their options against each other.
+
+    Raises:
+        UserError: what cannot be or does not go together.
+    """
+    sparsity, pattern = resolve_pattern(options.sparsity, options.pattern)
+    allocation_options = ALLOCATORS.get(options.allocation).make_options(options.allocation_options)
+    check_pattern(options.allocation, allocation_options, pattern)
+    mixed = build_options("a mixed pattern", MixedOptions, options.pattern_options or {})
+    if options.pattern_options and not isinstance(pattern, MixedNM):
+        raise UserError(f"pattern {options.pattern} has no options", "They belong to mixed-N:M patterns.")
+    return AllocationChoice(sparsity, pattern, options.allocation, allocation_options, mixed)
+
+
+def plan_model(
+    source: str,
+    options: PruneOptions,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> SparsityPlan:
+    """Make the plan that :func:`prune` would follow, without pruning.
+
+    Raises:
+        UserError: any input that cannot be used.
+    """
+    choice = resolve_allocation(options)
+    pruner = PRUNERS.get(options.method)
+    pruner_options = pruner.make_options(options.method_options)
+    on = resolve_device(device)
+    folder = resolve_model(source)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    needs_data = choice.needs_data or (choice.searches and pruner.traits["needs"] != "none")
+    calibration = selection = None
+    if needs_data:
+        calibration = calibration_set(folder, config, options.calibration, trust_remote_code=trust_remote_code)
+    if choice.searches:
+        selection = selection_windows(
+            folder, config, choice.options, options.calibration, trust_remote_code=trust_remote_code
+        )
+    return choose_plan(
+        load_model(folder, dtype=dtype, device=on, trust_remote_code=trust_remote_code)
+        if choice.searches
+        else StreamedLayers(folder, device=on, dtype=dtype, trust_remote_code=trust_remote_code),
+        calibration,
+        choice,
+        options.method,
+        pruner_options,
+        selection,
+        model_sha256(folder),
+        options.calibration.batch_size,
     )
 
 
-def resolve_pattern(sparsity: float | None, pattern: str) -> tuple[float, NM | None]:
-    """The target and the fixed N:M pattern, if any.
+def resolve_pattern(sparsity: float | None, pattern: str) -> tuple[float, NM | MixedNM | None]:
+    """The target and the N:M pattern, if any.
 
     Raises:
         UserError: neither given, a target outside [0, 1), or one that the pattern contradicts.
     """
-    nm = None if pattern == "unstructured" else NM.parse(pattern)
+    nm = parse_pattern(pattern)
     if sparsity is not None:
         check_sparsity(sparsity)
     if nm is None:
@@ -141,8 +278,9 @@ def resolve_pattern(sparsity: float | None, pattern: str) -> tuple[float, NM | N
             raise UserError("no sparsity given", "Add --sparsity 0.7 (the fraction of zeros), or --pattern 2:4.")
         return sparsity, None
     if sparsity is not None and abs(sparsity - nm.sparsity) > 1e-6:
+        kept = nm.n if isinstance(nm, NM) else nm.keep
         raise UserError(
-            f"pattern {nm} keeps {nm.n} of {nm.m}: {nm.sparsity:g} sparsity, not {sparsity:g}",
+            f"pattern {nm} keeps {kept:g} of {nm.m}: {nm.sparsity:g} sparsity, not {sparsity:g}",
             "Leave --sparsity out, or choose another pattern.",
         )
     return nm.sparsity, nm
@@ -169,56 +307,100 @@ def calibration_set(
     )
 
 
-def model_layers(model: nn.Module) -> list[list[ModuleShape]]:
-    """The shapes of the prunable linears, layer by layer."""
-    stack = find_decoder_stack(model)
-    return [
-        [ModuleShape(name, linear.out_features, linear.in_features) for name, linear in stack.linears(index).items()]
-        for index in range(len(stack.layers))
-    ]
+def selection_windows(
+    folder: Path, config: Any, options: ATPOptions, calibration: CalibrationOptions, *, trust_remote_code: bool = False
+) -> torch.Tensor:
+    """The windows that a search compares its trials on, int64 ``[windows, length]``.
+
+    Raises:
+        UserError: no tokenizer, no text or too little.
+    """
+    data = options.text or calibration.data
+    documents = load_documents(data, field=calibration.field, split=options.selection)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokens = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
+    return windows_of(tokens, calibration.length or default_length(config), data)[: options.windows]
 
 
-@torch.no_grad()
+def choose_plan(
+    model: nn.Module | LayerSource,
+    calibration: CalibrationSet | None,
+    choice: AllocationChoice,
+    method: str,
+    method_options: Any,
+    selection: torch.Tensor | None = None,
+    sha256: str | None = None,
+    batch_size: int = 1,
+) -> SparsityPlan:
+    """The plan by measuring the dense model or, for a search, by pruning copies of it; the model is not changed.
+
+    Args:
+        selection: the windows that a search compares its trials on.
+
+    Raises:
+        UserError: a target or pattern that the allocation or the shapes cannot meet.
+    """
+
+    def plan_with(options: Any) -> SparsityPlan:
+        return make_plan(
+            model, calibration, choice.sparsity, choice.pattern, choice.name, options, sha256, batch_size, choice.mixed
+        )
+
+    if not choice.searches:
+        return plan_with(choice.options)
+    assert selection is not None
+    assert isinstance(model, nn.Module), "a search prunes whole copies of the model"
+    dense = model
+
+    def trial(plan: SparsityPlan) -> float:
+        candidate = copy.deepcopy(dense)
+        prune_model(candidate, calibration, plan, method, method_options, batch_size)
+        try:
+            return perplexity(candidate, selection, batch_size=batch_size).perplexity
+        except UserError:  # its only reason: the pruned model has diverged
+            return math.inf
+
+    asked = choice.options
+    betas = trial_betas(choice.sparsity, len(model_layers(model)), asked.step, asked.trials)
+    found = search_beta(
+        trial, lambda beta: plan_with(replace(asked, search=False, beta=beta)), betas, patience=asked.patience
+    )
+    return replace(
+        found.plan,
+        options=asdict(asked) | {"beta": found.beta},
+        details={**found.plan.details, "search": {"selection": asked.selection, "trials": found.to_dict()}},
+    )
+
+
 def make_plan(
-    model: nn.Module,
+    model: nn.Module | LayerSource,
     calibration: CalibrationSet | None,
     sparsity: float,
-    pattern: NM | None,
+    pattern: NM | MixedNM | None,
     allocation: str,
     options: Any,
     sha256: str | None = None,
     batch_size: int = 1,
+    mixed: MixedOptions | None = None,
 ) -> SparsityPlan:
     """Measure the dense model with an allocator and meet the budget; the model is not changed.
 
     Raises:
         UserError: a target or pattern that the allocation or the shapes cannot meet.
     """
-    method = ALLOCATORS.get(allocation)
-    allocator = method.function(options)
-    layers = model_layers(model)
-    measured: list[Any] = []
-    if method.traits["needs"] == "none":
-        measured = [None] * len(layers)
-    else:
-        driver = LayerDriver(model, _tokens(calibration), batch_size=batch_size)
-        with progress.bar(f"allocate ({allocation})", len(driver), "layers") as advance:
-            for layer in driver.walk(method.traits["needs"], changes_weights=False):
-                measured.append(allocator.measure(layer))
-                advance()
-    shares = allocator.shares(measured, layers, sparsity)
-    return plan_from_shares(
-        shares,
-        layers,
+    return allocate(
+        model,
+        calibration.tokens if calibration else None,
         sparsity,
-        allocation=allocation,
-        pattern=pattern,
-        options=asdict(options),
+        pattern,
+        allocation,
+        options,
+        mixed=mixed,
         model_sha256=sha256,
+        batch_size=batch_size,
     )
 
 
-@torch.no_grad()
 def prune_model(
     model: nn.Module,
     calibration: CalibrationSet | None,
@@ -232,35 +414,14 @@ def prune_model(
     Raises:
         UserError: a plan for other modules, or weights or activations that are not finite.
     """
-    pruner = PRUNERS.get(method)
-    needs = pruner.traits["needs"]
-    plan.check_modules([shape for layer in model_layers(model) for shape in layer])
-    targets = plan.by_name
     result = PrunedModules({}, {})
-
-    def prune_module(name: str, linear: nn.Linear, statistics: Any) -> None:
-        pruned = pruner.function(linear.weight.data, statistics, targets[name], options)
-        linear.weight.data.copy_(apply_mask(pruned.weight, pruned.mask))
-        result.masks[name] = pruned.mask.cpu()
-        if pruned.loss is not None:
-            result.losses[name] = pruned.loss
-
-    if needs == "none":
-        stack = find_decoder_stack(model)
-        for name, linear in progress.track(stack.all_linears().items(), f"prune ({method})", unit="modules"):
-            check_finite(name, linear.weight)
-            prune_module(name, linear, None)
-        return result
-    driver = LayerDriver(model, _tokens(calibration), batch_size=batch_size)
-    with progress.bar(f"prune ({method})", len(driver), "layers") as advance:
-        for layer in driver.walk(needs, changes_weights=True):
-            for name, linear in layer.linears.items():
-                prune_module(name, linear, layer.statistics[name])
-            advance()
+    tokens = calibration.tokens if calibration else None
+    for layer in prune_layers(ResidentLayers(model), tokens, plan, method, options, batch_size=batch_size):
+        result.masks.update({name: pruned.mask.cpu() for name, pruned in layer.modules.items()})
+        result.losses.update(losses_of(layer.modules))
     return result
 
 
-def _tokens(calibration: CalibrationSet | None) -> torch.Tensor:
-    if calibration is None:
-        raise UserError("this method measures calibration text and none was given", "Add --data.")
-    return calibration.tokens
+def losses_of(modules: Mapping[str, Pruned]) -> dict[str, float]:
+    """The losses of those modules whose pruner reports one."""
+    return {name: pruned.loss for name, pruned in modules.items() if pruned.loss is not None}

@@ -44,8 +44,46 @@ class NM:
         """
         match = re.fullmatch(r"(\d+):(\d+)", text.strip())
         if match is None:
-            raise UserError(f"pattern '{text}' is not known", "Use unstructured or N:M (N of every M kept), e.g. 2:4.")
+            raise UserError(
+                f"pattern '{text}' is not known",
+                "Use unstructured, N:M (N of every M kept, e.g. 2:4) or mixed-N:M (on average, e.g. mixed-2:8).",
+            )
         return NM(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True)
+class MixedNM:
+    """Each unit (usually a layer) keeps its own N of every M; ``keep`` is the parameter-weighted average of N."""
+
+    keep: float
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.keep <= self.m:
+            raise UserError(
+                f"pattern {self} keeps {self.keep:g} of {self.m} on average",
+                f"The average must be from 1 to {self.m}, such as mixed-2:8.",
+            )
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.keep / self.m
+
+    def __str__(self) -> str:
+        return f"mixed-{self.keep:.10g}:{self.m}"
+
+
+def parse_pattern(text: str) -> NM | MixedNM | None:
+    """Read ``unstructured`` (None), ``2:4`` or ``mixed-2:8`` (the average may be a fraction: ``mixed-2.5:8``).
+
+    Raises:
+        UserError: another form, or one that keeps nothing or more than it has.
+    """
+    if text == "unstructured":
+        return None
+    if match := re.fullmatch(r"mixed-(\d+(?:\.\d+)?):(\d+)", text.strip()):
+        return MixedNM(float(match[1]), int(match[2]))
+    return NM.parse(text)
 
 
 @dataclass(frozen=True)

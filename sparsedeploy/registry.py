@@ -42,18 +42,27 @@ class Method(Generic[F]):
         Raises:
             UserError: an unknown option, or a value that does not fit.
         """
-        hints = typing.get_type_hints(self.options)
-        known = {field.name: hints[field.name] for field in dataclasses.fields(self.options)}
-        converted: dict[str, Any] = {}
-        for key, value in (values or {}).items():
-            if key not in known:
-                names = ", ".join(sorted(known)) or "none"
-                raise UserError(f"{self.name} has no option '{key}'", f"Its options: {names}.")
-            converted[key] = _convert(self.name, key, value, known[key])
-        try:
-            return self.options(**converted)
-        except ValueError as error:
-            raise UserError(f"{self.name}: {error}") from None
+        return build_options(self.name, self.options, values or {})
+
+
+def build_options(owner: str, options: type[Any], values: Mapping[str, Any]) -> Any:
+    """Build an options dataclass from plain values; ``owner`` names it in messages.
+
+    Raises:
+        UserError: an unknown option, or a value that does not fit.
+    """
+    hints = typing.get_type_hints(options)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(options)}
+    converted: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            names = ", ".join(sorted(known)) or "none"
+            raise UserError(f"{owner} has no option '{key}'", f"Its options: {names}.")
+        converted[key] = _convert(owner, key, value, known[key])
+    try:
+        return options(**converted)
+    except ValueError as error:
+        raise UserError(f"{owner}: {error}") from None
 
 
 def _convert(method: str, key: str, value: Any, hint: Any) -> Any:

@@ -6,12 +6,22 @@ Neither prunes: :mod:`sparsedeploy.allocation.budget` turns the answer into inte
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.errors import UserError
 from sparsedeploy.plan import ModuleShape
 from sparsedeploy.registry import Registry
+
+# What an allocator reads of each layer: nothing but its depth, its weights, the hidden states that enter and leave it,
+# or statistics of each linear's inputs.
+Needs = Literal["none", "weights", "inputs", "sum_squares", "hessian"]
+
+# The strength by target sparsity that DLP publishes and LSA ships for DLP and for its own layer mode (methods 5.2).
+_STRENGTHS = {1: 0.06, 2: 0.02, 3: 0.04, 4: 0.02, 5: 0.04, 6: 0.10, 7: 0.15, 8: 0.12}
 
 
 @dataclass(frozen=True)
@@ -35,24 +45,36 @@ class Shares:
         units: every prunable module in exactly one unit, in model order.
         rule: how ``Unit.value`` becomes a rate (methods 1.7).
         details: the measurements behind it, plain numbers, for plots and reports.
+        ranking: one importance per unit (higher keeps more) where the deviations do not tell it, because they are
+            bang-bang or scaled by size; mixed N:M patterns are chosen from it (methods 6.3).
     """
 
     units: tuple[Unit, ...]
     rule: Literal["additive", "multiplicative"] = "additive"
     details: dict[str, Any] | None = None
+    ranking: tuple[float, ...] | None = None
+
+    @property
+    def importance(self) -> tuple[float, ...]:
+        """Higher keeps more: the ranking, or minus the deviation or factor."""
+        return self.ranking if self.ranking is not None else tuple(-unit.value for unit in self.units)
 
 
 class Allocator(Protocol):
-    """An allocation method; ``__init__(options)``."""
+    """An allocation method; ``__init__(options)``.
+
+    It is registered with two traits: ``needs`` (:data:`Needs`) and ``strength``, the name of the option that makes the
+    allocation uniform at 0 (None for a method that always is).
+    """
 
     def measure(self, layer: LayerView) -> Any:
-        """Reduce one layer of the dense model to a few numbers."""
+        """Reduce one layer of the dense model to a few numbers; not called with ``needs="none"``."""
 
     def shares(self, measured: list[Any], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
         """Turn the layers' measurements into deviations around ``sparsity``.
 
         Args:
-            measured: what :meth:`measure` returned, by depth.
+            measured: what :meth:`measure` returned, by depth; one None per layer with ``needs="none"``.
             layers: the modules of each layer, by depth.
             sparsity: the global target, in [0, 1).
         """
@@ -61,21 +83,53 @@ class Allocator(Protocol):
 ALLOCATORS: Registry[Any] = Registry("allocation method")
 
 
-def layer_units(layers: list[list[ModuleShape]], values: list[float]) -> tuple[Unit, ...]:
+def layer_units(layers: list[list[ModuleShape]], values: Sequence[float]) -> tuple[Unit, ...]:
     """One unit per decoder layer."""
     return tuple(
         Unit(tuple(module.name for module in layer), float(value)) for layer, value in zip(layers, values, strict=True)
     )
 
 
-def centred_range(scores: list[float], strength: float) -> list[float]:
+def module_units(layers: list[list[ModuleShape]], values: Sequence[float]) -> tuple[Unit, ...]:
+    """One unit per linear; ``values`` in model order."""
+    modules = [module for layer in layers for module in layer]
+    return tuple(Unit((module.name,), float(value)) for module, value in zip(modules, values, strict=True))
+
+
+def check_scores(scores: Sequence[float]) -> None:
+    """Refuse scores that are not finite: comparisons with NaN would give an arbitrary allocation.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    for index, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise UserError(
+                f"the allocation score of unit {index} is {score}",
+                "Check the checkpoint and the calibration text, or use --allocation uniform.",
+            )
+
+
+def centred_range(scores: Sequence[float], strength: float) -> list[float]:
     """Density deviations spanning ``2 * strength`` around their mean, rising with the score (OWL, DLP, LSA).
 
     d = 2 * strength * (x - min) / (max - min); returns d - mean(d). All zero when the scores are equal.
+
+    Raises:
+        UserError: scores that are not finite.
     """
+    check_scores(scores)
     low, high = min(scores), max(scores)
     if high == low:
         return [0.0] * len(scores)
     scaled = [2 * strength * (score - low) / (high - low) for score in scores]
-    mean = sum(scaled) / len(scaled)
+    mean = math.fsum(scaled) / len(scaled)
     return [value - mean for value in scaled]
+
+
+def tabulated_strength(sparsity: float) -> float:
+    """The published strength for a target, by the tenth it lies in (0.7 <= s < 0.8 -> 0.15).
+
+    Below 0.1 and from 0.9 on, where the reference code has no entry, the nearest one.
+    """
+    return _STRENGTHS[min(max(math.floor(10 * sparsity + 1e-9), 1), 8)]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsedeploy.allocation.base import Shares
+from sparsedeploy.allocation.base import Shares, check_scores
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import NM, ModuleShape, ModuleTarget, SparsityPlan, check_sparsity
 
@@ -38,10 +38,7 @@ def meet_target(
     count = len(values)
     lows = [float(low)] * count if isinstance(low, (int, float)) else [float(x) for x in low]
     highs = [float(high)] * count if isinstance(high, (int, float)) else [float(x) for x in high]
-    if bad := [i for i, value in enumerate(values) if not math.isfinite(value)]:
-        raise UserError(
-            f"the allocation score of unit {bad[0]} is not finite", "Check the checkpoint and the calibration text."
-        )
+    check_scores(values)
     if rule == "multiplicative" and min(values) <= 0:
         raise UserError("a multiplicative allocation has a factor that is not positive", "Lower the method's strength.")
     total = sum(sizes)
@@ -60,7 +57,7 @@ def meet_target(
         return [min(max(r, lo), hi) for r, lo, hi in zip(raw, lows, highs, strict=True)]
 
     if rule == "additive":
-        reach = max(abs(v) for v in values) + 2
+        reach = max(abs(v) for v in values) + max(highs) - min(lows) + 1
         left, right = -reach, reach
     else:
         left, right = 0.0, max(highs) / min(values) + 1
@@ -79,6 +76,9 @@ def integer_counts(modules: Sequence[ModuleShape], rates: Sequence[float], targe
     """Zeros per row of each module, the rounding residue carried from module to module (error diffusion).
 
     The zeros of the whole model miss ``target`` by less than one row-unit (one zero in every row of one module).
+
+    Raises:
+        UserError: the target needs rows without any weight left.
     """
     wanted_total = target * sum(module.size for module in modules)
     counts: list[int] = []
@@ -95,6 +95,11 @@ def integer_counts(modules: Sequence[ModuleShape], rates: Sequence[float], targe
         count = min(max(counts[at] + step, 0), max(module.columns - 1, 0))
         carry -= (count - counts[at]) * module.rows
         counts[at] = count
+    if abs(carry) >= max(module.rows for module in modules):
+        raise UserError(
+            f"sparsity {target:g} would leave rows without any weight",
+            "Choose a lower sparsity for layers this narrow.",
+        )
     return counts
 
 
@@ -117,10 +122,7 @@ def plan_from_shares(
     modules = [module for layer in layers for module in layer]
     if pattern is not None:
         if any(unit.value != shares.units[0].value for unit in shares.units):
-            raise UserError(
-                f"allocation {allocation} gives unequal rates, which the fixed pattern {pattern} cannot hold",
-                "Use --allocation uniform.",
-            )
+            raise unequal_rates(allocation, pattern)
         targets = tuple(nm_target(module, pattern) for module in modules)
     else:
         rates = module_rates(shares, modules, sparsity)
@@ -140,11 +142,23 @@ def plan_from_shares(
     )
 
 
+def unequal_rates(allocation: str, pattern: NM) -> UserError:
+    """The refusal of a fixed pattern for an allocation that wants unequal rates."""
+    return UserError(
+        f"allocation {allocation} gives unequal rates, which the fixed pattern {pattern} cannot hold",
+        f"Use --allocation uniform, or --pattern mixed-{pattern}.",
+    )
+
+
+def unit_sizes(shares: Shares, modules: Sequence[ModuleShape]) -> list[int]:
+    """The weights of each unit."""
+    size_of = {module.name: module.size for module in modules}
+    return [sum(size_of[name] for name in unit.modules) for unit in shares.units]
+
+
 def module_rates(shares: Shares, modules: Sequence[ModuleShape], sparsity: float) -> list[float]:
     """The rate of each module, in the order of ``modules``."""
-    size_of = {module.name: module.size for module in modules}
-    sizes = [sum(size_of[name] for name in unit.modules) for unit in shares.units]
-    rates = meet_target([unit.value for unit in shares.units], sizes, sparsity, rule=shares.rule)
+    rates = meet_target([unit.value for unit in shares.units], unit_sizes(shares, modules), sparsity, rule=shares.rule)
     rate_of = {name: rate for unit, rate in zip(shares.units, rates, strict=True) for name in unit.modules}
     return [rate_of[module.name] for module in modules]
 

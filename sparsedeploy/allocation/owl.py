@@ -24,8 +24,12 @@ class OWLOptions:
     strength: float = 0.08
     m: float = 5.0
 
+    def __post_init__(self) -> None:
+        if not self.strength >= 0 or not self.m > 0:
+            raise ValueError("strength must be at least 0 and m positive")
 
-@ALLOCATORS.register("owl", OWLOptions, needs="sum_squares")
+
+@ALLOCATORS.register("owl", OWLOptions, needs="sum_squares", strength="strength")
 class OWL:
     """Outlier-weighed layerwise sparsity: s_l = s - (d_l - mean d), d from the share of outliers (Yin et al. 2024)."""
 

@@ -14,7 +14,7 @@ class UniformOptions:
     """Uniform has no options."""
 
 
-@ALLOCATORS.register("uniform", UniformOptions, needs="none")
+@ALLOCATORS.register("uniform", UniformOptions, needs="none", strength=None)
 class Uniform:
     """Every module gets the target rate."""
 

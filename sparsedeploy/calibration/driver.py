@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from sparsedeploy.calibration.statistics import InputStatistics, Kind
+from sparsedeploy.models.layers import LayerSource, ResidentLayers
 from sparsedeploy.models.loading import exact_matmul
-from sparsedeploy.models.structure import DecoderStack, check_finite, find_decoder_stack
+from sparsedeploy.models.structure import check_finite
 
 # The hidden states are the caller's; a replayed cache object would append keys and values across sequences.
 _NOT_REPLAYED = ("hidden_states", "past_key_values", "past_key_value")
@@ -23,6 +24,10 @@ _NOT_REPLAYED = ("hidden_states", "past_key_values", "past_key_value")
 
 class _StopForward(Exception):
     """Raised by our own hook to leave the model after its embeddings; private, so no real error is swallowed."""
+
+
+def _pass_through(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return hidden_states
 
 
 @dataclass
@@ -33,13 +38,35 @@ class LayerView:
         index: depth, from 0.
         linears: full name -> linear, in order of definition.
         statistics: full name -> statistics of its input; linears that share an input share the object.
-        inputs: the hidden states ``[sequences, tokens, hidden]`` that enter the layer.
+        inputs: the hidden states ``[sequences, tokens, hidden]`` that enter; empty where only weights are read.
+        outputs: the hidden states that leave it, in a pass that does not change weights.
     """
 
     index: int
     linears: dict[str, nn.Linear]
     statistics: dict[str, InputStatistics]
     inputs: torch.Tensor
+    outputs: torch.Tensor | None = None
+
+
+def walk_weights(source: nn.Module | LayerSource, *, finished: int = 0) -> Iterator[LayerView]:
+    """Yield each layer from ``finished`` on with its weights only: no text, no statistics.
+
+    Raises:
+        UserError: weights that are not finite.
+    """
+    layers = as_source(source)
+    for index in range(finished, len(layers.stack.layers)):
+        with layers.layer(index):
+            linears = layers.stack.linears(index)
+            for name, linear in linears.items():
+                check_finite(name, linear.weight)
+            yield LayerView(index, linears, {}, torch.empty(0))
+
+
+def as_source(model: nn.Module | LayerSource) -> LayerSource:
+    """A loaded model as a source of its layers; a source as it is."""
+    return ResidentLayers(model) if isinstance(model, nn.Module) else model
 
 
 @dataclass(frozen=True)
@@ -54,30 +81,29 @@ class LayerDriver:
     """Walks the decoder layers in order; what the caller changes in a layer is in force for the next one's inputs.
 
     Args:
-        model: a causal LM in evaluation mode.
+        model: a causal LM in evaluation mode, or a source of its layers.
         tokens: int64 ``[sequences, length]``.
         batch_size: sequences per layer call; it changes memory and speed, not results.
     """
 
-    def __init__(self, model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 1) -> None:
-        if model.training:
-            raise ValueError("the model must be in evaluation mode")
+    def __init__(self, model: nn.Module | LayerSource, tokens: torch.Tensor, *, batch_size: int = 1) -> None:
         exact_matmul()
-        self.model = model
-        self.stack: DecoderStack = find_decoder_stack(model)
+        self.source = as_source(model)
+        self.stack = self.source.stack
         self.tokens = tokens
         self.batch_size = batch_size
-        self.device = next(model.parameters()).device
+        self.device = self.source.device
 
     def __len__(self) -> int:
         return len(self.stack.layers)
 
     @torch.no_grad()
-    def walk(self, kind: Kind, *, changes_weights: bool) -> Iterator[LayerView]:
+    def walk(self, kind: Kind, *, changes_weights: bool, finished: int = 0) -> Iterator[LayerView]:
         """Yield each layer with its statistics; after the caller is done with it, go on to the next.
 
         Args:
             kind: which statistics to accumulate.
+            finished: layers before this one are run as they are and not yielded.
             changes_weights: the caller prunes: run the changed layer again for the next one's inputs. Otherwise the
                 one pass that gathers statistics gives them too.
 
@@ -86,27 +112,43 @@ class LayerDriver:
         """
         arguments = self._layer_arguments()
         hidden = self._embed()
-        for index, layer in enumerate(self.stack.layers):
-            linears = self.stack.linears(index)
-            for name, linear in linears.items():
-                check_finite(name, linear.weight)
-            one_pass = not changes_weights
-            outputs = torch.empty_like(hidden) if one_pass else None
-            statistics: dict[str, InputStatistics] = {}
-            if kind != "none":
-                groups = self._input_groups(layer, linears, hidden, arguments[index])
-                statistics = self._gather(layer, linears, groups, kind, hidden, arguments[index], outputs)
-            elif one_pass:
-                self._run(layer, hidden, arguments[index], outputs)
-            yield LayerView(index, linears, statistics, hidden)
-            if one_pass:
-                assert outputs is not None
-                hidden = outputs
-            else:
+        for index in range(len(self)):
+            with self.source.layer(index) as layer:
+                if index < finished:
+                    self._run(layer, hidden, arguments[index], hidden)
+                    continue
+                linears = self.stack.linears(index)
+                for name, linear in linears.items():
+                    check_finite(name, linear.weight)
+                outputs = None if changes_weights else torch.empty_like(hidden)
+                statistics: dict[str, InputStatistics] = {}
+                if kind != "none":
+                    groups = self._input_groups(layer, linears, hidden, arguments[index])
+                    statistics = self._gather(layer, linears, groups, kind, hidden, arguments[index], outputs)
+                elif outputs is not None:
+                    self._run(layer, hidden, arguments[index], outputs)
+                yield LayerView(index, linears, statistics, hidden, outputs)
+                if outputs is None:
+                    if index + 1 < len(self):
+                        self._run(layer, hidden, arguments[index], hidden)
+                else:
+                    hidden = outputs
+
+    @torch.no_grad()
+    def states(self) -> Iterator[torch.Tensor]:
+        """Run the layers in order and yield the hidden states ``[sequences, tokens, hidden]`` that leave each.
+
+        There is one buffer: what is yielded is overwritten by the next layer.
+        """
+        arguments = self._layer_arguments()
+        hidden = self._embed()
+        for index in range(len(self)):
+            with self.source.layer(index) as layer:
                 self._run(layer, hidden, arguments[index], hidden)
+            yield hidden
 
     def _layer_arguments(self) -> list[LayerArguments]:
-        """The arguments of every layer, from one forward pass of one sequence, without cache objects."""
+        """The arguments of every layer, without cache objects, from a forward pass that skips the layers' own work."""
         captured = [LayerArguments((), {}) for _ in self.stack.layers]
 
         def keep(at: int) -> Any:
@@ -121,8 +163,12 @@ class LayerDriver:
             layer.register_forward_pre_hook(keep(at), with_kwargs=True) for at, layer in enumerate(self.stack.layers)
         ]
         try:
+            for layer in self.stack.layers:
+                layer.forward = _pass_through
             self._base_model()(input_ids=self.tokens[:1].to(self.device), use_cache=False)
         finally:
+            for layer in self.stack.layers:
+                del layer.forward
             for handle in handles:
                 handle.remove()
         return captured
@@ -149,8 +195,8 @@ class LayerDriver:
 
     def _base_model(self) -> nn.Module:
         """The model without its head, whose logits no pass needs."""
-        base = getattr(self.model, "base_model", self.model)
-        return base if isinstance(base, nn.Module) else self.model
+        base = getattr(self.source.model, "base_model", self.source.model)
+        return base if isinstance(base, nn.Module) else self.source.model
 
     def _run(
         self, layer: nn.Module, hidden: torch.Tensor, arguments: LayerArguments, outputs: torch.Tensor | None
@@ -196,7 +242,8 @@ class LayerDriver:
         outputs: torch.Tensor | None,
     ) -> dict[str, InputStatistics]:
         by_leader = {
-            leader: InputStatistics(linears[leader].in_features, kind, self.device) for leader in dict.fromkeys(groups.values())
+            leader: InputStatistics(linears[leader].in_features, kind, self.device)
+            for leader in dict.fromkeys(groups.values())
         }
 
         def feed(statistics: InputStatistics) -> Any:

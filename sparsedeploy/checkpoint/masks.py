@@ -6,20 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from sparsedeploy.errors import UserError
 
 FILE = "sparsity.masks"
 
 
-def save_masks(path: Path, masks: dict[str, torch.Tensor]) -> None:
-    """Write bool masks ``[rows, columns]`` (True = kept), each row padded to whole bytes."""
-    save_file({name: np.packbits(mask.cpu().numpy(), axis=1) for name, mask in masks.items()}, path)
+def pack_mask(mask: torch.Tensor) -> np.ndarray:
+    """uint8 ``[rows, ceil(columns / 8)]``: True (kept) is 1, the first column in the highest bit."""
+    return np.packbits(mask.cpu().numpy(), axis=1)
 
 
 def load_masks(path: Path, columns: dict[str, int]) -> dict[str, torch.Tensor]:
-    """Read masks back; ``columns`` gives each module's width.
+    """Read masks back as bool ``[rows, columns]``; ``columns`` gives each module's width.
 
     Raises:
         UserError: the file is missing or unreadable, or lacks a module.

@@ -58,6 +58,9 @@ def prune_command(
         str, typer.Option("--dtype", help="Compute in auto (the checkpoint's own), float32, bfloat16 or float16.")
     ] = "auto",
     device: DeviceOption = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")
+    ] = False,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -89,6 +92,7 @@ def prune_command(
         ),
         device=device,
         dtype=parse_dtype(dtype),
+        resume=resume,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )

@@ -133,12 +133,27 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_full_disk(cli: Cli, model: Path, text: Path, small_disk: Path) -> None:
-    outcome = cli(
-        "prune", model, "-o", small_disk / "out", "-s", 0.5, "--data", text, "-n", 2, "--calibration-length", 32
-    )
-    refused(outcome, "the disk is full. Free some space", small_disk)
+def test_a_disk_that_is_too_small_is_refused_before_the_work(cli: Cli, model: Path, small_disk: Path) -> None:
+    outcome = cli("prune", model, "-o", small_disk / "out", "-s", 0.5, "-m", "magnitude")
+    refused(outcome, "the disk is too full", small_disk)
     assert not list(small_disk.iterdir())
+
+
+def test_a_disk_that_fills_up_keeps_what_is_finished(cli: Cli, model: Path, small_disk: Path) -> None:
+    def resize(kilobytes: int) -> None:
+        command = ["mount", "-o", f"remount,size={kilobytes}k", str(small_disk)]
+        subprocess.run(command, capture_output=True, check=True)
+
+    resize((model / "model.safetensors").stat().st_size // 1024 + 32)
+    arguments = ("prune", model, "-o", small_disk / "out", "-s", 0.5, "-m", "magnitude")
+    outcome = cli(*arguments)
+    assert outcome.code == 2
+    assert "is full. Mend that, then run the command again with --resume: 2 layers are kept." in outcome.err
+    assert not (small_disk / "out").exists()
+    resize(1024)
+    assert cli(*arguments, "--resume").code == 0
+    assert [path.name for path in small_disk.iterdir()] == ["out"]
+    assert cli("inspect", small_disk / "out").code == 0
 
 
 def test_a_plan_for_another_model(cli: Cli, model: Path, text: Path) -> None:

@@ -1,0 +1,61 @@
+"""DLP: layers whose typical weight score is low keep more weights (methods 5.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sparsedeploy.allocation.base import ALLOCATORS, Shares, centred_range, layer_units, tabulated_strength
+from sparsedeploy.allocation.select import lower_median
+from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.scores import wanda_scores
+from sparsedeploy.plan import ModuleShape
+
+
+@dataclass(frozen=True)
+class DLPOptions:
+    """Options.
+
+    Attributes:
+        reduce: the typical score of a layer: the ``median`` of the paper, or the ``mean`` of the released code.
+        strength: alpha; the rates span ``2 * strength``. None takes the published table (0.15 at 70 %).
+    """
+
+    reduce: Literal["median", "mean"] = "median"
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.strength is not None and not self.strength >= 0:
+            raise ValueError("strength must be at least 0")
+
+
+@ALLOCATORS.register("dlp", DLPOptions, needs="sum_squares", strength="strength")
+class DLP:
+    """Dynamic layerwise pruning: I_l = 1 - R_l / sum R, R_l the layer's median Wanda score (Chen et al. 2025)."""
+
+    def __init__(self, options: DLPOptions) -> None:
+        self.options = options
+
+    def measure(self, layer: LayerView) -> float:
+        """R_l over all of the layer's linears together; their scores are never concatenated."""
+        if self.options.reduce == "median":
+            return lower_median(lambda: _scores(layer))
+        total, count = 0.0, 0
+        for scores in _scores(layer):
+            total += scores.sum(dtype=torch.float64).item()
+            count += scores.numel()
+        return total / count
+
+    def shares(self, measured: list[float], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
+        strength = tabulated_strength(sparsity) if self.options.strength is None else self.options.strength
+        # I = 1 - R / sum R falls linearly with R, and the range is normalised next: -R gives the same densities.
+        density = centred_range([-score for score in measured], strength)
+        return Shares(layer_units(layers, [-d for d in density]), details={f"{self.options.reduce}_score": measured})
+
+
+def _scores(layer: LayerView) -> Iterator[torch.Tensor]:
+    for name, linear in layer.linears.items():
+        yield wanda_scores(linear.weight, layer.statistics[name].mean_square)

@@ -1,0 +1,171 @@
+"""LSA: units whose weights are costly to drop jointly are pruned more; layer, block or projection (methods 5.5)."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+import torch
+
+from sparsedeploy.allocation.base import ALLOCATORS, Shares, Unit, centred_range, layer_units, tabulated_strength
+from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.plan import ModuleShape
+
+_FINE_STRENGTH = 0.07
+_ROWS_AT_ONCE = 512  # a group of so many rows stays in a core's cache through its greedy steps
+
+
+@dataclass(frozen=True)
+class LSAOptions:
+    """Options.
+
+    Attributes:
+        granularity: one score per ``layer``, per ``block`` (attention, MLP) or per ``projection``. The released code's
+            block mode equals its projection mode, because it tests for an old name of the option.
+        strength: beta. None takes the published table at layer granularity (0.15 at 70 %) and 0.07 at the others.
+        removed: share of the weights that the scoring drops (p); nothing is pruned by it.
+        group: columns that the greedy choice runs over at once (B); 0 takes all of a row's, the released default.
+        block_unit: at block granularity, one rate per block with the block's size. Otherwise each projection's
+            deviation is scaled by its own size, as in the released code, so that members of a block differ.
+    """
+
+    granularity: Literal["layer", "block", "projection"] = "layer"
+    strength: float | None = None
+    removed: float = 0.5
+    group: int = 128
+    block_unit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.strength is not None and not self.strength >= 0:
+            raise ValueError("strength must be at least 0")
+        if not 0 < self.removed < 1 or self.group < 0:
+            raise ValueError("removed must be between 0 and 1, and group at least 0")
+        if self.block_unit and self.granularity != "block":
+            raise ValueError("block_unit belongs to granularity=block")
+
+
+@ALLOCATORS.register("lsa", LSAOptions, needs="hessian", strength="strength")
+class LSA:
+    """Layerwise sparsity from minimal linear reconstruction errors: I = 1 - E / sum E; larger E, more sparsity."""
+
+    def __init__(self, options: LSAOptions) -> None:
+        self.options = options
+
+    def measure(self, layer: LayerView) -> list[float]:
+        """E of every linear of the layer, in order; linears that share an input go through the greedy together."""
+        sharing: dict[int, list[str]] = {}
+        for name in layer.linears:
+            sharing.setdefault(id(layer.statistics[name]), []).append(name)
+        errors: dict[str, float] = {}
+        for names in sharing.values():
+            weights = [layer.linears[name].weight.detach().float() for name in names]
+            per_row, _ = greedy_removal(
+                torch.cat(weights),
+                layer.statistics[names[0]].hessian,
+                removed=self.options.removed,
+                group=self.options.group,
+            )
+            for name, rows in zip(names, per_row.split([len(weight) for weight in weights]), strict=True):
+                errors[name] = rows.sum().item()
+        return [errors[name] for name in layer.linears]
+
+    def shares(self, measured: list[list[float]], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
+        details = {"error": measured}
+        # I = 1 - E / sum E falls linearly with E, and the range is normalised next: -E gives the same densities.
+        if self.options.granularity == "layer":
+            strength = tabulated_strength(sparsity) if self.options.strength is None else self.options.strength
+            density = centred_range([-math.fsum(errors) / len(errors) for errors in measured], strength)
+            return Shares(layer_units(layers, [-d for d in density]), details=details)
+        strength = _FINE_STRENGTH if self.options.strength is None else self.options.strength
+        groups: list[list[tuple[ModuleShape, float]]] = []
+        for layer, errors in zip(layers, measured, strict=True):
+            pairs = list(zip(layer, errors, strict=True))
+            groups += [[pair] for pair in pairs] if self.options.granularity == "projection" else blocks(pairs)
+        means = [math.fsum(error for _, error in group) / len(group) for group in groups]
+        if not self.options.block_unit:
+            means = [mean for mean, group in zip(means, groups, strict=True) for _ in group]
+            groups = [[pair] for group in groups for pair in group]
+        density = centred_range([-mean for mean in means], strength)
+        sizes = [sum(module.size for module, _ in group) for group in groups]
+        mean_size = sum(sizes) / len(sizes)
+        units = tuple(
+            Unit(tuple(module.name for module, _ in group), -d * mean_size / size)
+            for group, d, size in zip(groups, density, sizes, strict=True)
+        )
+        return Shares(units, details=details, ranking=tuple(density))
+
+
+def blocks(pairs: list[tuple[ModuleShape, float]]) -> list[list[tuple[ModuleShape, float]]]:
+    """A layer's linears by the module that holds them: attention and MLP, whatever their names and number."""
+    return [list(group) for _, group in groupby(pairs, key=lambda pair: pair[0].name.rpartition(".")[0])]
+
+
+def greedy_removal(
+    weight: torch.Tensor, hessian: torch.Tensor, *, removed: float = 0.5, group: int = 128
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drop a share of every row greedily and say what output error that makes (methods 5.5.1).
+
+    E_k = sum over i, j dropped of w_ki w_kj H_ij = |dropped part of row k times X^T|^2 when H = X^T X. In column
+    groups from left to right, every row drops again and again the weight that adds least, given what it has dropped.
+
+    Args:
+        weight: ``[rows, columns]``; its type is the type of the arithmetic.
+        hessian: ``[columns, columns]``, symmetric, any positive scale.
+        removed: share of each group that goes, rounded down (of a short last group too).
+        group: columns per group; 0 for all.
+
+    Returns:
+        The error of each row, float64 ``[rows]``, and what was dropped, bool ``[rows, columns]``. NaN errors where the
+        input overflows.
+    """
+    width = group or weight.shape[1]
+    hessian = hessian.to(weight)
+    if weight.is_cuda:
+        return _greedy_rows(weight, hessian, removed, width)
+    # Rows are independent, and the steps are too short to share one among threads: each thread takes its own rows.
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = list(
+                pool.map(lambda rows: _greedy_rows(rows, hessian, removed, width), weight.detach().split(_ROWS_AT_ONCE))
+            )
+    finally:
+        torch.set_num_threads(threads)
+    return torch.cat([errors for errors, _ in parts]), torch.cat([dropped for _, dropped in parts])
+
+
+def _greedy_rows(
+    weight: torch.Tensor, hessian: torch.Tensor, share: float, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = weight.shape
+    cost = weight.square() * hessian.diagonal()  # what dropping each weight would add to its row's error
+    errors = torch.zeros(rows, dtype=torch.float64, device=weight.device)
+    dropped = torch.zeros(rows, columns, dtype=torch.bool, device=weight.device)
+    if not torch.isfinite(cost).all():
+        return errors.fill_(math.nan), dropped
+    for start in range(0, columns, width):
+        end = min(start + width, columns)
+        w = weight[:, start:end].contiguous()
+        twice = 2 * w
+        h = hessian[start:end, start:end].contiguous()
+        inner = cost[:, start:end].contiguous()
+        # argmin and comparisons are slow on a CPU: 0 where the minimum is and 1 elsewhere, times the width, plus the
+        # index, is smallest at the minimum's first place.
+        index = torch.arange(end - start, dtype=weight.dtype, device=weight.device)
+        key = torch.empty_like(inner)
+        for _ in range(math.floor((end - start) * share + 1e-9)):
+            lowest = inner.amin(dim=1, keepdim=True)
+            torch.sub(inner, lowest, out=key).sign_()
+            at = torch.add(index, key, alpha=end - start, out=key).amin(dim=1, keepdim=True).long()
+            errors += lowest[:, 0]
+            inner.addcmul_(h.index_select(0, at[:, 0]).mul_(twice), w.gather(1, at))
+            inner.scatter_(1, at, math.inf)
+        gone = inner == math.inf
+        dropped[:, start:end] = gone
+        if end < columns:
+            cross = torch.where(gone, w, 0) @ hessian[start:end, end:]
+            cost[:, end:].addcmul_(cross, weight[:, end:], value=2)
+    return errors, dropped

@@ -1,0 +1,258 @@
+"""Mixed N:M: each unit keeps its own N of every M, the average is met exactly (methods 6)."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from sparsedeploy.allocation.base import Shares, check_scores
+from sparsedeploy.allocation.budget import meet_target, nm_target, unit_sizes
+from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.scores import wanda_scores
+from sparsedeploy.errors import UserError
+from sparsedeploy.plan import NM, MixedNM, ModuleShape, SparsityPlan
+
+
+@dataclass(frozen=True)
+class MixedOptions:
+    """Options of mixed N:M patterns.
+
+    Attributes:
+        rule: ``apportion`` gives each unit the N that its importance asks for (methods 6.1); ``marginal`` takes from
+            the unit that loses least of its Wanda scores, step by step (methods 6.2, after DominoSearch).
+        wanted: where ``apportion`` takes the wish from: the allocator's ``importance``, or M (1 - s) of its ``rates``.
+        strength: the wishes span ``strength`` steps of N between the least and the most important unit; with
+            ``marginal``, costs are weighted by exp(strength (z - mean z)), z the importance scaled to [0, 1].
+        n_min, n_max: bounds of N; ``n_max`` None is M.
+    """
+
+    rule: Literal["apportion", "marginal"] = "apportion"
+    wanted: Literal["importance", "rates"] = "importance"
+    strength: float = 2.0
+    n_min: int = 1
+    n_max: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.strength >= 0 or self.n_min < 1:
+            raise ValueError("strength must be at least 0 and n_min at least 1")
+        if self.n_max is not None and self.n_max < self.n_min:
+            raise ValueError("n_max must be at least n_min")
+
+
+def mixed_plan(
+    shares: Shares,
+    layers: list[list[ModuleShape]],
+    pattern: MixedNM,
+    *,
+    allocation: str,
+    mixed: MixedOptions | None = None,
+    costs: Mapping[str, torch.Tensor] | None = None,
+    options: Mapping[str, Any] | None = None,
+    model_sha256: str | None = None,
+) -> SparsityPlan:
+    """The plan of a mixed pattern: N per unit of ``shares``.
+
+    Args:
+        costs: with rule ``marginal``, each module's :func:`step_costs`.
+
+    Raises:
+        UserError: an average outside the bounds, or modules whose inputs M does not divide.
+    """
+    mixed = mixed or MixedOptions()
+    modules = [module for layer in layers for module in layer]
+    sizes = unit_sizes(shares, modules)
+    high = pattern.m if mixed.n_max is None else min(mixed.n_max, pattern.m)
+    if mixed.rule == "marginal":
+        assert costs is not None
+        spread = wishes(shares.importance, sizes, 0.0, mixed.strength)
+        counts = cheapest_counts(
+            [_relative([costs[name] for name in unit.modules]) for unit in shares.units],
+            sizes,
+            pattern.keep,
+            low=mixed.n_min,
+            high=high,
+            weights=[math.exp(value) for value in spread],
+        )
+    else:
+        if mixed.wanted == "importance":
+            wanted = wishes(shares.importance, sizes, pattern.keep, mixed.strength)
+        else:
+            rates = meet_target([u.value for u in shares.units], sizes, pattern.sparsity, rule=shares.rule)
+            wanted = [pattern.m * (1 - rate) for rate in rates]
+        counts = apportion(wanted, sizes, pattern.keep, low=mixed.n_min, high=high)
+    n_of = {name: n for unit, n in zip(shares.units, counts, strict=True) for name in unit.modules}
+    return SparsityPlan(
+        sparsity=pattern.sparsity,
+        pattern=str(pattern),
+        allocation=allocation,
+        targets=tuple(nm_target(module, NM(n_of[module.name], pattern.m)) for module in modules),
+        options=dict(options or {}),
+        model_sha256=model_sha256,
+        details={**(shares.details or {}), "mixed": asdict(mixed), "kept": counts},
+    )
+
+
+def wishes(importance: Sequence[float], sizes: Sequence[int], average: float, strength: float) -> list[float]:
+    """average + strength * (z - mean z): z is the importance scaled to [0, 1], its mean weighted by size.
+
+    All ``average`` when the importances are equal.
+    """
+    check_scores(importance)
+    lowest, highest = min(importance), max(importance)
+    if highest == lowest:
+        return [average] * len(importance)
+    scaled = [(value - lowest) / (highest - lowest) for value in importance]
+    mean = math.fsum(size * z for size, z in zip(sizes, scaled, strict=True)) / sum(sizes)
+    return [average + strength * (z - mean) for z in scaled]
+
+
+def apportion(
+    wanted: Sequence[float],
+    sizes: Sequence[int],
+    average: float,
+    *,
+    low: Sequence[int] | int,
+    high: Sequence[int] | int,
+) -> list[int]:
+    """Whole numbers near the wishes, within bounds, whose size-weighted sum is the budget (methods 6.1).
+
+    The wishes are shifted by one constant to meet the budget within the bounds, rounded down, and what is left is
+    handed out by largest remainder. For units of equal size the budget is round(average * units) steps and is met
+    exactly; otherwise less than one step of the largest unit stays unspent. Never overspent.
+
+    Args:
+        wanted: the N each unit wishes to keep.
+        low, high: bounds of N, for all or one per unit.
+
+    Raises:
+        UserError: the bounds cannot meet the average.
+    """
+    lows, highs = _bounds(sizes, average, low, high)
+    budget = _budget(sizes, average)
+    shifted = meet_target(
+        [wish - average for wish in wanted], sizes, budget / sum(sizes), low=_floats(lows), high=_floats(highs)
+    )
+    counts = [math.floor(value + 1e-9) for value in shifted]
+    left = budget - sum(size * count for size, count in zip(sizes, counts, strict=True))
+    remainder = [round(value - count, 9) for value, count in zip(shifted, counts, strict=True)]
+    for unit in sorted(range(len(sizes)), key=lambda u: (-remainder[u], -wanted[u], u)):
+        if counts[unit] < highs[unit] and sizes[unit] <= left:
+            counts[unit] += 1
+            left -= sizes[unit]
+    return counts
+
+
+def cheapest_counts(
+    costs: Sequence[Sequence[float]],
+    sizes: Sequence[int],
+    average: float,
+    *,
+    low: Sequence[int] | int,
+    high: Sequence[int] | int,
+    weights: Sequence[float] | None = None,
+) -> list[int]:
+    """From the upper bounds down, the step that costs least per weight goes first, until the budget is met (6.2).
+
+    Optimal for units of equal size, since a unit's steps cost more and more.
+
+    Args:
+        costs: ``costs[u][n - 1]`` is what unit u loses by going from n to n - 1 kept.
+        weights: factors of each unit's costs.
+
+    Raises:
+        UserError: the bounds cannot meet the average, or costs that are not finite.
+    """
+    lows, highs = _bounds(sizes, average, low, high)
+    budget = _budget(sizes, average)
+    factor = [1.0] * len(sizes) if weights is None else list(weights)
+    for unit_costs in costs:
+        check_scores(unit_costs)
+    counts = list(highs)
+    spent = sum(size * count for size, count in zip(sizes, counts, strict=True))
+
+    def price(unit: int) -> tuple[float, int]:
+        return factor[unit] * costs[unit][counts[unit] - 1] / sizes[unit], unit
+
+    heap = [price(unit) for unit in range(len(sizes)) if counts[unit] > lows[unit]]
+    heapq.heapify(heap)
+    while spent > budget:
+        _, unit = heapq.heappop(heap)
+        counts[unit] -= 1
+        spent -= sizes[unit]
+        if counts[unit] > lows[unit]:
+            heapq.heappush(heap, price(unit))
+    # With unequal sizes the last step may have saved too much: give back what fits, the dearest first.
+    for unit in sorted(range(len(sizes)), key=lambda u: -factor[u] * _next_cost(costs[u], counts[u]) / sizes[u]):
+        if counts[unit] < highs[unit] and spent + sizes[unit] <= budget:
+            counts[unit] += 1
+            spent += sizes[unit]
+    return counts
+
+
+def step_costs(scores: torch.Tensor, m: int) -> torch.Tensor:
+    """What keeping one weight fewer of every ``m`` loses: entry n - 1 is the sum of the squared n-th largest scores.
+
+    Args:
+        scores: ``[rows, columns]``, not negative.
+
+    Returns:
+        float64 ``[m]``, not increasing; its sum is the squared total.
+
+    Raises:
+        UserError: columns that ``m`` does not divide.
+    """
+    if scores.shape[1] % m:
+        raise UserError(f"{scores.shape[1]} inputs are not divisible by {m}", "Choose an M that divides them.")
+    ordered = scores.reshape(-1, m).sort(dim=1, descending=True).values
+    return ordered.square().sum(dim=0, dtype=torch.float64).cpu()
+
+
+def layer_step_costs(layer: LayerView, m: int) -> dict[str, torch.Tensor]:
+    """:func:`step_costs` of the Wanda scores of each linear of a layer, by name."""
+    return {
+        name: step_costs(wanda_scores(linear.weight, layer.statistics[name].mean_square), m)
+        for name, linear in layer.linears.items()
+    }
+
+
+def _relative(costs: Sequence[torch.Tensor]) -> list[float]:
+    """A unit's step costs as shares of its squared total; zero for a unit without any score."""
+    total = torch.stack(list(costs)).sum(dim=0)
+    whole = total.sum()
+    return (total / whole if whole != 0 else total).tolist()
+
+
+def _next_cost(costs: Sequence[float], count: int) -> float:
+    return costs[count] if count < len(costs) else 0.0
+
+
+def _budget(sizes: Sequence[int], average: float) -> float:
+    """The weighted sum of N to reach: whole steps when all units have one size."""
+    if len(set(sizes)) == 1:
+        return float(round(average * len(sizes)) * sizes[0])
+    return math.floor(average * sum(sizes) + 1e-6)
+
+
+def _bounds(
+    sizes: Sequence[int], average: float, low: Sequence[int] | int, high: Sequence[int] | int
+) -> tuple[list[int], list[int]]:
+    lows = [low] * len(sizes) if isinstance(low, int) else list(low)
+    highs = [high] * len(sizes) if isinstance(high, int) else list(high)
+    budget = _budget(sizes, average)
+    least, most = (sum(s * n for s, n in zip(sizes, bound, strict=True)) for bound in (lows, highs))
+    if min(lows) < 1 or any(a > b for a, b in zip(lows, highs, strict=True)) or not least <= budget <= most:
+        total = sum(sizes)
+        raise UserError(
+            f"an average of {average:g} kept cannot be met with N from {least / total:g} to {most / total:g}",
+            "Choose an average inside, or other bounds (pattern options n_min, n_max).",
+        )
+    return lows, highs
+
+
+def _floats(values: Sequence[int]) -> list[float]:
+    return [float(value) for value in values]

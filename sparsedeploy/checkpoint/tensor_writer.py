@@ -1,0 +1,115 @@
+"""Write pruned tensors into a folder in the making, in any order, each at its final place in the file.
+
+The output shards have the layout of the source's: header and untouched tensors are copied once, byte for byte, and each
+pruned tensor is written where the header says it lies. So nothing is written twice, and memory holds one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from sparsedeploy.checkpoint.masks import FILE, pack_mask
+from sparsedeploy.models.tensor_files import StoredTensor, TensorFiles, read_header
+from sparsedeploy.plan import ModuleTarget
+from sparsedeploy.pruning.base import apply_mask
+
+_CHUNK = 1 << 24
+
+
+class TensorWriter:
+    """The weights and masks of a checkpoint in the making.
+
+    Args:
+        files: the source's tensors.
+        folder: the folder to fill.
+        targets: the modules that are pruned.
+
+    Raises:
+        UserError: a module that the source stores no tensor for.
+    """
+
+    def __init__(self, files: TensorFiles, folder: Path, targets: Iterable[ModuleTarget]) -> None:
+        self._files = files
+        self._folder = folder
+        self._targets = list(targets)
+        self._tensor_of = {target.name: files.locate(f"{target.name}.weight") for target in self._targets}
+        self._masks: dict[str, StoredTensor] = {}
+        self._written: set[Path] = set()
+
+    def create(self) -> None:
+        """Create the files: full length, with everything in them that pruning leaves alone.
+
+        Not needed again in a later process that goes on with the same folder.
+        """
+        pruned = {stored.name for stored in self._tensor_of.values()}
+        for shard in self._files.shards:
+            _copy_except(shard, self._folder / shard.name, pruned)
+        _create_masks(self._folder / FILE, self._targets)
+
+    def put(self, module: str, weight: torch.Tensor, mask: torch.Tensor) -> None:
+        """Write one module: ``weight`` in the stored type, zero where ``mask`` (True = kept) is False."""
+        stored = self._tensor_of[module]
+        values = apply_mask(weight.detach().to("cpu", stored.dtype), mask.cpu()).contiguous()
+        self._write(self._folder / stored.shard.name, stored.start, values.view(torch.uint8).numpy().data)
+        if not self._masks:
+            self._masks = {entry.name: entry for entry in read_header(self._folder / FILE)}
+        self._write(self._folder / FILE, self._masks[module].start, pack_mask(mask).data)
+
+    def sync(self) -> None:
+        """Make everything written so far safe against a crash of the machine."""
+        for path in self._written:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        self._written.clear()
+
+    def _write(self, path: Path, start: int, data: memoryview) -> None:
+        with open(path, "r+b") as file:
+            file.seek(start)
+            file.write(data)
+        self._written.add(path)
+
+
+def _copy_except(source: Path, target: Path, skipped: set[str]) -> None:
+    """Copy a shard, leaving holes for the tensors named in ``skipped``."""
+    tensors = read_header(source)
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        writer.truncate(source.stat().st_size)
+        _copy_range(reader, writer, 0, tensors[0].start if tensors else source.stat().st_size)
+        for tensor in tensors:
+            if tensor.name not in skipped:
+                _copy_range(reader, writer, tensor.start, tensor.end)
+
+
+def _copy_range(reader: BinaryIO, writer: BinaryIO, start: int, end: int) -> None:
+    reader.seek(start)
+    writer.seek(start)
+    while start < end:
+        chunk = reader.read(min(_CHUNK, end - start))
+        writer.write(chunk)
+        start += len(chunk)
+
+
+def _create_masks(path: Path, targets: list[ModuleTarget]) -> None:
+    """A safetensors file of the masks' shapes, all zero."""
+    header: dict[str, object] = {}
+    end = 0
+    for target in targets:
+        width = -(-target.columns // 8)
+        header[target.name] = {
+            "dtype": "U8",
+            "shape": [target.rows, width],
+            "data_offsets": [end, end + target.rows * width],
+        }
+        end += target.rows * width
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)

@@ -1,0 +1,168 @@
+"""Decoder layers on demand: all resident, or one at a time from the files of a model that never fits as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.models.loading import load_config
+from sparsedeploy.models.structure import DecoderStack, find_decoder_stack
+from sparsedeploy.models.tensor_files import StoredTensor, TensorFiles
+
+
+class LayerSource(Protocol):
+    """A causal LM whose decoder layers have their weights only between entering and leaving :meth:`layer`.
+
+    Attributes:
+        model: the whole module tree; everything outside the decoder layers that their inputs depend on is loaded.
+        stack: its decoder layers.
+        device: where the computing is done.
+    """
+
+    model: nn.Module
+    stack: DecoderStack
+    device: torch.device
+
+    def layer(self, index: int) -> Any:
+        """Context manager: the layer of that depth with its weights in place."""
+
+
+class ResidentLayers:
+    """All layers of a loaded model, in evaluation mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        if model.training:
+            raise ValueError("the model must be in evaluation mode")
+        self.model = model
+        self.stack = find_decoder_stack(model)
+        self.device = next(model.parameters()).device
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        yield self.stack.layers[index]
+
+
+class StreamedLayers:
+    """One decoder layer in memory at a time, read from a safetensors folder; the next one is read ahead.
+
+    Args:
+        folder: the model folder.
+        dtype: to compute in; None takes the configuration's own.
+
+    Raises:
+        UserError: a folder that is no causal LM or lacks tensors.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        config = load_config(folder, trust_remote_code=trust_remote_code)
+        self.files = TensorFiles(folder)
+        self.device = device
+        dtype = dtype or config.dtype or torch.float32
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=trust_remote_code
+                ).eval()
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{folder} is no causal LM ({reason})", "Use a decoder-only language model.") from error
+        self.model.requires_grad_(False)
+        self.stack = find_decoder_stack(self.model)
+        self._layer_tensors = [self._stored(self.stack.layer_name(i)) for i in range(len(self.stack.layers))]
+        self._load_surroundings()
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+
+    def tensor_of(self, module: str) -> StoredTensor:
+        """Where a linear's weight is stored."""
+        return self.files.locate(f"{module}.weight")
+
+    def redirect(self, index: int, folder: Path) -> None:
+        """Read a layer from now on from another folder with shards of the same layout: a checkpoint in the making."""
+        self._layer_tensors[index] = {
+            parameter: replace(stored, shard=folder / stored.shard.name)
+            for parameter, stored in self._layer_tensors[index].items()
+        }
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Bring in a layer; on leaving, its weights are let go."""
+        tensors = self._take(index)
+        for parameter, stored in self._layer_tensors[index].items():
+            self._set(parameter, tensors.pop(stored.name))
+        if index + 1 < len(self.stack.layers):
+            self._ahead = (index + 1, self._reader.submit(self._read, index + 1))
+        try:
+            yield self.stack.layers[index]
+        finally:
+            for parameter in self._layer_tensors[index]:
+                module, name = self._owner(parameter)
+                empty = torch.empty_like(getattr(module, name), device="meta")
+                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+    def _take(self, index: int) -> dict[str, torch.Tensor]:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == index:
+            return ahead[1].result()
+        return self._read(index)
+
+    def _read(self, index: int) -> dict[str, torch.Tensor]:
+        tensors = self.files.read(self._layer_tensors[index].values())
+        return {name: t.pin_memory() for name, t in tensors.items()} if self.device.type == "cuda" else tensors
+
+    def _stored(self, prefix: str) -> dict[str, StoredTensor]:
+        module = self.model.get_submodule(prefix)
+        return {
+            f"{prefix}.{name}": self.files.locate(f"{prefix}.{name}")
+            for name, _ in module.named_parameters(remove_duplicate=False)
+        }
+
+    def _load_surroundings(self) -> None:
+        """Everything of the base model outside its layers: embeddings, norms, projections; not the output head."""
+        base = getattr(self.model, "base_model", self.model)
+        inside = {id(p) for p in self.stack.layers.parameters()}
+        wanted = {
+            name: self.files.locate(name)
+            for name, parameter in self.model.named_parameters()
+            if id(parameter) not in inside and any(parameter is p for p in base.parameters())
+        }
+        tensors = self.files.read(wanted.values())
+        for parameter, stored in wanted.items():
+            self._set(parameter, tensors[stored.name])
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
+
+    def _set(self, parameter: str, tensor: torch.Tensor) -> None:
+        module, name = self._owner(parameter)
+        place = module._parameters[name]
+        assert place is not None
+        if tuple(tensor.shape) != tuple(place.shape):
+            raise UserError(
+                f"{parameter} is stored as {tuple(tensor.shape)}, the configuration says {tuple(place.shape)}",
+                "Check that config.json and the weights belong together.",
+            )
+        value = tensor.to(self.device, place.dtype, non_blocking=True)
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+    def _owner(self, parameter: str) -> tuple[nn.Module, str]:
+        module, _, name = parameter.rpartition(".")
+        return self.model.get_submodule(module), name
