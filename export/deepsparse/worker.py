@@ -1,0 +1,339 @@
+"""The DeepSparse side of sparsedeploy: runs in the engine's own environment and answers JSON lines.
+
+Needs only the standard library, numpy, onnx and the engine. One request a line on standard input
+(``{"id": 1, "op": "load", "arguments": {...}}``), replies on the real standard output: any number of
+``{"id": 1, "event": {...}}``, then ``{"id": 1, "result": {...}}`` or ``{"id": 1, "error": "...", "fix": "..."}``.
+Arrays travel as .npy files named in the arguments and results. The first line, with id 0, says that the engine was
+imported. Whatever native code prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Generator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def take_standard_output() -> TextIO:
+    """Keep the real standard output for the protocol and send everything else that is printed to standard error."""
+    sys.stdout.flush()
+    protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return protocol
+
+
+PROTOCOL = take_standard_output()
+
+import numpy as np  # noqa: E402 - the engine is imported only after its output has been redirected
+import onnx  # noqa: E402
+from deepsparse.cpu import cpu_architecture  # noqa: E402
+from deepsparse.engine import LIB, Engine  # noqa: E402
+from deepsparse.utils.onnx import overwrite_onnx_model_inputs_for_kv_cache_models  # noqa: E402
+
+GRAPH = "model.onnx"
+
+
+class BadRequest(Exception):
+    """A request that the user can mend."""
+
+    def __init__(self, message: str, fix: str | None = None) -> None:
+        self.fix = fix
+        super().__init__(message)
+
+
+class CachedEngine:
+    """One compiled graph for a fixed number of new tokens, with the engine's internal key/value cache."""
+
+    def __init__(self, graph: Path, cores: int, capacity: int, length: int) -> None:
+        path, cached, cache_type = overwrite_onnx_model_inputs_for_kv_cache_models(str(graph), capacity, length, 1)
+        if not any(cached):
+            raise BadRequest(f"{graph.name} has no key/value cache", "Export with sparsedeploy export.")
+        self.length = length
+        self.capacity = capacity
+        self.engine = Engine(path, 1, cores, cached_outputs=[bool(output) for output in cached])
+        self.names = self.engine.input_names
+        # The engine keeps the cache itself; its inputs are given with an empty batch.
+        self.empty_past = {
+            name: np.zeros((0, *shape[1:]), dtype=cache_type)
+            for name, shape in zip(self.names, self.engine.input_shapes)  # noqa: B905 - Python 3.9
+            if name.startswith("past_key_values")
+        }
+
+    def run(self, tokens: list[int], start: int, padding: int, cache: Any) -> np.ndarray:
+        """Run new tokens that follow ``start`` tokens in the cache; returns their logits [len(tokens), V].
+
+        ``padding`` slots before the sequence are masked for every token: those already in the cache, or, in the first
+        chunk, those that fill it up to ``self.length`` on the left.
+        """
+        length, capacity, count = self.length, self.capacity, len(tokens)
+        blank = length - count
+        seen = start + count
+        ids = np.zeros((1, length), dtype=np.int64)
+        ids[0, blank:] = tokens
+        positions = np.zeros((1, length), dtype=np.int64)
+        positions[0, blank:] = np.arange(start, seen)
+        attention = np.zeros((1, capacity), dtype=np.int64)
+        attention[0, capacity - seen - padding :] = 1
+        # Columns are aligned right: the new tokens are the last ones.
+        causal = np.zeros((1, 1, length, capacity), dtype=np.int64)
+        causal[0, 0, blank:, capacity - seen :] = np.tri(count, seen, start, dtype=np.int64)
+        slots = np.arange(blank)
+        causal[0, 0, slots, capacity - length + slots] = 1
+        inputs = {"input_ids": ids, "attention_mask": attention, "positions": positions, "causal_mask": causal}
+        inputs.update(self.empty_past)
+        logits = self.engine._eng_net.execute_list_out([inputs[name] for name in self.names], cache)[0]
+        return logits[0, blank:]
+
+
+def slots_needed(prompt: int, new_tokens: int, chunk: int) -> int:
+    """Slots of the cache for a prompt, its padding to whole chunks and new tokens.
+
+    With fewer the engine answers wrongly without a word: it needs one slot more than there are tokens, and more than
+    one chunk beside the chunk that it runs (found by trying all sizes around it against torch).
+    """
+    padded = -(-prompt // chunk) * chunk
+    return max(padded + new_tokens + 1, 2 * chunk + 1)
+
+
+class Model:
+    """A graph compiled twice, for a chunk of the prompt and for one token; both share one cache.
+
+    Args:
+        folder: holds ``model.onnx``; copied first, because the engine writes the sizes into the file.
+        capacity: slots of the cache, see :func:`slots_needed`.
+        chunk: tokens of the prompt that are run at once; 1 or a multiple of 4.
+    """
+
+    def __init__(self, folder: Path, cores: int, capacity: int, chunk: int) -> None:
+        if chunk != 1 and chunk % 4:
+            raise BadRequest(f"the prompt chunk is {chunk}", "It must be 1 or a multiple of 4.")
+        self.capacity = capacity
+        self.chunk = chunk
+        scratch = Path(tempfile.mkdtemp(prefix="graph-"))
+        try:
+            graph = copy_graph(folder, scratch)
+            started = time.perf_counter()
+            self.one = CachedEngine(graph, cores, capacity, 1)
+            self.many = self.one if chunk == 1 else CachedEngine(graph, cores, capacity, chunk)
+            self.compile_seconds = time.perf_counter() - started
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        self.cache = LIB.kv_cache(0, 0)
+        self.seen = 0
+        self.padding = 0
+
+    def prefill(self, prompt: list[int]) -> np.ndarray:
+        """Start again with a prompt; returns the logits of all of it, [P, V].
+
+        A prompt that is not whole chunks is padded on the left of its first chunk, and the padding is masked: exact,
+        and one run of the engine instead of one for each token that is left over.
+        """
+        if not prompt:
+            raise BadRequest("the prompt is empty", "Give at least one token.")
+        self.cache.reset()
+        self.seen = 0
+        self.padding = -len(prompt) % self.chunk
+        parts = []
+        end = self.chunk - self.padding
+        while self.seen < len(prompt):
+            tokens = prompt[self.seen : end]
+            parts.append(self.many.run(tokens, self.seen, self.padding, self.cache))
+            self.seen, end = end, end + self.chunk
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def decode(self, token: int) -> np.ndarray:
+        """Run one more token; returns its logits [V]."""
+        logits = self.one.run([token], self.seen, self.padding, self.cache)[0]
+        self.seen += 1
+        return logits
+
+    def check_room(self, prompt: int, new_tokens: int) -> None:
+        """Refuse more tokens than the cache holds."""
+        if slots_needed(prompt, new_tokens, self.chunk) > self.capacity:
+            raise BadRequest(
+                f"{prompt} prompt tokens and {new_tokens} new ones do not fit into a cache of {self.capacity} slots",
+                "Load the model for more tokens.",
+            )
+
+
+class Server:
+    """The operations; each takes the arguments of a request and returns its result."""
+
+    def __init__(self) -> None:
+        self.models: dict[int, Model] = {}
+
+    def info(self) -> dict[str, Any]:
+        """Versions and what the engine found out about this CPU."""
+        cpu = cpu_architecture()
+        return {
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in ("deepsparse", "numpy", "onnx")},
+            "hardware": {
+                "vendor": cpu.vendor,
+                "instruction_set": cpu.isa,
+                "vnni": bool(cpu.vnni),
+                "cores": cpu.num_available_physical_cores,
+                "sockets": cpu.available_sockets,
+                "l2_bytes": cpu.L2_cache_size,
+                "l3_bytes": cpu.L3_cache_size,
+            },
+        }
+
+    def check(self) -> dict[str, Any]:
+        """Compile and run a small matrix product and compare it with numpy."""
+        weights = np.random.default_rng(0).standard_normal((32, 16)).astype(np.float32)
+        values = np.ones((1, 32), dtype=np.float32)
+        kind = onnx.TensorProto.FLOAT
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
+            "check",
+            [onnx.helper.make_tensor_value_info("x", kind, [1, 32])],
+            [onnx.helper.make_tensor_value_info("y", kind, [1, 16])],
+            [onnx.numpy_helper.from_array(weights, "w")],
+        )
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, GRAPH)
+            onnx.save(model, path)
+            output = Engine(path, 1, 1).run([values])[0]
+        difference = float(np.abs(output - values @ weights).max())
+        if not difference < 1e-4:
+            raise BadRequest(f"the engine computes a matrix product that is off by {difference:.3g}")
+        return {**self.info(), "largest_difference": difference}
+
+    def load(self, folder: str, cores: int, prompt_length: int, new_tokens: int, chunk: int) -> dict[str, Any]:
+        """Compile a graph for up to so many tokens; the result's ``model`` names it in later requests."""
+        model = Model(Path(folder), cores, slots_needed(prompt_length, new_tokens, chunk), chunk)
+        number = len(self.models) + 1
+        self.models[number] = model
+        return {
+            "model": number,
+            "capacity": model.capacity,
+            "compile_seconds": model.compile_seconds,
+            "fraction_of_supported_ops": model.many.engine.fraction_of_supported_ops,
+        }
+
+    def logits(self, model: int, prompt: list[int], tokens: list[int], folder: str) -> dict[str, Any]:
+        """Logits of every prompt token and of every following token, saved in ``folder``."""
+        runner = self.models[model]
+        runner.check_room(len(prompt), len(tokens))
+        prefill = runner.prefill(prompt)
+        decode = [runner.decode(token) for token in tokens]
+        arrays = {"prefill": prefill, "decode": np.stack(decode) if decode else prefill[:0]}
+        paths = {}
+        for name, array in arrays.items():
+            paths[name] = os.path.join(folder, f"{name}.npy")
+            np.save(paths[name], array)
+        return {"arrays": paths}
+
+    def generate(
+        self, model: int, prompt: list[int], new_tokens: int, temperature: float, seed: int, stop: list[int]
+    ) -> Generator[dict[str, Any], None, dict[str, Any]]:
+        """Yield each new token and return all of them; greedy at temperature 0."""
+        runner = self.models[model]
+        runner.check_room(len(prompt), new_tokens)
+        random = np.random.default_rng(seed)
+        logits = runner.prefill(prompt)[-1]
+        tokens: list[int] = []
+        while True:
+            token = choose(logits, temperature, random)
+            tokens.append(token)
+            yield {"token": token}
+            if token in stop or len(tokens) == new_tokens:
+                break
+            logits = runner.decode(token)
+        return {"tokens": tokens, "stopped": tokens[-1] in stop}
+
+    def measure(self, model: int, prompt: list[int], decode_tokens: int) -> dict[str, Any]:
+        """Seconds that a prompt took, and each of the tokens that follow it greedily."""
+        runner = self.models[model]
+        runner.check_room(len(prompt), decode_tokens)
+        clock = time.perf_counter
+        started = clock()
+        token = int(runner.prefill(prompt)[-1].argmax())
+        prefill = clock() - started
+        decode = []
+        for _ in range(decode_tokens):
+            started = clock()
+            token = int(runner.decode(token).argmax())
+            decode.append(clock() - started)
+        return {"prefill_seconds": prefill, "decode_seconds": decode}
+
+
+def choose(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
+    """The likeliest token, or one drawn with probability softmax(logits / temperature)."""
+    if temperature <= 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    return int(random.choice(len(weights), p=weights / weights.sum()))
+
+
+def copy_graph(folder: Path, scratch: Path) -> Path:
+    """Copy the graph and link its external data, so that the engine's edits stay in the copy."""
+    source = folder / GRAPH
+    if not source.is_file():
+        raise BadRequest(f"{folder} has no {GRAPH}", "Export the checkpoint again with sparsedeploy export.")
+    graph = scratch / GRAPH
+    shutil.copyfile(source, graph)
+    model = onnx.load(str(graph), load_external_data=False)
+    names = {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    for name in sorted(names):
+        target = scratch / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(folder / name, target)
+        except OSError:
+            shutil.copyfile(folder / name, target)
+    return graph
+
+
+def send(message: dict[str, Any]) -> None:
+    PROTOCOL.write(json.dumps(message) + "\n")
+    PROTOCOL.flush()
+
+
+def send_events(number: int, events: Generator[dict[str, Any], None, dict[str, Any]]) -> dict[str, Any]:
+    """Send each event as it comes and return what the generator returns."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as end:
+            return end.value
+        send({"id": number, "event": event})
+
+
+def answer(server: Server, request: dict[str, Any]) -> None:
+    number = request["id"]
+    try:
+        result = getattr(server, request["op"])(**request["arguments"])
+        if isinstance(result, Generator):
+            result = send_events(number, result)
+        send({"id": number, "result": result})
+    except BadRequest as error:
+        send({"id": number, "error": str(error), "fix": error.fix})
+    except Exception as error:
+        traceback.print_exc()
+        send({"id": number, "error": f"{type(error).__name__}: {error}", "fix": None})
+
+
+def main() -> None:
+    server = Server()
+    send({"id": 0, "result": server.info()})
+    for line in sys.stdin:
+        answer(server, json.loads(line))
+
+
+if __name__ == "__main__":
+    main()

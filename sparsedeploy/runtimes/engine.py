@@ -1,0 +1,196 @@
+"""A loaded artifact on its runtime: logits, generated text and timings, whatever engine is behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.export.artifact import Artifact, load_artifact
+from sparsedeploy.runtimes.environments import Environment, require
+from sparsedeploy.runtimes.machine import usable_cores
+from sparsedeploy.runtimes.specification import load_runtime, runtime_for_target
+from sparsedeploy.runtimes.worker import Worker
+
+DEFAULT_CHUNK = 64
+# A chunk of the prompt must be a multiple of this for DeepSparse; harmless for others.
+_CHUNK_UNIT = 4
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One measured run.
+
+    Attributes:
+        prefill_seconds: for the whole prompt.
+        decode_seconds: for each token after it.
+    """
+
+    prefill_seconds: float
+    decode_seconds: list[float]
+
+
+class LoadedModel(Protocol):
+    """What a runtime offers for a loaded artifact. A new runtime implements this, in a worker or in this process."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Versions of the runtime, what it found out about the processor and how it loaded the artifact."""
+
+    def logits(self, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Logits after each prompt token [P, V] and, with the cache, after each following token [T, V]."""
+
+    def generate(
+        self, prompt: Sequence[int], new_tokens: int, temperature: float, seed: int, stop: Sequence[int]
+    ) -> Iterator[int]:
+        """Tokens as they come, up to ``new_tokens`` or the first of ``stop``; greedy at temperature 0."""
+
+    def measure(self, prompt: Sequence[int], decode_tokens: int) -> Timing:
+        """Time one prefill and the greedy tokens after it."""
+
+
+class WorkerModel:
+    """A :class:`LoadedModel` in a worker process of the runtime's own environment."""
+
+    def __init__(
+        self, worker: Worker, folder: Path, *, cores: int, prompt_length: int, new_tokens: int, chunk: int
+    ) -> None:
+        self._worker = worker
+        options = {"cores": cores, "prompt_length": prompt_length, "new_tokens": new_tokens, "chunk": chunk}
+        loaded = worker.call("load", folder=str(folder.resolve()), **options)
+        self._model = loaded.pop("model")
+        self._facts = {**worker.ready, **loaded, **options}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self._facts
+
+    def logits(self, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        result = self._worker.call(
+            "logits", model=self._model, prompt=list(prompt), tokens=list(tokens), folder=str(self._worker.folder)
+        )
+        arrays = self._worker.arrays(result)
+        return arrays["prefill"], arrays["decode"]
+
+    def generate(
+        self, prompt: Sequence[int], new_tokens: int, temperature: float = 0.0, seed: int = 0, stop: Sequence[int] = ()
+    ) -> Iterator[int]:
+        events = self._worker.stream(
+            "generate",
+            model=self._model,
+            prompt=list(prompt),
+            new_tokens=new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop=list(stop),
+        )
+        for event in events:
+            if "token" in event:
+                yield event["token"]
+
+    def measure(self, prompt: Sequence[int], decode_tokens: int) -> Timing:
+        return Timing(
+            **self._worker.call("measure", model=self._model, prompt=list(prompt), decode_tokens=decode_tokens)
+        )
+
+
+@contextmanager
+def open_model(
+    folder: Path,
+    *,
+    prompt_length: int,
+    new_tokens: int,
+    runtime: str | None = None,
+    python: str | None = None,
+    cores: int | None = None,
+    chunk: int | None = None,
+    timeout: float = 600.0,
+) -> Iterator[LoadedModel]:
+    """Load an artifact on its runtime, with a cache for a prompt and new tokens of these lengths.
+
+    Args:
+        runtime: its name; by default the one that the artifact was exported for.
+        python: interpreter of an environment of the user's own that has the runtime.
+        cores: threads to use; by default all cores that this process may use.
+        chunk: prompt tokens that are run at once; by default the prompt's length, at most 64.
+        timeout: seconds that one request may take.
+
+    Raises:
+        UserError: not an artifact, one for another target, lengths that do not fit it, or the runtime fails.
+    """
+    artifact = load_artifact(folder)
+    environment = environment_for(artifact, folder, runtime, python)
+    check_lengths(artifact, prompt_length, new_tokens)
+    cores = check_cores(cores)
+    chunk = chunk_for(prompt_length, chunk)
+    with environment.worker(timeout) as worker:
+        yield WorkerModel(
+            worker, Path(folder), cores=cores, prompt_length=prompt_length, new_tokens=new_tokens, chunk=chunk
+        )
+
+
+def environment_for(artifact: Artifact, folder: Path, runtime: str | None, python: str | None) -> Environment:
+    """The environment of the runtime that runs this artifact.
+
+    Raises:
+        UserError: the named runtime does not run artifacts of this target, or is not installed.
+    """
+    if runtime is None:
+        return require(runtime_for_target(artifact.target).name, python)
+    specification = load_runtime(runtime)
+    if artifact.target not in specification.targets:
+        raise UserError(
+            f"{folder} was exported for {artifact.target}, runtime {runtime} runs {', '.join(specification.targets)}",
+            f"Export the checkpoint with --target {specification.targets[0]}.",
+        )
+    return require(runtime, python)
+
+
+def check_lengths(artifact: Artifact, prompt_length: int, new_tokens: int) -> None:
+    """Refuse lengths that the model cannot take.
+
+    Raises:
+        UserError: an empty prompt, no new token, or more tokens than the model's positions.
+    """
+    if prompt_length < 1:
+        raise UserError("the prompt is empty", "Give a prompt of at least one token.")
+    if new_tokens < 1:
+        raise UserError(f"{new_tokens} new tokens were asked for", "Ask for at least one.")
+    limit = artifact.shapes.max_positions
+    if limit is not None and prompt_length + new_tokens > limit:
+        raise UserError(
+            f"{prompt_length} prompt tokens and {new_tokens} new ones are more than the model's {limit} positions",
+            "Use a shorter prompt or fewer new tokens.",
+        )
+
+
+def check_cores(cores: int | None) -> int:
+    """The number of cores to use.
+
+    Raises:
+        UserError: none, or more than this process may use.
+    """
+    available = usable_cores()
+    if cores is None:
+        return available
+    if not 1 <= cores <= available:
+        raise UserError(f"{cores} cores were asked for, this process may use {available}", f"Give 1 to {available}.")
+    return cores
+
+
+def chunk_for(prompt_length: int, chunk: int | None) -> int:
+    """The chunk to run a prompt in: as given, else the whole prompt rounded up to a multiple of 4, at most 64.
+
+    Raises:
+        UserError: a chunk that is neither 1 nor a multiple of 4.
+    """
+    if chunk is None:
+        return min(DEFAULT_CHUNK, -(-prompt_length // _CHUNK_UNIT) * _CHUNK_UNIT)
+    if chunk < 1 or (chunk != 1 and chunk % _CHUNK_UNIT):
+        raise UserError(f"the prompt chunk is {chunk}", f"It must be 1 or a multiple of {_CHUNK_UNIT}.")
+    return chunk

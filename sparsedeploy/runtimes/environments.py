@@ -1,0 +1,439 @@
+"""Runtimes in environments of their own: made, listed, checked and removed under the user's cache folder.
+
+``CACHE/runtimes/NAME`` holds the environment (``env``), what its installation printed (``install.log``) and, written
+last, ``complete.json``: without it, or with another hash of the pinned requirements, the environment is not used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from sparsedeploy import progress
+from sparsedeploy.errors import UserError
+from sparsedeploy.folders import write_json
+from sparsedeploy.resources import cache_home
+from sparsedeploy.runtimes.machine import this_machine
+from sparsedeploy.runtimes.specification import Runtime, Version, load_runtime, runtime_names
+from sparsedeploy.runtimes.worker import Worker
+
+MARKER_FILE = "complete.json"
+# They would point the environment's Python or pip to somewhere else than the environment.
+_FOREIGN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_PYTHON")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A Python that can run a runtime's worker.
+
+    Attributes:
+        python: the interpreter of the environment.
+        managed: made by :func:`install`, as against one that the user named.
+    """
+
+    runtime: Runtime
+    python: Path
+    managed: bool
+
+    def worker(self, timeout: float = 600.0) -> Worker:
+        """Start the runtime's worker in this environment; ``timeout`` is in seconds, for one request."""
+        return Worker(
+            [str(self.python), str(self.runtime.worker)],
+            name=self.runtime.name,
+            environment=process_environment(self.runtime),
+            timeout=timeout,
+        )
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is there of a runtime.
+
+    Attributes:
+        state: ``installed``, ``not installed``, ``incomplete`` (an interrupted installation) or ``outdated`` (the
+            pinned requirements have changed since).
+        python: version of the environment's Python.
+        versions: distribution -> version, of those worth showing.
+        bytes: size on disk.
+        runnable: whether this machine can run it; ``reason`` says why not.
+    """
+
+    name: str
+    title: str
+    summary: str
+    state: str
+    python: str | None
+    versions: dict[str, str]
+    path: str
+    bytes: int
+    runnable: bool
+    reason: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the runtime's own process says about itself and this processor.
+
+    Attributes:
+        largest_difference: between the engine's and numpy's result of a small matrix product.
+    """
+
+    name: str
+    interpreter: str
+    python: str
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    largest_difference: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def list_runtimes() -> list[Status]:
+    """The state of every runtime that this installation ships."""
+    return [status(name) for name in runtime_names()]
+
+
+def status(name: str) -> Status:
+    """The state of one runtime.
+
+    Raises:
+        UserError: no such runtime.
+    """
+    runtime = load_runtime(name)
+    home = _home(name)
+    marker = _read_marker(home)
+    reason = runtime.why_not_here(this_machine())
+    return Status(
+        name=name,
+        title=runtime.title,
+        summary=runtime.summary,
+        state=_state(runtime, home, marker),
+        python=marker.get("python"),
+        versions=marker.get("versions", {}),
+        path=str(home),
+        bytes=_size(home),
+        runnable=reason is None,
+        reason=reason,
+    )
+
+
+def install(name: str, python: str | None = None) -> Status:
+    """Make the environment of a runtime, or leave it as it is when it is complete and its pins are unchanged.
+
+    An interrupted installation is done again from the start. The environment is made with ``venv`` and filled by its
+    own pip under the user's pip configuration; nothing outside ``CACHE/runtimes/NAME`` changes.
+
+    Args:
+        python: the Python to make it from; by default the running one if it fits, else one that is found.
+
+    Raises:
+        UserError: this machine cannot run it, no fitting Python, or the installation failed.
+    """
+    runtime = load_runtime(name)
+    reason = runtime.why_not_here(this_machine())
+    if reason is not None:
+        raise UserError(reason, "Use another runtime or another machine.")
+    home = _home(name)
+    with _lock(name):
+        if _state(runtime, home, _read_marker(home)) == "installed" and python is None:
+            return status(name)
+        base = find_python(runtime, python)
+        home.mkdir(parents=True, exist_ok=True)
+        (home / MARKER_FILE).unlink(missing_ok=True)
+        shutil.rmtree(home / "env", ignore_errors=True)
+        log = home / "install.log"
+        with open(log, "w", encoding="utf-8") as file:
+            _fill(runtime, base, home / "env", file, log)
+        marker = _describe(runtime, home / "env", log)
+        write_json(home / MARKER_FILE, {"requirements_sha256": runtime.requirements_sha256, **marker})
+    return status(name)
+
+
+def remove(name: str) -> int:
+    """Delete the environment of a runtime; returns the bytes freed.
+
+    Raises:
+        UserError: no such runtime, or it is not installed.
+    """
+    load_runtime(name)
+    home = _home(name)
+    with _lock(name):
+        if not home.is_dir():
+            raise UserError(f"runtime {name} is not installed", "See: sparsedeploy runtime list.")
+        freed = _size(home)
+        (home / MARKER_FILE).unlink(missing_ok=True)
+        shutil.rmtree(home)
+    return freed
+
+
+def require(name: str, python: str | None = None) -> Environment:
+    """The environment to run a runtime in: the managed one, or the user's own when ``python`` names its interpreter.
+
+    Raises:
+        UserError: this machine cannot run it, it is not (completely) installed, or ``python`` is not a fitting Python.
+    """
+    runtime = load_runtime(name)
+    reason = runtime.why_not_here(this_machine())
+    if reason is not None:
+        raise UserError(reason, "Use another runtime or another machine.")
+    if python is not None:
+        return Environment(runtime, _named_python(runtime, python), managed=False)
+    home = _home(name)
+    state = _state(runtime, home, _read_marker(home))
+    if state != "installed":
+        problem = {
+            "not installed": "is not installed",
+            "incomplete": "is not completely installed (an installation was interrupted)",
+            "outdated": "was installed with other pinned versions than this sparsedeploy needs",
+        }[state]
+        raise UserError(f"runtime {name} {problem}", f"Run: sparsedeploy runtime install {name}.")
+    return Environment(runtime, _python_of(home / "env"), managed=True)
+
+
+def check(name: str, python: str | None = None) -> CheckReport:
+    """Start the runtime, let it examine the processor and run a small product on the engine.
+
+    Raises:
+        UserError: it is not installed, does not start, or computes something wrong.
+    """
+    environment = require(name, python)
+    with environment.worker(timeout=120) as worker:
+        reply = worker.call("check")
+    return CheckReport(name=name, interpreter=str(environment.python), **reply)
+
+
+def find_python(runtime: Runtime, python: str | None = None) -> Path:
+    """A Python that the runtime supports: the named one, the running one, or the newest found on this machine.
+
+    Looks on PATH and among the versions of pyenv and uv.
+
+    Raises:
+        UserError: the named one does not fit, or none was found.
+    """
+    if python is not None:
+        return _named_python(runtime, python)
+    running = (sys.version_info.major, sys.version_info.minor)
+    candidates = [Path(sys.executable)] if runtime.accepts_python(running) else []
+    candidates.extend(_installed_pythons(runtime))
+    for candidate in candidates:
+        version = _version_of(candidate)
+        if version is not None and runtime.accepts_python(version):
+            return candidate
+    low, high = runtime.python
+    here = f"{running[0]}.{running[1]}"
+    word = "new" if running > high else "old"
+    raise UserError(
+        f"Python {here} is too {word} for {runtime.title} (needs {_text(low)} to {_text(high)}) and no other was found",
+        f"Install Python {_text(high)} and run: sparsedeploy runtime install {runtime.name} "
+        f"--python /path/to/python{_text(high)}.",
+    )
+
+
+def process_environment(runtime: Runtime) -> dict[str, str]:
+    """Environment variables for the runtime's processes: the user's, less those of other Pythons, plus its own."""
+    inherited = {key: value for key, value in os.environ.items() if key not in _FOREIGN_VARIABLES}
+    return {**inherited, **runtime.environment}
+
+
+def _home(name: str) -> Path:
+    return cache_home() / "runtimes" / name
+
+
+def _python_of(env: Path) -> Path:
+    return env / "Scripts" / "python.exe" if os.name == "nt" else env / "bin" / "python"
+
+
+def _read_marker(home: Path) -> dict[str, Any]:
+    """The marker of a complete installation; empty when there is none or it cannot be read."""
+    try:
+        marker = json.loads((home / MARKER_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return marker if isinstance(marker, dict) else {}
+
+
+def _state(runtime: Runtime, home: Path, marker: dict[str, Any]) -> str:
+    if not home.is_dir():
+        return "not installed"
+    if not marker or not _python_of(home / "env").exists():
+        return "incomplete"
+    return "installed" if marker.get("requirements_sha256") == runtime.requirements_sha256 else "outdated"
+
+
+def _size(folder: Path) -> int:
+    """Bytes that a folder takes on disk (links are not followed)."""
+    total = 0
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            total += path.stat().st_size
+    return total
+
+
+def _named_python(runtime: Runtime, python: str) -> Path:
+    found = shutil.which(os.path.expanduser(python))
+    version = None if found is None else _version_of(Path(found))
+    if found is None or version is None:
+        raise UserError(
+            f"{python} is not a Python that runs", "Give the path of an interpreter, such as /usr/bin/python3.11."
+        )
+    if not runtime.accepts_python(version):
+        low, high = runtime.python
+        word = "new" if version > high else "old"
+        raise UserError(
+            f"Python {_text(version)} at {python} is too {word} for {runtime.title} "
+            f"(needs {_text(low)} to {_text(high)})",
+            f"Give another: --python /path/to/python{_text(high)}.",
+        )
+    # Not resolved: the link inside an environment is what makes it that environment's Python.
+    return Path(found).absolute()
+
+
+def _installed_pythons(runtime: Runtime) -> Iterator[Path]:
+    """Interpreters of supported versions, newest first."""
+    low, high = runtime.python
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    data = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
+    for minor in range(high[1], low[1] - 1, -1):
+        name = f"python{high[0]}.{minor}"
+        for folder in os.get_exec_path():
+            if (Path(folder) / name).is_file():
+                yield Path(folder) / name
+        yield from sorted(pyenv.glob(f"versions/{high[0]}.{minor}*/bin/{name}"), reverse=True)
+        yield from sorted(data.glob(f"uv/python/cpython-{high[0]}.{minor}*/bin/{name}"), reverse=True)
+
+
+def _version_of(python: Path) -> Version | None:
+    """(major, minor) of an interpreter that runs and can make environments, else None."""
+    code = "import sys, venv, ensurepip; print(sys.version_info[0], sys.version_info[1])"
+    try:
+        done = subprocess.run(
+            [str(python), "-I", "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
+        major, minor = done.stdout.split()
+        return int(major), int(minor)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def _fill(runtime: Runtime, base: Path, env: Path, file: TextIO, log: Path) -> None:
+    """Make the environment and install the pinned requirements into it."""
+    variables = {**process_environment(runtime), "PIP_USER": "0"}
+    with progress.bar(f"install {runtime.title}", None) as advance:
+        _run([str(base), "-m", "venv", str(env)], variables, file, log, lambda line: None)
+
+        def show(line: str) -> None:
+            found = re.match(r"(Collecting|Installing|Downloading)\s+(\S+)", line)
+            if found:
+                advance(1, f"{found[1].lower()} {found[2][:40]}")
+
+        pip = [str(_python_of(env)), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+        _run([*pip, "-r", str(runtime.requirements)], variables, file, log, show)
+
+
+def _run(command: list[str], variables: dict[str, str], file: TextIO, log: Path, show: Callable[[str], None]) -> None:
+    """Run a step of the installation, its output going to the log and, line by line, to ``show``."""
+    file.write(f"$ {' '.join(command)}\n")
+    file.flush()
+    last: deque[str] = deque(maxlen=3)
+    process = subprocess.Popen(
+        command,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            if line.strip() and not line.lstrip().startswith(("WARNING", "[notice]")):
+                last.append(line.strip())
+            show(line.strip())
+        code = process.wait()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    if code != 0:
+        raise UserError(
+            f"the installation failed: {' | '.join(last) or f'exit code {code}'}",
+            f"Mend that and run the command again. The whole log: {log}.",
+        )
+
+
+def _describe(runtime: Runtime, env: Path, log: Path) -> dict[str, Any]:
+    """Import the runtime in its environment; returns the versions that it has there."""
+    code = (
+        "import importlib, json, platform, sys\n"
+        "from importlib.metadata import version\n"
+        "modules, names = json.loads(sys.argv[1])\n"
+        "for module in modules: importlib.import_module(module)\n"
+        "print()\n"
+        "print(json.dumps({'python': platform.python_version(), 'versions': {name: version(name) for name in names}}))"
+    )
+    arguments = json.dumps([runtime.imports, runtime.versions])
+    done = subprocess.run(
+        [str(_python_of(env)), "-c", code, arguments],
+        env=process_environment(runtime),
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode != 0:
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(done.stderr)
+        last = " | ".join(done.stderr.strip().splitlines()[-2:])
+        raise UserError(f"{runtime.title} was installed but does not start: {last}", f"The whole log: {log}.")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+@contextmanager
+def _lock(name: str) -> Iterator[None]:
+    """Let one process at a time change a runtime's environment; a second one waits."""
+    folder = cache_home() / "runtimes"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}: {error.strerror}", "Set SPARSEDEPLOY_HOME to a folder that you may write to."
+        ) from error
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / f".{name}.lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.note(f"waiting for another process that changes runtime {name}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _text(version: Version) -> str:
+    return f"{version[0]}.{version[1]}"

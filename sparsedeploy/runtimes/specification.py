@@ -1,0 +1,125 @@
+"""What ``export/NAME/runtime.yaml`` says about a runtime, and whether this machine can run it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.resources import shipped
+from sparsedeploy.runtimes.machine import Machine
+
+SPECIFICATION_FILE = "runtime.yaml"
+REQUIREMENTS_FILE = "requirements.txt"
+WORKER_FILE = "worker.py"
+
+Version = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime that lives in its own environment.
+
+    Attributes:
+        name: what the user types; the folder under ``export/``.
+        title: its proper name.
+        summary: one line.
+        targets: export targets whose artifacts it runs.
+        versions: distributions whose versions are worth showing.
+        python: lowest and highest Python (major, minor) that it supports.
+        systems: operating systems it supports, as ``platform.system()`` names them.
+        machines: machine -> processor flags of which one must be there.
+        imports: modules that must import for the environment to count as working.
+        environment: variables that its processes get.
+        folder: where its requirements and its worker are.
+    """
+
+    name: str
+    title: str
+    summary: str
+    targets: tuple[str, ...]
+    versions: tuple[str, ...]
+    python: tuple[Version, Version]
+    systems: tuple[str, ...]
+    machines: dict[str, tuple[str, ...]]
+    imports: tuple[str, ...]
+    environment: dict[str, str]
+    folder: Path
+
+    @property
+    def requirements(self) -> Path:
+        return self.folder / REQUIREMENTS_FILE
+
+    @property
+    def requirements_sha256(self) -> str:
+        return hashlib.sha256(self.requirements.read_bytes()).hexdigest()
+
+    @property
+    def worker(self) -> Path:
+        return self.folder / WORKER_FILE
+
+    def accepts_python(self, version: Version) -> bool:
+        return self.python[0] <= version <= self.python[1]
+
+    def why_not_here(self, machine: Machine) -> str | None:
+        """Why this machine cannot run it; None when it can."""
+        if machine.system not in self.systems:
+            return f"{self.title} runs on {' and '.join(self.systems)}, this is {machine.system}"
+        if machine.machine not in self.machines:
+            return f"{self.title} runs on {' and '.join(self.machines)}, this is {machine.machine}"
+        flags = self.machines[machine.machine]
+        if flags and machine.flags and not set(flags) & set(machine.flags):
+            return f"{self.title} needs a processor with {' or '.join(flags)}"
+        return None
+
+
+def runtime_names() -> list[str]:
+    """The runtimes that this installation ships, sorted."""
+    return sorted(path.parent.name for path in shipped("export").glob(f"*/{SPECIFICATION_FILE}"))
+
+
+def load_runtime(name: str) -> Runtime:
+    """Read a runtime's specification.
+
+    Raises:
+        UserError: no such runtime.
+    """
+    if name not in runtime_names():
+        raise UserError(f"unknown runtime '{name}'", f"Known: {', '.join(runtime_names())}.")
+    folder = shipped("export") / name
+    values = yaml.safe_load((folder / SPECIFICATION_FILE).read_text(encoding="utf-8"))
+    return Runtime(
+        name=name,
+        title=values["title"],
+        summary=values["summary"],
+        targets=tuple(values["targets"]),
+        versions=tuple(values["versions"]),
+        python=(_version(values["python"]["min"]), _version(values["python"]["max"])),
+        systems=tuple(values["systems"]),
+        machines={machine: tuple(flags) for machine, flags in values["machines"].items()},
+        imports=tuple(values["imports"]),
+        environment=dict(values["environment"]),
+        folder=folder,
+    )
+
+
+def runtime_for_target(target: str) -> Runtime:
+    """The runtime that runs artifacts of that export target.
+
+    Raises:
+        UserError: none does.
+    """
+    runtimes = [load_runtime(name) for name in runtime_names()]
+    for runtime in runtimes:
+        if target in runtime.targets:
+            return runtime
+    known = ", ".join(target for runtime in runtimes for target in runtime.targets)
+    raise UserError(f"no runtime here runs an artifact of target '{target}'", f"Export for one of: {known}.")
+
+
+def _version(text: str) -> Version:
+    major, minor = text.split(".")
+    return int(major), int(minor)
