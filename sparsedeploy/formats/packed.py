@@ -1,0 +1,131 @@
+"""One weight in either format: the functions of :mod:`.bitmask` and :mod:`.nm`, chosen by what they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.formats import bitmask, nm
+from sparsedeploy.formats.bitmask import BitmaskWeight
+from sparsedeploy.formats.config import BITMASK, ModuleFormat
+from sparsedeploy.formats.nm import NMWeight
+from sparsedeploy.plan import NM
+
+PackedWeight: TypeAlias = BitmaskWeight | NMWeight
+
+
+def pack(weight: torch.Tensor, kind: str) -> PackedWeight:
+    """Pack a weight ``[rows, columns]`` as ``bitmask`` or as N:M such as ``2:4``.
+
+    Raises:
+        UserError: see :func:`bitmask.pack` and :func:`nm.pack`.
+    """
+    return bitmask.pack(weight) if kind == BITMASK else nm.pack(weight, NM.parse(kind))
+
+
+def unpack(packed: PackedWeight) -> torch.Tensor:
+    """The dense weight ``[rows, columns]``."""
+    return _module(packed).unpack(packed)
+
+
+def check(packed: PackedWeight, name: str) -> None:
+    """Refuse tensors that disagree.
+
+    Raises:
+        UserError: naming the module and what is wrong.
+    """
+    _module(packed).check(packed, name)
+
+
+def cut_rows(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
+    """Rows ``start`` to ``stop``, without unpacking."""
+    return _module(packed).cut_rows(packed, start, stop)
+
+
+def cut_columns(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
+    """Columns ``start`` to ``stop``, without unpacking.
+
+    Raises:
+        UserError: bounds that the format cannot cut at.
+    """
+    return _module(packed).cut_columns(packed, start, stop)
+
+
+def can_join(first: PackedWeight, second: PackedWeight) -> bool:
+    """Whether :func:`join_rows` takes both."""
+    return _kind(first) == _kind(second)
+
+
+def join_rows(parts: Sequence[PackedWeight]) -> PackedWeight:
+    """Weights of one width, format and dtype, one below the other, without unpacking."""
+    return _module(parts[0]).join_rows(parts)
+
+
+def describe(packed: PackedWeight) -> ModuleFormat:
+    """Its entry in the checkpoint's ``quantization_config``."""
+    kind = BITMASK if isinstance(packed, BitmaskWeight) else str(packed.pattern)
+    return ModuleFormat(kind, packed.rows, packed.columns, packed.count)
+
+
+def size(packed: PackedWeight) -> int:
+    """Bytes that its tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in packed.tensors().values())
+
+
+def from_tensors(name: str, entry: ModuleFormat, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
+    """Put a module's tensors together and check them.
+
+    Args:
+        entry: what the ``quantization_config`` says about the module.
+        tensors: by the last part of their names, such as ``weight_values``; others are ignored.
+
+    Raises:
+        UserError: a tensor is missing, or they disagree with each other or with the entry.
+    """
+    missing = [part for part in entry.tensor_names() if part not in tensors]
+    if missing:
+        raise UserError(f"{name} lacks its tensor {missing[0]}", "Export the checkpoint again.")
+    values = tensors["weight_values"]
+    if values.numel() != entry.values:
+        raise UserError(
+            f"{name}: weight_values holds {values.numel()} values, the quantization_config says {entry.values}",
+            "The file is damaged: export the checkpoint again.",
+        )
+    packed: PackedWeight
+    if entry.pattern is None:
+        packed = BitmaskWeight(entry.rows, entry.columns, tensors["weight_mask"], values, tensors["weight_offsets"])
+    else:
+        packed = NMWeight(entry.rows, entry.columns, entry.pattern, values, tensors["weight_positions"])
+    check(packed, name)
+    return packed
+
+
+def smallest_kind(weight: torch.Tensor) -> str | None:
+    """The format in which a weight takes fewest bytes; None where none is smaller than the dense weight.
+
+    N:M wins over a bitmask of the same size: it needs no offsets and its groups are even.
+    """
+    kept = weight != 0
+    rows, columns = weight.shape
+    value_bits = weight.element_size() * 8
+    sizes = {BITMASK: rows * (columns + 32) + int(kept.sum()) * value_bits}
+    for m in nm.GROUP_SIZES:
+        if columns % m == 0 and columns:
+            n = max(1, int(kept.view(rows, columns // m, m).sum(dim=2).max())) if rows else 1
+            pattern = NM(n, m)
+            sizes[str(pattern)] = rows * (columns // m) * (n * value_bits + nm.code_bits(pattern))
+    dense = rows * columns * value_bits
+    smallest = min(sizes, key=lambda kind: (sizes[kind], kind == BITMASK))
+    return smallest if sizes[smallest] < dense else None
+
+
+def _kind(packed: PackedWeight) -> tuple[object, ...]:
+    pattern = None if isinstance(packed, BitmaskWeight) else packed.pattern
+    return (pattern, packed.columns, packed.values.dtype)
+
+
+def _module(packed: PackedWeight) -> Any:
+    return bitmask if isinstance(packed, BitmaskWeight) else nm
