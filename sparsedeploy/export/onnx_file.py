@@ -42,7 +42,7 @@ def write_onnx(graph: KVCacheGraph, folder: Path, *, largest_single_file: int = 
     """Export the graph in float32 at opset 14 into an existing folder.
 
     A weight of the model becomes a constant of its name, or of its name and ``.T`` when the graph multiplies by the
-    transpose. The model is held once in memory; constants are written one at a time.
+    transpose. Constants come from the model's own tensors, one at a time.
 
     Args:
         largest_single_file: when the constants exceed this many bytes they go to ``model.data`` beside ``model.onnx``.
@@ -58,22 +58,26 @@ def write_onnx(graph: KVCacheGraph, folder: Path, *, largest_single_file: int = 
         raise ValueError(f"one ONNX file holds at most {LARGEST_SINGLE_FILE} bytes")
     onnx = import_onnx()
     files = [MODEL_FILE]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".trace-") as scratch, ExitStack() as stack:
-        raw = Path(scratch) / MODEL_FILE
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".trace-") as scratch:
+        path = Path(scratch) / MODEL_FILE
         with progress.bar("trace the model", total=1) as advance:
-            _trace(graph, raw)
+            _trace(graph, path)
             advance()
-        model = onnx.load(raw, load_external_data=False)
-        _check_inputs(graph, model)
-        sources = _fold_views(model)
+        model = onnx.load(path)
+    _check_inputs(graph, model)
+    constants = _take_constants(graph, model)
+    with ExitStack() as stack:
         data: BinaryIO | None = None
-        if sum(_byte_size(tensor) for tensor in model.graph.initializer) > largest_single_file:
+        if sum(tensor.nbytes for tensor in constants.values()) > largest_single_file:
             files.append(DATA_FILE)
             data = stack.enter_context(open(folder / DATA_FILE, "wb"))
-        for tensor in progress.track(model.graph.initializer, "write the weights"):
-            _fill(tensor, sources.get(tensor.name), raw.parent, data)
-        _strip_wrapper(model)
-        onnx.save(model, folder / MODEL_FILE)
+        for name, tensor in progress.track(constants.items(), "write the weights", total=len(constants)):
+            _add_constant(model, name.removeprefix(_WRAPPER), tensor.numpy(), data)
+    for node in model.graph.node:
+        for at, name in enumerate(node.input):
+            if name in constants:
+                node.input[at] = name.removeprefix(_WRAPPER)
+    onnx.save(model, folder / MODEL_FILE)
     onnx.checker.check_model(str(folder / MODEL_FILE))
     return files
 
@@ -141,7 +145,8 @@ def _trace(graph: KVCacheGraph, path: Path) -> None:
                 output_names=graph.output_names,
                 dynamic_axes=graph.dynamic_axes,
                 opset_version=OPSET,
-                # Folding would give the transposed weights numbers instead of their names; it is done below.
+                # The weights stay inputs by name: they are written from the model itself, once, after the trace.
+                export_params=False,
                 do_constant_folding=False,
                 dynamo=False,
             )
@@ -182,56 +187,47 @@ def _check_inputs(graph: KVCacheGraph, model: Any) -> None:
         )
 
 
-def _fold_views(model: Any) -> dict[str, Any]:
-    """Turn Identity and Transpose of constants into constants of their own, without contents yet.
+def _take_constants(graph: KVCacheGraph, model: Any) -> dict[str, torch.Tensor]:
+    """Take the weights out of the traced graph's inputs, and its Identity and Transpose nodes of weights with them.
 
     The exporter writes ``x @ transpose(weight)``, and an Identity where two weights are equal. An engine that
     sparsifies weights must see a constant matrix instead.
 
     Returns:
-        Name -> the constant that holds its contents, for the new constants. Those named ``.T`` are its transposes.
+        Name in the graph -> contents, in the order of the model's weights; a transpose is a view.
     """
-    onnx = import_onnx()
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    sources: dict[str, Any] = {}
+    weights = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
+    inputs = set(graph.input_names)
+    constants = {entry.name: weights[entry.name].detach() for entry in model.graph.input if entry.name not in inputs}
     renamed: dict[str, str] = {}
-    kept = []
+    nodes = []
     for node in model.graph.node:
         for at, name in enumerate(node.input):
             node.input[at] = renamed.get(name, name)
-        source = constants.get(node.input[0]) if node.op_type in ("Identity", "Transpose") else None
-        if source is None or (node.op_type == "Transpose" and len(source.dims) != 2):
-            kept.append(node)
-            continue
-        if node.op_type == "Identity":
-            name, dims = node.output[0], list(source.dims)
+        source = constants.get(node.input[0]) if node.input else None
+        if node.op_type == "Identity" and source is not None:
+            constants[node.output[0]] = weights.get(node.output[0], source).detach()
+        elif node.op_type == "Transpose" and source is not None and source.dim() == 2:
+            renamed[node.output[0]] = node.input[0] + _TRANSPOSED
+            constants[node.input[0] + _TRANSPOSED] = source.T
         else:
-            name, dims = source.name + _TRANSPOSED, list(source.dims)[::-1]
-            renamed[node.output[0]] = name
-        if name not in constants:
-            constants[name] = onnx.TensorProto(name=name, data_type=source.data_type, dims=dims)
-            sources[name] = sources.get(source.name, source)
-    used = {name for node in kept for name in node.input}
-    tensors = [tensor for name, tensor in constants.items() if name in used]
-    sources = {name: _copy(source) for name, source in sources.items() if name in used}
-    nodes, tensors = [_copy(node) for node in kept], [_copy(tensor) for tensor in tensors]
-    del model.graph.node[:], model.graph.initializer[:]
+            nodes.append(_copy(node))
+    entries = [_copy(entry) for entry in model.graph.input if entry.name in inputs]
+    del model.graph.node[:], model.graph.input[:]
     model.graph.node.extend(nodes)
-    model.graph.initializer.extend(tensors)
-    return sources
+    model.graph.input.extend(entries)
+    used = {name for node in nodes for name in node.input}
+    return {name: tensor for name, tensor in constants.items() if name in used}
 
 
-def _fill(tensor: Any, source: Any | None, folder: Path, data: BinaryIO | None) -> None:
-    """Put a constant's contents into the tensor itself, or append them to the data file and point the tensor there."""
+def _add_constant(model: Any, name: str, array: np.ndarray, data: BinaryIO | None) -> None:
+    """Add an initializer with its contents, or append them to the data file and point the initializer there."""
     onnx = import_onnx()
-    if source is None and data is None and tensor.HasField("raw_data"):
-        return
-    array = onnx.numpy_helper.to_array(tensor if source is None else source, base_dir=str(folder))
-    if source is not None and tensor.name.endswith(_TRANSPOSED):
-        array = array.T
+    tensor = model.graph.initializer.add()
+    tensor.name = name
+    tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor.dims.extend(array.shape)
     content = array.tobytes()
-    for field in ("float_data", "int64_data", "external_data", "data_location"):
-        tensor.ClearField(field)
     tensor.raw_data = content if data is None else b""
     if data is not None:
         data.write(b"\0" * (-data.tell() % _ALIGNMENT))
@@ -240,22 +236,7 @@ def _fill(tensor: Any, source: Any | None, folder: Path, data: BinaryIO | None) 
         data.write(content)
 
 
-def _strip_wrapper(model: Any) -> None:
-    """Name the constants as the model names its weights."""
-    names = {tensor.name: tensor.name.removeprefix(_WRAPPER) for tensor in model.graph.initializer}
-    for tensor in model.graph.initializer:
-        tensor.name = names[tensor.name]
-    for node in model.graph.node:
-        for at, name in enumerate(node.input):
-            node.input[at] = names.get(name, name)
-
-
 def _copy(message: Any) -> Any:
     copy = type(message)()
     copy.CopyFrom(message)
     return copy
-
-
-def _byte_size(tensor: Any) -> int:
-    onnx = import_onnx()
-    return int(np.prod(tensor.dims, dtype=np.int64)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
