@@ -35,12 +35,6 @@ class ModuleFormat:
         """The N:M pattern; None for ``bitmask``."""
         return None if self.kind == BITMASK else NM.parse(self.kind)
 
-    def tensor_names(self) -> tuple[str, ...]:
-        """The last parts of the names of its tensors."""
-        if self.kind == BITMASK:
-            return ("weight_mask", "weight_values", "weight_offsets")
-        return ("weight_values", "weight_positions")
-
     def to_dict(self) -> dict[str, Any]:
         return {"format": self.kind, "shape": [self.rows, self.columns], "values": self.values}
 
@@ -58,9 +52,9 @@ class PackedConfig:
     ignore: tuple[str, ...] = ()
     version: int = field(default=VERSION)
 
-    def find(self, name: str) -> ModuleFormat | None:
-        """The format of a module; its name may have one part more in front than in the files (``model.``)."""
-        return self.modules.get(name) or self.modules.get(name.partition(".")[2])
+    def find(self, name: str) -> str | None:
+        """The key of a module, whose name may have one part more in front than in the files (``model.``)."""
+        return next((key for key in (name, name.partition(".")[2]) if key in self.modules), None)
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in ``config.json``."""

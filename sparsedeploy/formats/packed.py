@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.formats import bitmask, nm
+from sparsedeploy.formats import bitmask, bits, nm
 from sparsedeploy.formats.bitmask import BitmaskWeight
 from sparsedeploy.formats.config import BITMASK, ModuleFormat
 from sparsedeploy.formats.nm import NMWeight
@@ -85,22 +85,42 @@ def from_tensors(name: str, entry: ModuleFormat, tensors: Mapping[str, torch.Ten
     Raises:
         UserError: a tensor is missing, or they disagree with each other or with the entry.
     """
-    missing = [part for part in entry.tensor_names() if part not in tensors]
+    missing = [part for part in tensor_layout(entry) if part not in tensors]
     if missing:
         raise UserError(f"{name} lacks its tensor {missing[0]}", "Export the checkpoint again.")
-    values = tensors["weight_values"]
-    if values.numel() != entry.values:
+    found = tensors["weight_values"].numel()
+    if found != entry.values:
         raise UserError(
-            f"{name}: weight_values holds {values.numel()} values, the quantization_config says {entry.values}",
+            f"{name}: weight_values holds {found} values, the quantization_config says {entry.values}",
             "The file is damaged: export the checkpoint again.",
         )
-    packed: PackedWeight
-    if entry.pattern is None:
-        packed = BitmaskWeight(entry.rows, entry.columns, tensors["weight_mask"], values, tensors["weight_offsets"])
-    else:
-        packed = NMWeight(entry.rows, entry.columns, entry.pattern, values, tensors["weight_positions"])
+    packed = assemble(entry, tensors)
     check(packed, name)
     return packed
+
+
+def assemble(entry: ModuleFormat, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
+    """Put tensors together that :func:`from_tensors` has checked before."""
+    values = tensors["weight_values"]
+    if entry.pattern is None:
+        return BitmaskWeight(entry.rows, entry.columns, tensors["weight_mask"], values, tensors["weight_offsets"])
+    return NMWeight(entry.rows, entry.columns, entry.pattern, values, tensors["weight_positions"])
+
+
+def tensor_layout(entry: ModuleFormat) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """Shape and dtype of a module's tensors, by the last part of their names; dtype None is the values'."""
+    rows, columns, pattern = entry.rows, entry.columns, entry.pattern
+    if pattern is None:
+        return {
+            "weight_mask": ((rows, -(-columns // 8)), torch.uint8),
+            "weight_values": ((entry.values,), None),
+            "weight_offsets": ((rows + 1,), torch.int32),
+        }
+    groups = columns // pattern.m
+    return {
+        "weight_values": ((rows, groups * pattern.n), None),
+        "weight_positions": ((rows, bits.field_bytes(groups, nm.code_bits(pattern))), torch.uint8),
+    }
 
 
 def smallest_kind(weight: torch.Tensor) -> str | None:

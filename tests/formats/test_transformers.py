@@ -1,0 +1,174 @@
+"""Packed checkpoints: written by the export, read and written again by transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.export.artifact import load_artifact
+from sparsedeploy.export.targets import export_checkpoint
+from sparsedeploy.export.vllm import VllmOptions, export_vllm
+from sparsedeploy.formats.config import PackedConfig
+from sparsedeploy.formats.hf import PackedLinear
+from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.plan import NM
+from sparsedeploy.pruning.patterns import keep_all_but_smallest, keep_n_of_m
+from tests.small_models import byte_tokenizer, random_model
+
+PROMPT = torch.arange(10, 22)[None]
+PATTERNS: list[NM | None] = [None, NM(2, 4), NM(2, 8), NM(4, 8)]
+
+
+def save_sparse_model(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, **save: str) -> Path:
+    """Every linear sparse, in each of the patterns by turns."""
+    model = random_model(family, intermediate_size=64).to(dtype)
+    for index, linear in enumerate(find_decoder_stack(model).all_linears().values()):
+        pattern = PATTERNS[index % len(PATTERNS)]
+        scores = linear.weight.detach().float().abs()
+        if pattern is None:
+            mask = keep_all_but_smallest(scores, int(0.6 * scores.shape[1]))
+        else:
+            mask = keep_n_of_m(scores, pattern.n, pattern.m)
+        linear.weight.data[~mask] = 0
+    model.save_pretrained(folder, **save)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("packed")
+    dense = save_sparse_model(folder / "dense", "llama")
+    export_checkpoint(dense, "vllm", folder / "packed")
+    return dense, folder / "packed"
+
+
+def logits(folder: Path, **options: object) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    with torch.no_grad():
+        return model(PROMPT).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "gemma2"])
+def test_same_logits_as_the_dense_checkpoint(tmp_path: Path, family: str) -> None:
+    dense = save_sparse_model(tmp_path / "dense", family)
+    export_vllm(dense, tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == len(
+        PackedConfig.from_dict(json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]).modules
+    )
+    assert torch.equal(logits(tmp_path / "packed"), logits(dense))
+
+
+def test_other_dtype_on_load(exported: tuple[Path, Path]) -> None:
+    dense, packed = exported
+    assert torch.equal(logits(packed, dtype=torch.float32), logits(dense, dtype=torch.float32))
+
+
+def test_formats_follow_the_weights(exported: tuple[Path, Path]) -> None:
+    config = PackedConfig.from_dict(json.loads((exported[1] / "config.json").read_text())["quantization_config"])
+    assert {entry.kind for entry in config.modules.values()} == {"bitmask", "2:4", "2:8", "4:8"}
+    assert config.ignore == ("lm_head",)
+
+
+def test_artifact(exported: tuple[Path, Path]) -> None:
+    artifact = load_artifact(exported[1], verify=True)
+    assert (artifact.target, artifact.engine.name, artifact.dtype) == ("vllm", "vllm", "bfloat16")
+    assert artifact.sparsity.fraction == pytest.approx(0.6, abs=0.03)
+
+
+def test_only_bitmask_on_request(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    export_vllm(exported[0], tmp_path / "packed", VllmOptions(format="bitmask"))
+    values = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
+    assert {entry["format"] for entry in values["modules"].values()} == {"bitmask"}
+    assert torch.equal(logits(tmp_path / "packed"), logits(exported[0]))
+
+
+def test_save_pretrained_round_trip(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    _, packed = exported
+    AutoModelForCausalLM.from_pretrained(packed).save_pretrained(tmp_path / "again")
+    first, again = load_file(packed / "model.safetensors"), load_file(tmp_path / "again/model.safetensors")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) and first[name].dtype == again[name].dtype for name in first)
+    assert torch.equal(logits(tmp_path / "again"), logits(packed))
+
+
+def test_dequantize(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    dense, packed = exported
+    model = AutoModelForCausalLM.from_pretrained(packed).dequantize()
+    model.save_pretrained(tmp_path / "dense")
+    expected, found = load_file(dense / "model.safetensors"), load_file(tmp_path / "dense/model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_shards_get_an_index(tmp_path: Path) -> None:
+    dense = save_sparse_model(tmp_path / "dense", "llama", max_shard_size="30KB")
+    assert len(list(dense.glob("*.safetensors"))) > 1
+    export_vllm(dense, tmp_path / "packed")
+    index = json.loads((tmp_path / "packed/model.safetensors.index.json").read_text())
+    stored = {name for shard in (tmp_path / "packed").glob("*.safetensors") for name in load_file(shard)}
+    assert set(index["weight_map"]) == stored
+    assert torch.equal(logits(tmp_path / "packed"), logits(dense))
+
+
+def copy_with(packed: Path, target: Path, tensor: str, change: object) -> Path:
+    """A copy of a packed folder with one tensor changed in place."""
+    target.mkdir()
+    for path in packed.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(target / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(tensor))
+    change(tensors[name])  # type: ignore[operator]
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_damaged_tensors_are_refused(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = copy_with(exported[1], tmp_path / "offsets", "weight_offsets", lambda tensor: tensor[2:4].add_(1))
+    with pytest.raises(UserError, match="weight_offsets has"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_another_format_version_is_refused(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = copy_with(exported[1], tmp_path / "version", "weight_offsets", lambda tensor: None)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="format version 99"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_export_refuses(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    model = random_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match="smaller packed than dense"):
+        export_vllm(tmp_path / "dense", tmp_path / "out")
+    with pytest.raises(UserError, match="packed already"):
+        export_vllm(exported[1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_import_stays_light_and_registers_later() -> None:
+    """``import sparsedeploy`` imports neither torch nor transformers; the method is there once transformers is."""
+    program = """
+import sys, sparsedeploy
+assert not {"torch", "transformers", "numpy"} & set(sys.modules), sorted(sys.modules)
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert "sparsedeploy" in AUTO_QUANTIZER_MAPPING
+"""
+    other_order = (
+        "import transformers.quantizers.auto as auto, sparsedeploy; auto.AUTO_QUANTIZER_MAPPING['sparsedeploy']"
+    )
+    for code in (program, other_order):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
