@@ -20,17 +20,32 @@ def keep_all_but_smallest(scores: torch.Tensor, k: int) -> torch.Tensor:
     below = scores < threshold
     equal = scores == threshold
     wanted = k - below.sum(dim=-1, keepdim=True)
+    if torch.equal(equal.sum(dim=-1, keepdim=True), wanted):
+        return ~(below | equal)
     return ~(below | (equal & (equal.cumsum(dim=-1) <= wanted)))
+
+
+def keep_largest(scores: torch.Tensor, n: int) -> torch.Tensor:
+    """Keep the ``n`` largest along the first axis of ``[m, ...]``; among equal scores the first are dropped.
+
+    By rank: an entry goes if fewer than ``m - n`` others are smaller or equal and before it. For the small m of N:M
+    that is a few comparisons, where a sort of many short groups is slow.
+    """
+    m = scores.shape[0]
+    rank = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)
+    for i in range(m):
+        for j in range(i + 1, m):
+            later_is_smaller = scores[j] < scores[i]
+            rank[i] += later_is_smaller
+            rank[j] += ~later_is_smaller
+    return rank >= m - n
 
 
 def keep_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """Keep the ``n`` largest of every ``m`` consecutive columns of ``[rows, columns]``; ``columns % m`` must be 0."""
     rows, columns = scores.shape
-    groups = scores.reshape(rows * (columns // m), m)
-    order = groups.argsort(dim=-1, stable=True)
-    mask = torch.ones_like(groups, dtype=torch.bool)
-    mask.scatter_(1, order[:, : m - n], False)
-    return mask.reshape(rows, columns)
+    groups = scores.reshape(rows, columns // m, m).permute(2, 0, 1).contiguous()
+    return keep_largest(groups, n).permute(1, 2, 0).reshape(rows, columns)
 
 
 def follows_n_of_m(mask: torch.Tensor, n: int, m: int) -> bool:

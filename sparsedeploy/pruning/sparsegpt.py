@@ -10,9 +10,11 @@ from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import NM, ModuleTarget
 from sparsedeploy.pruning.base import PRUNERS, Pruned, apply_mask
-from sparsedeploy.pruning.patterns import keep_all_but_smallest, keep_n_of_m
+from sparsedeploy.pruning.patterns import keep_all_but_smallest, keep_largest
 
 _RETRIES = 3
+# Columns that are updated one by one before a matrix product takes over.
+_LEAF = 16
 
 
 @dataclass(frozen=True)
@@ -103,44 +105,63 @@ def solve(
             f"Set the option block to a multiple of {pattern.m}.",
         )
     columns = weight.shape[1]
-    new = weight.clone()
-    new[:, dead] = 0
+    # Transposed, so that a column's weights of all rows lie side by side: every step below runs over whole cache lines.
+    new = weight.T.contiguous()
+    new[dead] = 0
     mask = torch.ones_like(new, dtype=torch.bool)
     squared_error = 0.0
+    # A group of M is chosen as a whole, so no leaf may cut one.
+    leaf = _LEAF if pattern is None else max(_LEAF // pattern.m, 1) * pattern.m
     for start in range(0, columns, block):
         end = min(start + block, columns)
-        current = new[:, start:end]
-        inner = factor[start:end, start:end]
-        errors = torch.zeros_like(current)
-        kept = mask[:, start:end]
+        errors = torch.zeros_like(new[start:end])
         if pattern is None:
             # The plan's exact count, spread over the blocks so that every prefix is within one weight of its share.
             count = target.zeros * end // columns - target.zeros * start // columns
-            scores = _scores(current, inner.diagonal(), dead[start:end])
-            kept.copy_(keep_all_but_smallest(scores.reshape(1, -1), count).reshape(kept.shape))
-        for j in range(end - start):
-            if pattern is not None and j % pattern.m == 0:
-                _select_group(current, kept, inner, dead[start:end], j, pattern)
-            pruned_column = torch.where(kept[:, j], current[:, j], 0)
-            error = (current[:, j] - pruned_column) / inner[j, j]
-            errors[:, j] = error
-            current[:, j] = pruned_column
-            current[:, j + 1 :].addr_(error, inner[j, j + 1 :], alpha=-1)
-        new[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+            mask[start:end] = _select_block(new[start:end], factor.diagonal()[start:end], dead[start:end], count)
+        for first in range(start, end, leaf):
+            last = min(first + leaf, end)
+            _sweep(new, mask, errors[first - start : last - start], factor, dead, first, last, pattern)
+            # What the leaf's errors owe to the rest of the block, in one product.
+            owed = factor[first:last, last:end].T
+            new[last:end].addmm_(owed, errors[first - start : last - start], alpha=-1)
+        new[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
         squared_error += errors.double().square().sum().item()
-    return new, mask, squared_error / 2
+    return new.T.contiguous(), mask.T.contiguous(), squared_error / 2
 
 
-def _scores(current: torch.Tensor, diagonal: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
-    """W^2 / U_jj^2, the error of dropping each weight; dead inputs cost less than anything."""
-    scores = (current / diagonal).square()
-    scores[:, dead] = -1
-    return scores
-
-
-def _select_group(
-    current: torch.Tensor, kept: torch.Tensor, inner: torch.Tensor, dead: torch.Tensor, start: int, pattern: NM
+def _sweep(
+    new: torch.Tensor,
+    mask: torch.Tensor,
+    errors: torch.Tensor,
+    factor: torch.Tensor,
+    dead: torch.Tensor,
+    first: int,
+    last: int,
+    pattern: NM | None,
 ) -> None:
-    group = slice(start, start + pattern.m)
-    scores = _scores(current[:, group], inner.diagonal()[group], dead[group])
-    kept[:, group] = keep_n_of_m(scores, pattern.n, pattern.m)
+    """Go through columns ``first`` to ``last`` one by one; fills ``errors [last - first, rows]``."""
+    for j in range(first, last):
+        if pattern is not None and j % pattern.m == 0:
+            group = slice(j, j + pattern.m)
+            scores = _scores(new[group], factor.diagonal()[group], dead[group])
+            mask[group] = keep_largest(scores, pattern.n)
+        column = new[j]
+        error = errors[j - first]
+        torch.div(column, factor[j, j], out=error)
+        error.masked_fill_(mask[j], 0)
+        column.masked_fill_(~mask[j], 0)
+        new[j + 1 : last].addr_(factor[j, j + 1 : last], error, alpha=-1)
+
+
+def _select_block(new: torch.Tensor, diagonal: torch.Tensor, dead: torch.Tensor, count: int) -> torch.Tensor:
+    """The mask of a block ``[columns, rows]`` without its ``count`` smallest scores; ties by row, then column."""
+    scores = _scores(new, diagonal, dead).T.contiguous()
+    return keep_all_but_smallest(scores.reshape(1, -1), count).reshape(scores.shape).T
+
+
+def _scores(new: torch.Tensor, diagonal: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+    """W^2 / U_jj^2 ``[columns, rows]``, the error of dropping each weight; dead inputs cost less than anything."""
+    scores = (new / diagonal[:, None]).square()
+    scores[dead] = -1
+    return scores
