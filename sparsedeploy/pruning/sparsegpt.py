@@ -67,10 +67,13 @@ def inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> tuple[to
     for _ in range(_RETRIES + 1):
         attempt = damped.clone()
         attempt.diagonal().add_(step * mean)
-        lower, failed = torch.linalg.cholesky_ex(attempt)
+        # With J the reversal: J H J = L L^T gives H^-1 = U^T U for U = J L^-1 J. One factorisation and one triangular
+        # inverse, where factorising the inverse itself would cost three such steps and some digits.
+        lower, failed = torch.linalg.cholesky_ex(attempt.flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and torch.isfinite(upper).all():
+            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            if torch.isfinite(upper).all():
                 return upper, dead
         step *= 10
     raise UserError(
