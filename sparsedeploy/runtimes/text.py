@@ -1,0 +1,75 @@
+"""An artifact's tokenizer: text to tokens, and tokens to text piece by piece as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.export.artifact import load_artifact
+
+# What a tokenizer puts where the bytes of a character are not complete yet.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextTools:
+    """Tokenizer and stop tokens of one artifact; keeps what was printed of one generated text.
+
+    Attributes:
+        stop: ids of the tokens that end a text.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.stop = list(stop)
+        self._printed = 0
+
+    def encode(self, prompt: str) -> list[int]:
+        """Tokens of a prompt, with the special tokens that the tokenizer adds."""
+        tokens: list[int] = self.tokenizer(prompt)["input_ids"]
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text
+
+    def next_piece(self, tokens: Sequence[int]) -> str:
+        """What the newest token adds to the text; nothing while a character is incomplete."""
+        text = self.decode(tokens)
+        if text.endswith(_INCOMPLETE):
+            return ""
+        return self._advance(text)
+
+    def last_piece(self, tokens: Sequence[int]) -> str:
+        """What :meth:`next_piece` has held back, when no more tokens come."""
+        return self._advance(self.decode(tokens))
+
+    def _advance(self, text: str) -> str:
+        piece = text[self._printed :]
+        self._printed = len(text)
+        return piece
+
+
+def load_text_tools(folder: Path) -> TextTools:
+    """The tokenizer in an artifact folder, and the stop tokens of its generation settings.
+
+    Raises:
+        UserError: not an artifact, or it holds no tokenizer.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    load_artifact(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder} holds no tokenizer that loads ({' '.join(str(error).split())[:120]})",
+            "Put the tokenizer into the checkpoint folder and export it again.",
+        ) from error
+    stop = None
+    if (Path(folder) / "generation_config.json").is_file():
+        stop = GenerationConfig.from_pretrained(str(folder), local_files_only=True).eos_token_id
+    if stop is None:
+        stop = tokenizer.eos_token_id
+    return TextTools(tokenizer, [] if stop is None else [stop] if isinstance(stop, int) else stop)
