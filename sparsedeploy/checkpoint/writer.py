@@ -22,6 +22,8 @@ from sparsedeploy.checkpoint.recipe import recipe_yaml
 from sparsedeploy.checkpoint.tensor_writer import TensorWriter
 from sparsedeploy.folders import new_folder, write_json, write_text
 from sparsedeploy.models.fingerprint import file_sha256
+from sparsedeploy.models.low_rank import FOLDER as ADAPTER
+from sparsedeploy.models.low_rank import LowRank, save_adapter
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.version import __version__
@@ -39,6 +41,7 @@ class Provenance:
         source_name: the model as the user named it.
         method: the pruner; ``options`` its options.
         calibration: :meth:`CalibrationSet.describe`, or None when no text was read.
+        recovery: what won quality back after pruning, or None.
     """
 
     source_name: str
@@ -46,6 +49,7 @@ class Provenance:
     method: str
     options: dict[str, Any]
     calibration: dict[str, Any] | None
+    recovery: dict[str, Any] | None = None
 
 
 def write_checkpoint(
@@ -56,6 +60,7 @@ def write_checkpoint(
     linears: Mapping[str, nn.Linear],
     masks: Mapping[str, torch.Tensor],
     losses: Mapping[str, float],
+    low_rank: Mapping[str, LowRank] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the folder of a pruned model in memory and return its manifest; the folder appears only when complete.
@@ -63,6 +68,7 @@ def write_checkpoint(
     Args:
         linears: the pruned modules by full name; their weights replace the source's tensors, in the source's dtype.
         masks: bool ``[rows, columns]`` by the same names, True where kept.
+        low_rank: factors beside the weights, by module name; they go into an adapter folder.
 
     Raises:
         UserError: a module without a tensor in the source, an existing output, or a disk that is full or read-only.
@@ -73,6 +79,8 @@ def write_checkpoint(
         writer.create()
         for name in progress.track(list(masks), "write weights", unit="modules"):
             writer.put(name, linears[name].weight, masks[name])
+        if low_rank:
+            save_adapter(staging / ADAPTER, low_rank, output.name)
         return complete(source, staging, files, provenance, losses)
 
 
@@ -83,7 +91,7 @@ def complete(
     plan = provenance.plan
     _copy_rest(source, staging)
     write_text(staging / RECIPE, recipe_yaml(plan, provenance.method, provenance.options))
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "sparsedeploy": __version__,
         "source": {"name": provenance.source_name, "sha256": plan.model_sha256},
@@ -109,7 +117,13 @@ def complete(
             "safetensors": safetensors.__version__,
         },
     }
-    manifest["files"] = {path.name: file_sha256(path) for path in sorted(staging.iterdir()) if path.name != JOURNAL}
+    if provenance.recovery is not None:
+        manifest["recovery"] = provenance.recovery
+    manifest["files"] = {
+        path.relative_to(staging).as_posix(): file_sha256(path)
+        for path in sorted(staging.rglob("*"))
+        if path.is_file() and path.name != JOURNAL
+    }
     write_json(staging / MANIFEST, manifest)
     return manifest
 

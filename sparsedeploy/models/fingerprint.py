@@ -35,7 +35,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def model_sha256(folder: Path) -> str:
-    """SHA-256 over a model folder's ``config.json`` and weight shards (names and contents), as hex.
+    """SHA-256 over a model folder's ``config.json``, weight shards and adapter (names and contents), as hex.
 
     Raises:
         UserError: no config or no safetensors weights.
@@ -44,6 +44,6 @@ def model_sha256(folder: Path) -> str:
     if not config.is_file():
         raise UserError(f"{folder} has no config.json", "Give a Hugging Face model folder or a hub id.")
     digest = hashlib.sha256()
-    for path in [config, *weight_files(folder)]:
-        digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
+    for path in [config, *weight_files(folder), *sorted(folder.glob("adapter/*"))]:
+        digest.update(f"{path.relative_to(folder).as_posix()}:{file_sha256(path)}\n".encode())
     return digest.hexdigest()

@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.low_rank import FOLDER as ADAPTER
+from sparsedeploy.models.low_rank import attach_low_rank, load_adapter
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -93,7 +95,7 @@ def load_model(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Load a causal LM in evaluation mode, without gradients.
+    """Load a causal LM in evaluation mode, without gradients; low-rank factors beside it are attached.
 
     Args:
         dtype: None keeps the checkpoint's own.
@@ -123,6 +125,8 @@ def load_model(
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"{folder} lacks the weight {missing[0]} ({len(missing)} missing)", "Download the model again.")
+    if (folder / ADAPTER).is_dir():
+        attach_low_rank(model, load_adapter(folder / ADAPTER))
     model.requires_grad_(False)
     return model.eval().to(device)
 

@@ -1,0 +1,117 @@
+"""What every recovery method is: a model and what was decided for it go in; masks, weights and a report come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsedeploy.calibration.samples import CalibrationSet
+from sparsedeploy.errors import UserError
+from sparsedeploy.models.layers import LayerSource
+from sparsedeploy.models.low_rank import LowRank
+from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.plan import NM, MixedNM, SparsityPlan
+from sparsedeploy.recovery.data import TrainingData
+from sparsedeploy.recovery.state import RunState
+from sparsedeploy.recovery.training import TrainingOptions
+
+
+@dataclass
+class RecoveryJob:
+    """What a method works on.
+
+    Attributes:
+        model: changed in place: the dense model, or the pruned one for methods that start from it. Its weights are
+            those that are stored in the end.
+        dense: the dense model's layers, for methods that compare with it.
+        plan, masks: of the pruned model; None for methods that start from the dense one.
+        sparsity, pattern: the target, for methods that prune by themselves.
+        pruner, pruner_options: the pruning method that they use.
+        allocation, allocation_options: what spreads sparsity over layers; None leaves it to the method.
+        strength: of mixed N:M patterns.
+        calibration: text for statistics and reconstruction losses.
+        data: text to train on.
+        state: what ``--resume`` goes on from.
+    """
+
+    model: nn.Module
+    dense: Callable[[], nn.Module | LayerSource]
+    sparsity: float
+    pattern: NM | MixedNM | None
+    pruner: str
+    pruner_options: Any
+    plan: SparsityPlan | None = None
+    masks: dict[str, torch.Tensor] | None = None
+    allocation: str | None = None
+    allocation_options: Any = None
+    strength: float = 2.0
+    calibration: CalibrationSet | None = None
+    batch_size: int = 1
+    data: TrainingData | None = None
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    seed: int = 0
+    state: RunState | None = None
+    model_sha256: str | None = None
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        return find_decoder_stack(self.model).all_linears()
+
+    def training_data(self) -> TrainingData:
+        """The training text.
+
+        Raises:
+            UserError: none was given.
+        """
+        if self.data is None:
+            raise UserError("this recovery trains and no training text was given", "Add --train-data FILE.jsonl.")
+        return self.data
+
+    def calibration_tokens(self) -> torch.Tensor:
+        """int64 ``[sequences, length]``.
+
+        Raises:
+            UserError: none was given.
+        """
+        if self.calibration is None:
+            raise UserError("this recovery measures calibration text and none was given", "Add --data.")
+        return self.calibration.tokens
+
+
+@dataclass
+class Recovered:
+    """The result; the weights are in the job's model.
+
+    Attributes:
+        plan, masks: what is zero; masks are True where kept.
+        losses: the pruner's, by module.
+        report: plain data for the manifest.
+        low_rank: factors that are kept beside the weights, by module.
+    """
+
+    plan: SparsityPlan
+    masks: dict[str, torch.Tensor]
+    losses: dict[str, float]
+    report: dict[str, Any]
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
+
+
+def check_masks(linears: dict[str, nn.Linear], masks: dict[str, torch.Tensor]) -> None:
+    """Refuse masks that are not these weights'.
+
+    Raises:
+        UserError: naming the module that lacks a mask, has another shape, or has weights that its mask prunes.
+    """
+    fix = "Prune the model again, or give the folder that these masks came with."
+    for name, linear in linears.items():
+        if name not in masks:
+            raise UserError(f"no mask for {name}", fix)
+        mask = masks[name]
+        if mask.shape != linear.weight.shape:
+            raise UserError(f"the mask of {name} is {list(mask.shape)}, its weight {list(linear.weight.shape)}", fix)
+        if bool((linear.weight.detach()[~mask.to(linear.weight.device)] != 0).any()):
+            raise UserError(f"{name} has weights that its mask prunes", fix)

@@ -1,0 +1,176 @@
+"""Training text: instruction rows or plain text, tokenised, a seeded subset of it, and the slice of each LoSA step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsedeploy import progress
+from sparsedeploy.calibration.documents import load_documents
+from sparsedeploy.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Token sequences to train on.
+
+    Attributes:
+        sequences: int64 ``[length]`` each, in the order of the seeded subset.
+        data: where the text came from, as the user named it.
+    """
+
+    sequences: list[torch.Tensor]
+    data: str
+    seed: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sequence) for sequence in self.sequences)
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for sequence in self.sequences:
+            digest.update(len(sequence).to_bytes(8, "big") + sequence.numpy().tobytes())
+        return {
+            "data": self.data,
+            "sequences": len(self.sequences),
+            "tokens": self.tokens,
+            "seed": self.seed,
+            "sha256": digest.hexdigest(),
+        }
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which text is trained on.
+
+    Attributes:
+        data: a ``.jsonl`` of instruction rows, or any text that calibration takes.
+        field: the text column of rows that are not instructions.
+        samples: at most so many sequences, drawn with the seed.
+        max_length: tokens; rows are cut there, plain text is cut into pieces.
+        min_length: shorter sequences are left out.
+    """
+
+    data: str
+    field: str = "text"
+    samples: int = 10_000
+    max_length: int = 1024
+    min_length: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"{self.samples} training samples train nothing", "Use at least 1.")
+        if not 2 <= self.min_length <= self.max_length:
+            raise UserError(
+                f"training lengths from {self.min_length} to {self.max_length} tokens make no sense",
+                "Use a minimum of at least 2 and a maximum not below it.",
+            )
+
+
+def load_training_data(tokenizer: Any, options: DataOptions) -> TrainingData:
+    """Read, tokenise, select.
+
+    A row's text ends with the end-of-text token, which is trained on; so does the last piece of a document.
+
+    Raises:
+        UserError: no data, not text, rows without the wanted fields, or nothing as long as the minimum.
+    """
+    path = Path(options.data).expanduser()
+    rows = path.is_file() and path.suffix in (".jsonl", ".json")
+    texts = _read_rows(path, options.field) if rows else load_documents(options.data, field=options.field)
+    sequences: list[torch.Tensor] = []
+    order = list(range(len(texts)))
+    random.Random(options.seed).shuffle(order)
+    for index in progress.track(order, "tokenise training text", unit="texts"):
+        ids = tokenizer(texts[index], verbose=False)["input_ids"]
+        if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+            ids = [*ids, tokenizer.eos_token_id]
+        pieces = [ids[: options.max_length]] if rows else _pieces(ids, options.max_length)
+        sequences.extend(torch.tensor(piece) for piece in pieces if len(piece) >= options.min_length)
+        if rows and len(sequences) >= options.samples:
+            break
+    if not sequences:
+        raise UserError(
+            f"every sequence of '{options.data}' is shorter than {options.min_length} tokens",
+            "Give longer text, or lower --train-min-length.",
+        )
+    if not rows:  # the pieces of one document are spread over the steps
+        random.Random(options.seed).shuffle(sequences)
+    return TrainingData(sequences[: options.samples], options.data, options.seed)
+
+
+def step_slices(count: int, steps: int, *, reference: bool = False) -> list[range]:
+    """Which sequences each step trains on: a tenth for each of four steps and the rest for the last (methods 7.8).
+
+    Args:
+        count: sequences in all.
+        steps: for other numbers of steps the first ones get 1 / (2 steps) each.
+        reference: the released code's slices: the first tenth is left out, the last step sees the one before's again.
+
+    Raises:
+        UserError: fewer sequences than steps need.
+    """
+    unit = count // (2 * steps) if steps > 1 else count
+    if unit < 1 or count < 1:
+        raise UserError(
+            f"{count} training sequences are too few for {steps} steps",
+            f"Give at least {2 * steps if steps > 1 else 1}, or use fewer steps.",
+        )
+    if steps == 1:
+        return [range(count)]
+    if reference:
+        return [range(unit * t, unit * (t + 1)) for t in range(1, steps)] + [range(unit * (steps - 1), count)]
+    return [range(unit * t, unit * (t + 1)) for t in range(steps - 1)] + [range(unit * (steps - 1), count)]
+
+
+def instruction_text(instruction: str, given: str, output: str) -> str:
+    """One instruction row as text; the response is part of what is trained on."""
+    parts = [f"### Instruction:\n{instruction}"]
+    if given.strip():
+        parts.append(f"### Input:\n{given}")
+    parts.append(f"### Response:\n{output}")
+    return "\n\n".join(parts)
+
+
+def _pieces(ids: list[int], length: int) -> list[list[int]]:
+    return [ids[start : start + length] for start in range(0, len(ids), length)]
+
+
+def _read_rows(path: Path, field: str) -> list[str]:
+    texts = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text", "Write one JSON object per line.") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number} is not JSON ({error})", "Write one JSON object per line.") from error
+        texts.append(_row_text(row, field, f"{path} line {number}"))
+    if not texts:
+        raise UserError(f"{path} holds no rows", "Give rows with 'text', or 'instruction' and 'output'.")
+    return texts
+
+
+def _row_text(row: Any, field: str, where: str) -> str:
+    if isinstance(row, dict):
+        if isinstance(row.get(field), str):
+            return str(row[field])
+        if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+            return instruction_text(row["instruction"], str(row.get("input") or ""), row["output"])
+    names = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    raise UserError(
+        f"{where} has neither '{field}' nor 'instruction' and 'output' (it has {names})",
+        "Name the text column with --train-field.",
+    )
