@@ -31,6 +31,17 @@ def note(text: str) -> None:
 
 
 @contextmanager
+def hidden() -> Iterator[None]:
+    """No bars or notes inside: for steps that are part of a larger one with a bar of its own."""
+    before = _visible
+    show(False)
+    try:
+        yield
+    finally:
+        show(before)
+
+
+@contextmanager
 def bar(description: str, total: int | None, unit: str = "") -> Iterator[Callable[..., None]]:
     """A progress bar; yields ``advance(steps=1, status="")``."""
     if not _visible:

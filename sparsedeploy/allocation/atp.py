@@ -135,8 +135,9 @@ def search_beta(
     progress.note("    beta  perplexity")
     with progress.bar("search beta", len(betas) + 1, "trials") as advance:
         for beta in (0.0, *betas):
-            plan = plan_for(beta)
-            score = trial(plan)
+            with progress.hidden():
+                plan = plan_for(beta)
+                score = trial(plan)
             trials[beta] = score = score if math.isfinite(score) else math.inf
             better = score < (best[0] if best else math.inf)
             progress.note(f"{beta:8.5f}  {score:10.3f}{'  best so far' if better else ''}")

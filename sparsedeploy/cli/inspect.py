@@ -15,15 +15,55 @@ from sparsedeploy.errors import UserError
 
 if TYPE_CHECKING:
     from sparsedeploy.checkpoint.manifest import Inspection, ModuleFindings
+    from sparsedeploy.plan import SparsityPlan
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 def inspect_command(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder that sparsedeploy prune wrote.")],
+    subjects: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Pruned folders or plan files; several are compared.")
+    ],
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the plans into this .png.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what was pruned, module by module, and verify the folder against its manifest."""
+    """Show what was pruned and verify the folder against its manifest; show plans, several side by side."""
+    plans = _plans(subjects)
+    if plot is not None:
+        from sparsedeploy.reporting.plan_plot import save_plot
+
+        save_plot(plans, plot)
+    if len(subjects) == 1 and subjects[0].is_dir():
+        _inspect_checkpoint(subjects[0], as_json)
+    elif as_json:
+        print_json({label: plan.to_dict() for label, plan in plans.items()})
+    else:
+        from sparsedeploy.reporting.plan_plot import plan_table
+
+        console.print(plan_table(plans, console.width))
+        for label, plan in plans.items():
+            console.print(
+                f"{label}: {plan.achieved:.5f} global sparsity, asked {plan.sparsity:.5f} "
+                f"({plan.allocation}, {plan.pattern})",
+                soft_wrap=True,
+            )
+
+
+def _plans(subjects: list[Path]) -> dict[str, SparsityPlan]:
+    """Label -> plan; the label is the file's or folder's name, or the whole path where names repeat."""
+    from sparsedeploy.checkpoint.manifest import load_manifest
+    from sparsedeploy.plan import SparsityPlan
+
+    names = [path.stem if path.is_file() else path.name for path in subjects]
+    plans: dict[str, SparsityPlan] = {}
+    for path, name in zip(subjects, names, strict=True):
+        label = name if names.count(name) == 1 and name else str(path)
+        is_plan = path.is_file() or path.suffix == ".json"
+        plans[label] = SparsityPlan.load(path) if is_plan else SparsityPlan.from_dict(load_manifest(path)["plan"])
+    return plans
+
+
+def _inspect_checkpoint(checkpoint: Path, as_json: bool) -> None:
     from sparsedeploy.checkpoint.manifest import inspect_checkpoint
 
     result = inspect_checkpoint(checkpoint)

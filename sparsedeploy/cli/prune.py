@@ -17,50 +17,44 @@ from sparsedeploy.cli.common import (
     parse_dtype,
     print_json,
 )
+from sparsedeploy.cli.plan_options import (
+    AllocationOption,
+    AllocationOptionsOption,
+    BatchSizeOption,
+    DataFieldOption,
+    DataOption,
+    DtypeOption,
+    LengthOption,
+    MethodOption,
+    MethodOptionsOption,
+    PatternOption,
+    PatternOptionsOption,
+    SamplesOption,
+    SeedOption,
+    SparsityOption,
+)
 
 
 def prune_command(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
     output: OutputOption,
-    sparsity: Annotated[
-        float | None, typer.Option("--sparsity", "-s", help="Fraction of decoder-linear weights to remove: 0.7.")
-    ] = None,
-    method: Annotated[str, typer.Option("--method", "-m", help="magnitude, wanda or sparsegpt.")] = "wanda",
-    allocation: Annotated[
-        str, typer.Option("--allocation", "-a", help="How sparsity is spread over layers: uniform, owl, ...")
-    ] = "uniform",
-    pattern: Annotated[
-        str, typer.Option("--pattern", "-p", help="unstructured, or N:M with N of every M kept: 2:4, 4:8, 2:8.")
-    ] = "unstructured",
+    sparsity: SparsityOption = None,
+    method: MethodOption = "wanda",
+    allocation: AllocationOption = "uniform",
+    pattern: PatternOption = "unstructured",
     plan: Annotated[Path | None, typer.Option("--plan", help="Use this plan file; no allocation is run.")] = None,
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data", "-d", help="Calibration text: file, folder, .jsonl, stdlib, c4, datasets:NAME[:CONFIG]."
-        ),
-    ] = "c4",
-    data_field: Annotated[str, typer.Option("--data-field", help="Text field of JSONL rows and data sets.")] = "text",
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Calibration sequences.")] = 128,
-    calibration_length: Annotated[
-        int | None, typer.Option("--calibration-length", help="Tokens per sequence [default: min(2048, positions)].")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the calibration sampler.")] = 0,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", help="Sequences per layer call; no effect on results.")
-    ] = 1,
-    method_option: Annotated[
-        list[str] | None, typer.Option("--method-option", help="NAME=VALUE for the method, such as block=64.")
-    ] = None,
-    allocation_option: Annotated[
-        list[str] | None, typer.Option("--allocation-option", help="NAME=VALUE for the allocation: strength=0.1.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="Compute in auto (the checkpoint's own), float32, bfloat16 or float16.")
-    ] = "auto",
+    data: DataOption = "c4",
+    data_field: DataFieldOption = "text",
+    samples: SamplesOption = 128,
+    calibration_length: LengthOption = None,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = 1,
+    method_option: MethodOptionsOption = None,
+    allocation_option: AllocationOptionsOption = None,
+    pattern_option: PatternOptionsOption = None,
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")] = False,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -76,6 +70,7 @@ def prune_command(
         PruneOptions(
             sparsity=sparsity,
             pattern=pattern,
+            pattern_options=parse_options(pattern_option or []),
             method=method,
             method_options=parse_options(method_option or []),
             allocation=allocation,
