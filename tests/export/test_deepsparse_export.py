@@ -50,8 +50,9 @@ def test_command_writes_a_complete_artifact(checkpoint: Path, tmp_path: Path) ->
     printed = json.loads(run_command(str(checkpoint), "--target", "deepsparse", "-o", str(output), "--json"))
     artifact = load_artifact(output, verify=True)
     assert printed == {"output": str(output), **artifact.to_json()}
-    expected = {"model.onnx", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert set(artifact.files) == expected
+    # All that came with the model but its weights.
+    expected = {path.name for path in checkpoint.iterdir()} - {"model.safetensors"} | {"model.onnx"}
+    assert {"config.json", "tokenizer.json"} < set(artifact.files) == expected
     assert {path.name for path in output.iterdir()} == {*expected, "artifact.json"}
     assert (artifact.source.name, artifact.source.sha256) == ("tiny-llama", model_sha256(checkpoint))
     shapes = artifact.shapes
@@ -144,11 +145,15 @@ def test_quantised_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (MixtralConfig(**{**config_of("llama").to_dict(), "model_type": "mixtral"}, num_local_experts=4), "outside nn"),
+        # transformers 5 fuses the experts; before, an expert that no token of the trace chose was not in the graph.
+        (
+            MixtralConfig(**{**config_of("llama").to_dict(), "model_type": "mixtral"}, num_local_experts=4),
+            r"outside nn\.Linear|not one constant matrix",
+        ),
         (GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=259, n_positions=64), "no list of decoder layers"),
         (MptConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=259), "does not use positions"),
     ],
-    ids=["fused experts", "Conv1D", "no positions"],
+    ids=["experts", "Conv1D", "no positions"],
 )
 def test_architectures_that_cannot_be_exported(tmp_path: Path, config: PretrainedConfig, reason: str) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
