@@ -125,6 +125,8 @@ def prune(
         else None
     )
     layers = StreamedLayers(folder, device=on, dtype=dtype, trust_remote_code=trust_remote_code)
+    if options.plan is not None:
+        options.plan.check_modules([shape for layer in model_layers(layers) for shape in layer])
     request = {
         "model_sha256": sha256,
         "plan": asdict(choice) if choice is not None else options.plan.to_dict() if options.plan else None,

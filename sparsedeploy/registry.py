@@ -62,7 +62,7 @@ def build_options(owner: str, options: type[Any], values: Mapping[str, Any]) -> 
     try:
         return options(**converted)
     except ValueError as error:
-        raise UserError(f"{owner}: {error}") from None
+        raise UserError(f"{owner}: {error}", "Change that option.") from None
 
 
 def _convert(method: str, key: str, value: Any, hint: Any) -> Any:
