@@ -22,7 +22,7 @@ class ReferenceOptions:
             when ``key_value_heads < heads``; the head dimension is ``hidden_size / heads``.
         vocab_size: tokens of the byte-level BPE; the output head is not tied to the embeddings.
         context: the largest position that the model is trained for, in tokens.
-        batch_size: sequences of ``context`` tokens per step.
+        batch_tokens: tokens per step.
         steps: optimizer steps.
         learning_rate: peak, after a linear warm-up over ``warmup_steps``; it then falls linearly to zero.
         weight_decay: AdamW's, on the matrices only.
@@ -33,11 +33,11 @@ class ReferenceOptions:
     hidden_size: int = 256
     intermediate_size: int = 704
     layers: int = 6
-    heads: int = 8
-    key_value_heads: int = 4
+    heads: int = 4
+    key_value_heads: int = 2
     vocab_size: int = 2048
     context: int = 512
-    batch_size: int = 4
+    batch_tokens: int = 2048
     steps: int = 1000
     learning_rate: float = 3e-3
     warmup_steps: int = 50
@@ -56,7 +56,7 @@ PRESETS = {
         key_value_heads=2,
         vocab_size=1024,
         context=256,
-        batch_size=4,
+        batch_tokens=1024,
         steps=300,
         learning_rate=5e-3,
         warmup_steps=20,
