@@ -192,12 +192,13 @@ def benchmark(
         raise UserError(f"{rounds} rounds after {warmup_rounds} to warm up", "Give at least 1 and 0.")
     entries = _load_entries(artifacts, baseline)
     base = entries[0]
-    environment = environment_for(base.artifact, base.folder, runtime, python)
     for entry in entries:
-        environment_for(entry.artifact, entry.folder, environment.runtime.name, python)
         check_lengths(entry.artifact, prompt_length, decode_tokens)
     cores = check_cores(cores)
     chunk = chunk_for(prompt_length, chunk)
+    environment = environment_for(base.artifact, base.folder, runtime, python)
+    for entry in entries[1:]:
+        environment_for(entry.artifact, entry.folder, environment.runtime.name, python)
     options = BenchmarkOptions(
         artifacts=[str(entry.folder) for entry in entries[1:]],
         baseline=str(base.folder),

@@ -124,10 +124,10 @@ def open_model(
         UserError: not an artifact, one for another target, lengths that do not fit it, or the runtime fails.
     """
     artifact = load_artifact(folder)
-    environment = environment_for(artifact, folder, runtime, python)
     check_lengths(artifact, prompt_length, new_tokens)
     cores = check_cores(cores)
     chunk = chunk_for(prompt_length, chunk)
+    environment = environment_for(artifact, folder, runtime, python)
     with environment.worker(timeout) as worker:
         yield WorkerModel(
             worker, Path(folder), cores=cores, prompt_length=prompt_length, new_tokens=new_tokens, chunk=chunk
