@@ -1,0 +1,54 @@
+"""``sparsedeploy demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsedeploy.cli.common import JsonOption, console, print_json
+
+
+def demo_command(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for checkpoints, artifacts and report.")
+    ] = Path("demo-output"),
+    sparsity: Annotated[
+        list[float] | None, typer.Option("--sparsity", "-s", help="Repeat for several [default: 0.5, 0.7, 0.9].")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="magnitude, wanda or sparsegpt.")] = "sparsegpt",
+    allocation: Annotated[str, typer.Option("--allocation", "-a", help="How sparsity is spread.")] = "uniform",
+    preset: Annotated[str, typer.Option("--preset", help="Reference model: default (minutes) or tiny.")] = "default",
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Benchmark rounds.")] = 10,
+    cores: Annotated[int | None, typer.Option("--cores", "-c", help="Cores to measure on [default: all].")] = None,
+    python: Annotated[
+        str | None, typer.Option("--python", help="Python for DeepSparse's environment, 3.8 to 3.11.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Everything in one command, with nothing to download: train a small model on Python's own library, prune it,
+    export it, run it in DeepSparse, and report what became faster and what it cost."""
+    import sys
+
+    from sparsedeploy.demo import DemoOptions, demo
+    from sparsedeploy.reporting.report import heading, summary_table
+
+    asked = DemoOptions(
+        preset=preset,
+        sparsities=tuple(sparsity) if sparsity else DemoOptions.sparsities,
+        method=method,
+        allocation=allocation,
+        rounds=rounds,
+        cores=cores,
+        python=python,
+    )
+    report = demo(output, asked, command=" ".join(["sparsedeploy", *sys.argv[1:]]))
+    if as_json:
+        print_json(report)
+        return
+    console.print(summary_table(report))
+    console.print(heading(report), markup=False)
+    for note in report["benchmark"]["notes"]:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"report: {output / 'report.html'} and {output / 'report.json'}", soft_wrap=True)

@@ -1,0 +1,163 @@
+"""Small line and bar charts as inline SVG: no script, no network; colours come from the page's style sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+_WIDTH, _HEIGHT = 640, 320
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 14, 74
+
+
+@dataclass(frozen=True)
+class Series:
+    """A named line: points (x, y), y finite."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar and, if known, the range that its value came from and a limit that it cannot exceed."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    limit: float | None = None
+
+
+def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_y: bool = False) -> str:
+    """A line chart; the title is its accessible name."""
+    xs = [x for line in series for x, _ in line.points]
+    ys = [y for line in series for _, y in line.points]
+    x_axis = _ticks(min(xs), max(xs))
+    y_axis = _log_ticks(min(ys), max(ys)) if log_y else _ticks(min(ys), max(ys))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        height = (math.log(y / y_axis[0]) / math.log(y_axis[-1] / y_axis[0])) if log_y else _share(y, y_axis)
+        return _x(_share(x, x_axis)), _y(height)
+
+    parts = [_frame(title, x_label, y_label)]
+    parts += [_x_tick(at(x, y_axis[0])[0], f"{x:g}") for x in x_axis]
+    parts += [_y_tick(at(x_axis[0], y)[1], f"{y:g}") for y in y_axis]
+    for number, line in enumerate(series):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in line.points))
+        parts.append(f'<polyline class="line c{number}" points="{path}"/>')
+        for point in line.points:
+            x, y = at(*point)
+            label = escape(f"{line.name}: {point[0]:g}, {point[1]:.4g}")
+            parts.append(
+                f'<circle class="dot c{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{label}</title></circle>'
+            )
+    return _svg(parts, [line.name for line in series], title)
+
+
+def bar_chart(
+    groups: Sequence[str], series: dict[str, Sequence[Bar]], *, title: str, y_label: str, line_at: float | None = None
+) -> str:
+    """Grouped bars, one colour per series; ``line_at`` draws a level to compare with, such as 1x."""
+    highest = max(max(bar.value, bar.high or 0, bar.limit or 0) for bars in series.values() for bar in bars)
+    y_axis = _ticks(0, max(highest, line_at or 0))
+    parts = [_frame(title, "", y_label)]
+    parts += [_y_tick(_y(_share(y, y_axis)), f"{y:g}") for y in y_axis]
+    slot = 1 / len(groups)
+    width = slot * 0.7 / len(series)
+    for at, group in enumerate(groups):
+        parts.append(_x_tick(_x((at + 0.5) * slot), group))
+        for number, (name, bars) in enumerate(series.items()):
+            bar = bars[at]
+            left = _x((at + 0.15) * slot + number * width)
+            right = _x((at + 0.15) * slot + (number + 0.9) * width)
+            middle, top = (left + right) / 2, _y(_share(bar.value, y_axis))
+            label = escape(f"{group}, {name}: {bar.value:.3g}")
+            parts.append(
+                f'<rect class="bar c{number}" x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
+                f'height="{_y(0) - top:.1f}"><title>{label}</title></rect>'
+            )
+            if bar.low is not None and bar.high is not None:
+                low, high = _y(_share(bar.low, y_axis)), _y(_share(bar.high, y_axis))
+                parts.append(
+                    f'<line class="whisker" x1="{middle:.1f}" x2="{middle:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+                )
+            if bar.limit is not None:
+                level = _y(_share(bar.limit, y_axis))
+                parts.append(
+                    f'<line class="limit" x1="{left:.1f}" x2="{right:.1f}" y1="{level:.1f}" y2="{level:.1f}">'
+                    f"<title>{escape(f'limit {bar.limit:.3g}')}</title></line>"
+                )
+    if line_at is not None:
+        level = _y(_share(line_at, y_axis))
+        parts.append(f'<line class="level" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}"/>')
+    return _svg(parts, list(series), title)
+
+
+def _svg(parts: list[str], names: list[str], title: str) -> str:
+    legend = []
+    x = float(_LEFT)
+    for number, name in enumerate(names):
+        legend.append(f'<rect class="bar c{number}" x="{x:.0f}" y="{_HEIGHT - 18}" width="12" height="12"/>')
+        legend.append(f'<text class="legend" x="{x + 17:.0f}" y="{_HEIGHT - 8}">{escape(name)}</text>')
+        x += 34 + 7.2 * len(name)
+    body = "".join(parts + legend)
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">{body}</svg>'
+
+
+def _frame(title: str, x_label: str, y_label: str) -> str:
+    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
+    return (
+        f"<title>{escape(title)}</title>"
+        f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 34}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
+        f'<text class="axis" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
+        f"{escape(y_label)}</text>"
+    )
+
+
+def _x_tick(x: float, label: str) -> str:
+    return f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{escape(label)}</text>'
+
+
+def _y_tick(y: float, label: str) -> str:
+    return (
+        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="tick" x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>'
+    )
+
+
+def _x(share: float) -> float:
+    return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+
+def _y(share: float) -> float:
+    return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _share(value: float, axis: Sequence[float]) -> float:
+    return (value - axis[0]) / (axis[-1] - axis[0])
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers that cover the range, about five of them."""
+    span = (high - low) or abs(high) or 1.0
+    power = 10 ** math.floor(math.log10(span / 5))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if span / (power * factor) <= 6)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    if first == last:
+        last += 1
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5 times powers of ten that cover the range; every power alone when it spans many."""
+    factors = (1, 2, 5) if high / low < 1000 else (1,)
+    marks = [
+        factor * 10.0**power
+        for power in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+        for factor in factors
+    ]
+    start = max(at for at, mark in enumerate(marks) if mark <= low)
+    end = min(at for at, mark in enumerate(marks) if mark >= high and at > start)
+    return marks[start : end + 1]
