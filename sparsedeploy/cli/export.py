@@ -15,16 +15,27 @@ if TYPE_CHECKING:
 
 def export_command(
     model: Annotated[str, typer.Argument(help="Model folder (dense or pruned) or hub id.")],
-    target: Annotated[str, typer.Option("--target", "-t", help="Runtime to export for: deepsparse.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="Runtime to export for: deepsparse or vllm.")],
     output: OutputOption,
+    target_option: Annotated[
+        list[str] | None, typer.Option("--target-option", help="NAME=VALUE for the target. Repeatable.")
+    ] = None,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a model in the form that a runtime takes, and check that it still computes the same."""
     from sparsedeploy.export.targets import export_checkpoint
+    from sparsedeploy.registry import parse_options
 
-    artifact = export_checkpoint(model, target, output, trust_remote_code=trust_remote_code, overwrite=overwrite)
+    artifact = export_checkpoint(
+        model,
+        target,
+        output,
+        parse_options(target_option or []),
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+    )
     if as_json:
         print_json({"output": str(output), **artifact.to_json()})
     else:
@@ -38,10 +49,10 @@ def _print(output: Path, artifact: Artifact) -> None:
         f"{shapes.layers} layers, {artifact.dtype}"
     )
     console.print(f"{sparsity.fraction:.2%} of {sparsity.weights:,} prunable weights are zero")
-    if artifact.check is None:
-        console.print("not checked against the model: install onnxruntime and export again to have it checked")
-    else:
+    if artifact.check is not None:
         console.print(
             f"checked against the model on {artifact.check.tokens} tokens: logits differ by at most "
             f"{artifact.check.largest_difference:.1e} (the largest is {artifact.check.largest_logit:.3g})"
         )
+    elif artifact.opset is not None:
+        console.print("not checked against the model: install onnxruntime and export again to have it checked")

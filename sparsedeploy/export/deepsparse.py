@@ -86,6 +86,8 @@ def export_deepsparse(
     for path, parameter in model.named_parameters():
         check_finite(path.removesuffix(".weight"), parameter)
     linears = find_decoder_stack(model).all_linears()
+    # The small linears inside a linear are the factors of an adapter: dense by design, and not prunable.
+    linears = {path: linear for path, linear in linears.items() if path.rpartition(".")[0] not in linears}
     graph = KVCacheGraph(model)
     shapes = _shapes(graph)
     tokens, expected = reference_logits(model, shapes.vocab)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from sparsedeploy.export.artifact import Artifact
 from sparsedeploy.registry import Registry
@@ -23,14 +24,24 @@ def export_targets() -> Registry[ExportFunction]:
 
 
 def export_checkpoint(
-    checkpoint: str | Path, target: str, output: Path, *, trust_remote_code: bool = False, overwrite: bool = False
+    checkpoint: str | Path,
+    target: str,
+    output: Path,
+    options: Mapping[str, Any] | None = None,
+    *,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> Artifact:
-    """Export a checkpoint for a target with its default options.
+    """Export a checkpoint for a target.
+
+    Args:
+        checkpoint: a model folder (dense or pruned) or a hub id.
+        options: the target's own options, by name; the rest keep their defaults.
 
     Raises:
-        UserError: an unknown target, or whatever the target refuses.
+        UserError: an unknown target or option, or whatever the target refuses.
     """
     method = export_targets().get(target)
     return method.function(
-        checkpoint, output, method.make_options(), trust_remote_code=trust_remote_code, overwrite=overwrite
+        checkpoint, output, method.make_options(options), trust_remote_code=trust_remote_code, overwrite=overwrite
     )

@@ -17,6 +17,7 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.export.artifact import load_artifact
 from sparsedeploy.export.targets import export_checkpoint
 from sparsedeploy.models.fingerprint import model_sha256
+from sparsedeploy.models.low_rank import LowRank, save_adapter
 from tests.small_models import byte_tokenizer, config_of, save_model
 
 
@@ -76,6 +77,27 @@ def test_pruned_bfloat16_checkpoint(tmp_path: Path) -> None:
     artifact = export_checkpoint(folder, "deepsparse", tmp_path / "out")
     assert artifact.dtype == "float32"
     assert artifact.sparsity.zeros == int((load_file(folder / "model.safetensors")[name] == 0).sum()) > 0
+
+
+def test_adapter_beside_the_weights_is_part_of_the_graph(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama", initializer_range=0.15)
+    name = "model.layers.0.mlp.up_proj"
+    plain = export_checkpoint(folder, "deepsparse", tmp_path / "plain")
+    shape = load_file(folder / "model.safetensors")[f"{name}.weight"].shape
+    save_adapter(folder / "adapter", {name: LowRank(torch.ones(2, shape[1]), torch.ones(shape[0], 2))}, "model")
+    adapted = export_checkpoint(folder, "deepsparse", tmp_path / "out")
+    assert adapted.check is not None
+    assert adapted.check.largest_difference < 1e-4
+    assert adapted.files["model.onnx"] != plain.files["model.onnx"]
+    assert adapted.sparsity == plain.sparsity
+
+
+def test_target_options(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = [str(checkpoint), "-t", "deepsparse", "--target-option", "largest-single-file=1000"]
+    run_command(*arguments, "-o", str(tmp_path / "out"))
+    assert "model.data" in load_artifact(tmp_path / "out", verify=True).files
+    with pytest.raises(UserError, match="deepsparse has no option 'speed'"):
+        export_checkpoint(checkpoint, "deepsparse", tmp_path / "other", {"speed": "high"})
 
 
 def test_existing_output_is_kept_unless_told(checkpoint: Path, tmp_path: Path) -> None:
