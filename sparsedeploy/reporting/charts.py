@@ -29,11 +29,13 @@ class Bar:
     limit: float | None = None
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_y: bool = False) -> str:
-    """A line chart; the title is its accessible name."""
+def line_chart(
+    series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_y: bool = False, whole_x: bool = False
+) -> str:
+    """A line chart; the title is its accessible name. ``whole_x`` keeps the marks of x at whole numbers."""
     xs = [x for line in series for x, _ in line.points]
     ys = [y for line in series for _, y in line.points]
-    x_axis = _ticks(min(xs), max(xs))
+    x_axis = _ticks(min(xs), max(xs), smallest=1.0 if whole_x else 0.0)
     y_axis = _log_ticks(min(ys), max(ys)) if log_y else _ticks(min(ys), max(ys))
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -139,11 +141,12 @@ def _share(value: float, axis: Sequence[float]) -> float:
     return (value - axis[0]) / (axis[-1] - axis[0])
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers that cover the range, about five of them."""
+def _ticks(low: float, high: float, smallest: float = 0.0) -> list[float]:
+    """Round numbers that cover the range, about five of them, at least ``smallest`` apart."""
     span = (high - low) or abs(high) or 1.0
     power = 10 ** math.floor(math.log10(span / 5))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if span / (power * factor) <= 6)
+    step = max(step, smallest)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     if first == last:
         last += 1

@@ -68,7 +68,10 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _times(speedup: Mapping[str, float] | None) -> str:
-    return "1x" if speedup is None else f"{speedup['median']:.2f}x"
+    """The median, with a question mark where the middle half of the rounds lies on both sides of 1."""
+    if speedup is None:
+        return "1x"
+    return f"{speedup['median']:.2f}x" + ("?" if speedup["low"] <= 1 <= speedup["high"] else "")
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:
@@ -109,7 +112,8 @@ def html_report(report: Mapping[str, Any]) -> str:
             _table(_HEADERS, [_cells(row) for row in summary_rows(report)])
             + _note(
                 f"{heading(report)}. Perplexity: {quality['data']} ({quality['split']} split), {quality['windows']} "
-                f"windows of {quality['context']} tokens. Speedup: median of the rounds' ratios to the dense model. "
+                f"windows of {quality['context']} tokens. Prefill and decode: speedup over dense, the median of "
+                "the rounds' ratios; a question mark where the rounds disagree on which is faster. "
                 "Limit: the highest decode speedup that memory traffic alone would allow. Size: the exported folder; "
                 "the engine compresses zeros when it loads the graph, not on disk."
             ),
@@ -177,7 +181,9 @@ def _layers_section(report: Mapping[str, Any]) -> str:
     ]
     if not lines:
         return ""
-    chart = line_chart(lines, title="Sparsity by decoder layer", x_label="decoder layer", y_label="sparsity")
+    chart = line_chart(
+        lines, title="Sparsity by decoder layer", x_label="decoder layer", y_label="sparsity", whole_x=True
+    )
     return _section("Where the zeros are", chart)
 
 
