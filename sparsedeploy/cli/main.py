@@ -10,9 +10,15 @@ import typer
 from rich.console import Console
 
 from sparsedeploy import progress
+from sparsedeploy.cli.allocate import allocate_command
+from sparsedeploy.cli.bench import bench_command
+from sparsedeploy.cli.demo import demo_command
 from sparsedeploy.cli.eval import eval_command
+from sparsedeploy.cli.export import export_command
+from sparsedeploy.cli.generate import generate_command
 from sparsedeploy.cli.inspect import inspect_command
 from sparsedeploy.cli.prune import prune_command
+from sparsedeploy.cli.runtime import runtime_app
 from sparsedeploy.errors import UserError
 from sparsedeploy.version import __version__
 
@@ -52,10 +58,16 @@ def root(
     """
 
 
-_MAKE, _CHECK = "Make it sparse", "Look at it"
+_START, _MAKE, _CHECK, _SHIP = "Start here", "Make it sparse", "Look at it", "Ship it, with proof"
+app.command("demo", rich_help_panel=_START)(demo_command)
 app.command("prune", rich_help_panel=_MAKE)(prune_command)
+app.command("allocate", rich_help_panel=_MAKE)(allocate_command)
 app.command("inspect", rich_help_panel=_CHECK)(inspect_command)
 app.command("eval", rich_help_panel=_CHECK)(eval_command)
+app.command("export", rich_help_panel=_SHIP)(export_command)
+app.add_typer(runtime_app, name="runtime", rich_help_panel=_SHIP)
+app.command("generate", rich_help_panel=_SHIP)(generate_command)
+app.command("bench", rich_help_panel=_SHIP)(bench_command)
 
 
 def main() -> None:
