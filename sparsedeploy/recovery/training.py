@@ -128,7 +128,9 @@ def train_adapters(
     causal: Any = model
     if options.checkpoint_gradients:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
+    modules = (model, *adapters.values())
+    for module in modules:
+        module.train()
     try:
         with (
             attached(find_decoder_stack(model).all_linears(), adapters),
@@ -160,7 +162,8 @@ def train_adapters(
                     if len(losses) % options.save_every == 0 and len(losses) < steps:
                         save()
     finally:
-        model.eval()
+        for module in modules:
+            module.eval()
         if options.checkpoint_gradients:
             causal.gradient_checkpointing_disable()
         for parameter in parameters:

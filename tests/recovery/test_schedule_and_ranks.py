@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -52,7 +53,7 @@ def test_rank_budget_is_met_exactly_and_ranks_rise_with_the_loss(exponents: list
     assert sum(ranks) == round(omega * len(losses))
     assert all(1 <= rank <= 16 for rank in ranks)
     pairs = sorted(zip(losses, ranks, strict=True))
-    assert all(a[1] <= b[1] for a, b in zip(pairs, pairs[1:], strict=False) if a[0] < b[0])
+    assert all(a[1] <= b[1] for a, b in itertools.pairwise(pairs) if a[0] < b[0])
 
 
 def test_the_released_budget_fix_misses_what_ours_meets() -> None:

@@ -1,0 +1,58 @@
+"""Small recovery jobs on random models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsedeploy.calibration.samples import CalibrationSet
+from sparsedeploy.plan import NM, MixedNM, parse_pattern
+from sparsedeploy.pruning import PRUNERS
+from sparsedeploy.recovery.base import RecoveryJob
+from sparsedeploy.recovery.data import TrainingData
+from sparsedeploy.recovery.training import TrainingOptions
+from tests.small_models import random_model
+
+
+def training_data(count: int = 40, length: int = 20, seed: int = 0) -> TrainingData:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(length // 2, length + 1, (count,), generator=generator).tolist()
+    return TrainingData([torch.randint(0, 250, (n,), generator=generator) for n in lengths], "random", seed)
+
+
+def job(
+    model: nn.Module | None = None,
+    *,
+    sparsity: float | None = 0.6,
+    pattern: str = "unstructured",
+    pruner: str = "wanda",
+    count: int = 40,
+    training: TrainingOptions | None = None,
+    **changes: Any,
+) -> RecoveryJob:
+    """A job on a random dense model (or the one given) with 4 calibration sequences of 16 tokens."""
+    if model is None:
+        model = random_model("llama", num_hidden_layers=4)
+    model.requires_grad_(False)
+    dense = copy.deepcopy(model)
+    parsed: NM | MixedNM | None = parse_pattern(pattern)
+    tokens = torch.randint(0, 250, (4, 16), generator=torch.Generator().manual_seed(3))
+    return RecoveryJob(
+        model=model,
+        dense=lambda: dense,
+        sparsity=parsed.sparsity if parsed else float(sparsity or 0),
+        pattern=parsed,
+        pruner=pruner,
+        pruner_options=PRUNERS.get(pruner).make_options(),
+        calibration=CalibrationSet(tokens, "random", 3),
+        data=training_data(count),
+        training=training or TrainingOptions(learning_rate=1e-2, batch_size=4, accumulation=1, clip=1.0),
+        **changes,
+    )
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
