@@ -54,6 +54,13 @@ def cut_columns(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
     return _module(packed).cut_columns(packed, start, stop)
 
 
+def can_cut_columns(entry: ModuleFormat, width: int) -> bool:
+    """Whether :func:`cut_columns` can cut a weight into shares of that many columns."""
+    if entry.pattern is None:
+        return width % 8 == 0
+    return width % entry.pattern.m == 0 and width // entry.pattern.m * nm.code_bits(entry.pattern) % 8 == 0
+
+
 def can_join(first: PackedWeight, second: PackedWeight) -> bool:
     """Whether :func:`join_rows` takes both."""
     return _kind(first) == _kind(second)

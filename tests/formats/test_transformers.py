@@ -27,9 +27,11 @@ PROMPT = torch.arange(10, 22)[None]
 PATTERNS: list[NM | None] = [None, NM(2, 4), NM(2, 8), NM(4, 8)]
 
 
-def save_sparse_model(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, **save: str) -> Path:
+def save_sparse_model(
+    folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, shard: str = "5GB", **changes: int
+) -> Path:
     """Every linear sparse, in each of the patterns by turns."""
-    model = random_model(family, intermediate_size=64).to(dtype)
+    model = random_model(family, **{"intermediate_size": 64, **changes}).to(dtype)
     for index, linear in enumerate(find_decoder_stack(model).all_linears().values()):
         pattern = PATTERNS[index % len(PATTERNS)]
         scores = linear.weight.detach().float().abs()
@@ -38,7 +40,7 @@ def save_sparse_model(folder: Path, family: str, dtype: torch.dtype = torch.bflo
         else:
             mask = keep_n_of_m(scores, pattern.n, pattern.m)
         linear.weight.data[~mask] = 0
-    model.save_pretrained(folder, **save)
+    model.save_pretrained(folder, max_shard_size=shard)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
@@ -111,7 +113,7 @@ def test_dequantize(exported: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_shards_get_an_index(tmp_path: Path) -> None:
-    dense = save_sparse_model(tmp_path / "dense", "llama", max_shard_size="30KB")
+    dense = save_sparse_model(tmp_path / "dense", "llama", shard="30KB")
     assert len(list(dense.glob("*.safetensors"))) > 1
     export_vllm(dense, tmp_path / "packed")
     index = json.loads((tmp_path / "packed/model.safetensors.index.json").read_text())

@@ -1,0 +1,88 @@
+"""Packed or dense on a CPU: decided for each layer when it is loaded, by a measurement of both.
+
+Packed weights win where memory is the limit. Few cores with much bandwidth each, small layers that stay in the cache,
+or little sparsity can make the dense product faster; then the layer is unpacked once and stays dense.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.formats import packed as packing
+from sparsedeploy.formats.packed import PackedWeight
+from sparsedeploy_vllm.product import packed_product
+
+VARIABLE = "SPARSEDEPLOY_CPU"
+# Packed is kept as long as it reaches this share of the dense speed: the memory it saves is worth a little time.
+SMALLEST_SHARE = 0.9
+_REPETITIONS = 5
+# Written between two measurements, so that weights come from memory as they do when a whole model runs.
+_FLUSH_BYTES = 64 << 20
+_decided: dict[tuple[object, ...], Choice] = {}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was measured for a shape, at batch 1.
+
+    Attributes:
+        packed_ms, dense_ms: best times; 0 where the user decided.
+    """
+
+    packed: bool
+    packed_ms: float = 0.0
+    dense_ms: float = 0.0
+
+    @property
+    def reason(self) -> str:
+        if not self.dense_ms:
+            return f"{VARIABLE} says so"
+        return f"packed {self.packed_ms:.3f} ms, dense {self.dense_ms:.3f} ms at batch 1"
+
+
+def choose(weight: PackedWeight) -> Choice:
+    """Decide for a prepared CPU weight; equal shapes of about equal sparsity are measured once.
+
+    The environment variable ``SPARSEDEPLOY_CPU`` (``packed`` or ``dense``) decides instead of the measurement.
+
+    Raises:
+        UserError: another value of the variable.
+    """
+    wish = os.environ.get(VARIABLE, "auto")
+    if wish not in ("auto", "packed", "dense"):
+        raise UserError(f"{VARIABLE} is '{wish}'", "Set it to auto, packed or dense.")
+    if wish != "auto":
+        return Choice(packed=wish == "packed")
+    density = weight.count / max(1, weight.rows * weight.columns)
+    key = (weight.rows, weight.columns, weight.values.dtype, round(density, 1), torch.get_num_threads())
+    if key not in _decided:
+        _decided[key] = measure(weight)
+    return _decided[key]
+
+
+def measure(weight: PackedWeight) -> Choice:
+    """Time both products by turns, each from memory, and take the best of each."""
+    x = torch.randn(1, weight.columns).to(weight.values.dtype)
+    dense = packing.unpack(weight)
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8)
+    calls: tuple[Callable[[], torch.Tensor], ...] = (
+        lambda: packed_product(x, weight),
+        lambda: functional.linear(x, dense),
+    )
+    best = [float("inf")] * len(calls)
+    for repetition in range(_REPETITIONS + 1):
+        for index, call in enumerate(calls):
+            flush.fill_(repetition)
+            started = time.perf_counter()
+            call()
+            # The first round warms up.
+            if repetition:
+                best[index] = min(best[index], (time.perf_counter() - started) * 1e3)
+    return Choice(packed=best[1] >= SMALLEST_SHARE * best[0], packed_ms=best[0], dense_ms=best[1])

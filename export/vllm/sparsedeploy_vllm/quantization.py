@@ -1,0 +1,394 @@
+"""vLLM's side: the quantisation method ``sparsedeploy`` and its linear method.
+
+A checkpoint's packed tensors do not have the shape of the layer's weight, and merged layers (``qkv_proj``,
+``gate_up_proj``) get several of them. So the layer starts with empty parameters whose loaders collect the tensors of
+each part, check them, and cut this rank's share, all of it packed; when loading ends, parts of one format are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.formats import packed as packing
+from sparsedeploy.formats.bitmask import BitmaskWeight
+from sparsedeploy.formats.config import METHOD, ModuleFormat, PackedConfig
+from sparsedeploy.formats.nm import NMWeight
+from sparsedeploy.formats.packed import PackedWeight
+from sparsedeploy.plan import NM
+from sparsedeploy_vllm import choice
+from sparsedeploy_vllm.product import packed_product, prepare
+
+logger = init_logger("vllm.plugins.sparsedeploy")
+
+_PARTS = ("weight", "weight_mask", "weight_values", "weight_offsets", "weight_positions")
+_ANOTHER_SIZE = "Choose a tensor-parallel size that divides it into whole groups of 64 columns."
+
+
+@register_quantization_config(METHOD)
+class SparseDeployConfig(QuantizationConfig):
+    """The checkpoint's ``quantization_config``."""
+
+    def __init__(self, packed: PackedConfig) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def get_name(self) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SparseDeployConfig:
+        return cls(PackedConfig.from_dict(config))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claims nothing; refuses a damaged or newer configuration while vLLM reads the model's, before it starts."""
+        if hf_quant_cfg.get("quant_method") == METHOD:
+            PackedConfig.from_dict(hf_quant_cfg)
+        return None
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        renamed = hf_to_vllm_mapper.apply_dict(dict(self.packed.modules))
+        self.packed = PackedConfig(renamed, tuple(hf_to_vllm_mapper.apply_list(list(self.packed.ignore))))
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return None
+        entries = self._entries(prefix)
+        if not any(entries):
+            return UnquantizedLinearMethod()
+        return PackedLinearMethod(prefix, entries)
+
+    def _entries(self, prefix: str) -> list[ModuleFormat | None]:
+        """The formats of a layer's parts in the checkpoint: its own, or those of the modules that it merges."""
+        key = self.packed.find(prefix)
+        if key is not None:
+            return [self.packed.modules[key]]
+        parent, _, name = prefix.rpartition(".")
+        members = self.packed_modules_mapping.get(name, [])
+        keys = [self.packed.find(f"{parent}.{member}") for member in members]
+        return [None if key is None else self.packed.modules[key] for key in keys]
+
+
+@dataclass
+class _Part:
+    """Rows of a layer that the checkpoint stores as one module.
+
+    Attributes:
+        entry: its packed format; None for a dense member of a merged layer.
+        shares: rows of it on every rank, and this rank's number, for each of the logical weights that it holds.
+        collected: tensors that have been read and not been used yet.
+        weights: what this rank keeps of it, one for each of its logical weights.
+    """
+
+    name: str
+    entry: ModuleFormat | None
+    shares: list[tuple[int, int]]
+    collected: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: list[PackedWeight | torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Consecutive rows of the finished layer in one format; its tensors are the layer's parameters.
+
+    Attributes:
+        suffix: of the parameters' names.
+        pattern: None for a bitmask or dense rows.
+    """
+
+    suffix: str
+    rows: int
+    columns: int
+    dense: bool
+    pattern: NM | None
+
+    def product(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        def tensor(part: str) -> torch.Tensor:
+            return getattr(layer, part + self.suffix)
+
+        if self.dense:
+            return functional.linear(x, tensor("weight"), bias)
+        weight: PackedWeight
+        if self.pattern is None:
+            weight = BitmaskWeight(
+                self.rows, self.columns, tensor("weight_mask"), tensor("weight_values"), tensor("weight_offsets")
+            )
+        else:
+            weight = NMWeight(
+                self.rows, self.columns, self.pattern, tensor("weight_values"), tensor("weight_positions")
+            )
+        return packed_product(x, weight, bias)
+
+
+class PackedLinearMethod(LinearMethodBase):
+    """Loads, cuts, joins and multiplies packed weights.
+
+    Args:
+        entries: formats of the layer's parts in the checkpoint; None where one is dense.
+    """
+
+    def __init__(self, prefix: str, entries: list[ModuleFormat | None]) -> None:
+        self.prefix = prefix
+        self.entries = entries
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        ranks = _ranks(layer, len(output_partition_sizes))
+        shares = list(zip(output_partition_sizes, ranks, strict=True))
+        fused = len(self.entries) == 1
+        if not fused and len(self.entries) != len(shares):
+            raise UserError(
+                f"{self.prefix} merges {len(shares)} weights, the checkpoint has {len(self.entries)} for it",
+                "Export the checkpoint again, or use the vLLM version that the plugin was made for.",
+            )
+        layer.packed_parts = [
+            _Part(self.prefix, entry, shares if fused else [shares[index]]) for index, entry in enumerate(self.entries)
+        ]
+        layer.packed_columns = (input_size_per_partition, input_size)
+        layer.packed_dtype = params_dtype
+        self._check_sizes(layer, output_size)
+        for part in _PARTS:
+            empty = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+            layer.register_parameter(part, empty)
+            set_weight_attrs(empty, {"weight_loader": _loader(layer, part)})
+
+    def _check_sizes(self, layer: nn.Module, output_size: int) -> None:
+        """Refuse, before anything is read, sizes that do not fit or that this tensor-parallel size cannot cut."""
+        mine, every = layer.packed_columns
+        rows = sum(part.entry.rows for part in layer.packed_parts if part.entry is not None)
+        complete = all(part.entry is not None for part in layer.packed_parts)
+        # Key and value heads that are repeated on several ranks count several times in vLLM's size.
+        if complete and rows > output_size:
+            raise UserError(
+                f"{self.prefix} has {output_size} rows, the checkpoint {rows}", "Export the checkpoint again."
+            )
+        for part in layer.packed_parts:
+            if part.entry is None:
+                continue
+            if part.entry.columns != every:
+                raise UserError(
+                    f"{self.prefix} has {every} columns, the checkpoint {part.entry.columns}",
+                    "Export the checkpoint again.",
+                )
+            if mine != every and not packing.can_cut_columns(part.entry, mine):
+                raise UserError(
+                    f"{self.prefix}: {every // mine} ranks would get {mine} of {every} columns each, "
+                    f"which cannot be cut from {part.entry.kind} weights",
+                    _ANOTHER_SIZE,
+                )
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        weights: list[PackedWeight | torch.Tensor] = []
+        for part in layer.packed_parts:
+            if not part.weights:
+                missing = "weight" if part.entry is None else next(iter(packing.tensor_layout(part.entry)))
+                raise UserError(f"{self.prefix}: the checkpoint lacks its {missing}", "Export the checkpoint again.")
+            weights.extend(part.weights)
+        del layer.packed_parts
+        for part in _PARTS:
+            delattr(layer, part)
+        joined = _join(weights)
+        if all(_is_cpu(weight) for weight in joined):
+            joined = [self._choose(weight) for weight in joined]
+            if all(isinstance(weight, torch.Tensor) for weight in joined):
+                self._become_dense(layer, [weight for weight in joined if isinstance(weight, torch.Tensor)])
+                return
+        else:
+            self._tune(joined)
+        segments = []
+        for index, weight in enumerate(joined):
+            suffix = "" if index == 0 else f"_{index}"
+            dense = isinstance(weight, torch.Tensor)
+            tensors = {"weight": weight} if isinstance(weight, torch.Tensor) else weight.tensors()
+            for name, tensor in tensors.items():
+                layer.register_parameter(name + suffix, nn.Parameter(tensor.contiguous(), requires_grad=False))
+            rows, columns = weight.shape if isinstance(weight, torch.Tensor) else (weight.rows, weight.columns)
+            pattern = weight.pattern if isinstance(weight, NMWeight) else None
+            segments.append(_Segment(suffix, rows, columns, dense, pattern))
+        layer.packed_segments = tuple(segments)
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        segments = layer.packed_segments
+        if len(segments) == 1:
+            return segments[0].product(layer, x, bias)
+        out = torch.cat([segment.product(layer, x, None) for segment in segments], dim=-1)
+        return out if bias is None else out + bias
+
+    def _choose(self, weight: PackedWeight | torch.Tensor) -> PackedWeight | torch.Tensor:
+        if isinstance(weight, torch.Tensor):
+            return weight
+        decision = choice.choose(weight)
+        sparsity = 1 - weight.count / (weight.rows * weight.columns)
+        logger.info_once(
+            "%d x %d at %.0f %% sparsity runs %s (%s)",
+            weight.rows,
+            weight.columns,
+            round(sparsity * 100, -1),
+            "packed" if decision.packed else "dense",
+            decision.reason,
+        )
+        return weight if decision.packed else packing.unpack(weight)
+
+    def _tune(self, weights: list[PackedWeight | torch.Tensor]) -> None:
+        from sparsedeploy_vllm import tuning
+
+        for weight in weights:
+            if not isinstance(weight, torch.Tensor):
+                tuning.tune(weight)
+
+    def _become_dense(self, layer: nn.Module, weights: list[torch.Tensor]) -> None:
+        """Hand the layer over to vLLM's own dense method."""
+        layer.register_parameter("weight", nn.Parameter(torch.cat(weights), requires_grad=False))
+        layer.quant_method = UnquantizedLinearMethod()
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def _loader(layer: nn.Module, tensor_name: str) -> Any:
+    """The ``weight_loader`` of one of the layer's empty parameters."""
+
+    def load(param: nn.Parameter, loaded: torch.Tensor, shard_id: str | int | None = None) -> None:
+        index = {"q": 0, "k": 1, "v": 2}.get(shard_id, shard_id) if shard_id is not None else 0
+        part: _Part = layer.packed_parts[index]
+        part.collected[tensor_name] = loaded
+        wanted = ["weight"] if part.entry is None else list(packing.tensor_layout(part.entry))
+        if all(name in part.collected for name in wanted):
+            device = param.device
+            part.weights = [_to(weight, device, layer.packed_dtype) for weight in _cut(layer, part)]
+            part.collected.clear()
+
+    return load
+
+
+def _cut(layer: nn.Module, part: _Part) -> list[PackedWeight | torch.Tensor]:
+    """This rank's share of a part, for each of its logical weights."""
+    mine, every = layer.packed_columns
+    first = layer.tp_rank * mine if isinstance(layer, RowParallelLinear) and mine != every else 0
+    rows = part.collected["weight"].shape[0] if part.entry is None else part.entry.rows
+    world = _repetitions(layer, part, rows)
+    result: list[PackedWeight | torch.Tensor] = []
+    offset = 0
+    for (size, rank), ranks in zip(part.shares, world, strict=True):
+        start = offset + rank * size
+        offset += size * ranks
+        if part.entry is None:
+            result.append(part.collected["weight"][start : start + size, first : first + mine])
+            continue
+        packed = packing.from_tensors(part.name, part.entry, part.collected)
+        if (start, size) != (0, rows):
+            packed = packing.cut_rows(packed, start, start + size)
+        if mine != every:
+            packed = packing.cut_columns(packed, first, first + mine)
+        result.append(packed)
+    if offset != rows:
+        raise UserError(f"{part.name} has {rows} rows, vLLM expects {offset}", "Export the checkpoint again.")
+    return result
+
+
+def _ranks(layer: nn.Module, count: int) -> list[int]:
+    """For each logical weight of a layer, which of its equal shares this rank takes."""
+    if isinstance(layer, RowParallelLinear) or not hasattr(layer, "output_size_per_partition"):
+        return [0] * count
+    if isinstance(layer, QKVParallelLinear) and count == 3:
+        repeated = layer.tp_rank // layer.num_kv_head_replicas
+        return [layer.tp_rank, repeated, repeated]
+    return [layer.tp_rank] * count
+
+
+def _repetitions(layer: nn.Module, part: _Part, rows: int) -> list[int]:
+    """Into how many shares each logical weight of a part is divided."""
+    if len(part.shares) == 1:
+        return [rows // part.shares[0][0]]
+    if isinstance(layer, QKVParallelLinear):
+        keys = max(1, layer.tp_size // layer.num_kv_head_replicas)
+        return [layer.tp_size, keys, keys]
+    return [layer.tp_size] * len(part.shares)
+
+
+def _to(weight: PackedWeight | torch.Tensor, device: torch.device, dtype: torch.dtype) -> PackedWeight | torch.Tensor:
+    """A copy on the layer's device with values of its dtype."""
+    if isinstance(weight, torch.Tensor):
+        return weight.to(device, dtype, copy=True)
+    if isinstance(weight, BitmaskWeight):
+        return BitmaskWeight(
+            weight.rows,
+            weight.columns,
+            weight.mask.to(device, copy=True),
+            weight.values.to(device, dtype, copy=True),
+            weight.offsets.to(device, copy=True),
+        )
+    return NMWeight(
+        weight.rows,
+        weight.columns,
+        weight.pattern,
+        weight.values.to(device, dtype, copy=True),
+        weight.positions.to(device, copy=True),
+    )
+
+
+def _join(weights: Sequence[PackedWeight | torch.Tensor]) -> list[PackedWeight | torch.Tensor]:
+    """Prepare the parts for their device and join neighbours of one format."""
+    groups: list[list[Any]] = []
+    for weight in weights:
+        ready = weight if isinstance(weight, torch.Tensor) else prepare(weight)
+        if groups and _alike(groups[-1][-1], ready):
+            groups[-1].append(ready)
+        else:
+            groups.append([ready])
+    return [
+        torch.cat(group)
+        if isinstance(group[0], torch.Tensor)
+        else packing.join_rows(group)
+        if len(group) > 1
+        else group[0]
+        for group in groups
+    ]
+
+
+def _alike(first: PackedWeight | torch.Tensor, second: PackedWeight | torch.Tensor) -> bool:
+    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
+        return isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+    return packing.can_join(first, second)
+
+
+def _is_cpu(weight: PackedWeight | torch.Tensor) -> bool:
+    tensor = weight if isinstance(weight, torch.Tensor) else weight.values
+    return tensor.device.type == "cpu"
