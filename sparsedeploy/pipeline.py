@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from sparsedeploy.allocation.allocate import check_pattern, effective_needs
 from sparsedeploy.allocation.atp import ATPOptions, search_beta, trial_betas
 from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.calibration.samples import CalibrationSet, default_length, sample_tokens
-from sparsedeploy.checkpoint.journal import journalled_folder
+from sparsedeploy.checkpoint.journal import Journal, journalled_folder
 from sparsedeploy.checkpoint.tensor_writer import TensorWriter
 from sparsedeploy.checkpoint.writer import Provenance, complete
 from sparsedeploy.errors import UserError
@@ -30,6 +31,7 @@ from sparsedeploy.plan import NM, MixedNM, SparsityPlan, check_sparsity, parse_p
 from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.pruning.base import Pruned
 from sparsedeploy.pruning.run import prune_layers
+from sparsedeploy.ranks import ALONE, Ranks, joined, local_device
 from sparsedeploy.registry import build_options
 from sparsedeploy.version import __version__
 
@@ -41,6 +43,7 @@ class CalibrationOptions:
     Attributes:
         length: tokens per sequence; None takes min(2048, the model's positions).
         batch_size: sequences per layer call; changes speed and memory, not results.
+        accumulate: float32, or float64 for sums whose order does not show, on any number of processes.
     """
 
     data: str = "c4"
@@ -49,6 +52,7 @@ class CalibrationOptions:
     length: int | None = None
     seed: int = 0
     batch_size: int = 1
+    accumulate: Literal["float32", "float64"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,27 @@ def prune(
     Raises:
         UserError: any input that cannot be used; ``output`` then does not exist or is as it was.
     """
+    on = local_device(resolve_device(device))
+    with joined(on) as ranks:
+        return _prune(source, output, options, on, dtype, resume, overwrite, trust_remote_code, ranks)
+
+
+def _prune(
+    source: str,
+    output: Path,
+    options: PruneOptions,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    resume: bool,
+    overwrite: bool,
+    trust_remote_code: bool,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """:func:`prune` on one of possibly several processes; the first one writes."""
     choice = None if options.plan is not None else resolve_allocation(options)
     pruner = PRUNERS.get(options.method)
     pruner_options = pruner.make_options(options.method_options)
     check_writable(output, overwrite)
-    on = resolve_device(device)
     folder = resolve_model(source)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     sha256 = model_sha256(folder)
@@ -119,50 +139,64 @@ def prune(
         if pruner.traits["needs"] != "none" or (choice is not None and choice.needs_data)
         else None
     )
-    selection = (
-        selection_windows(folder, config, choice.options, options.calibration, trust_remote_code=trust_remote_code)
-        if choice is not None and choice.searches
-        else None
-    )
-    layers = StreamedLayers(folder, device=on, dtype=dtype, trust_remote_code=trust_remote_code)
+    layers = StreamedLayers(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if options.plan is not None:
         options.plan.check_modules([shape for layer in model_layers(layers) for shape in layer])
+    described = calibration.describe() if calibration else None
     request = {
         "model_sha256": sha256,
         "plan": asdict(choice) if choice is not None else options.plan.to_dict() if options.plan else None,
         "method": options.method,
         "method_options": asdict(pruner_options),
-        "calibration": calibration.describe() if calibration else None,
+        "calibration": described,
+        "accumulate": options.calibration.accumulate,
         "dtype": str(dtype),
-        "device": on.type,
+        "device": device.type,
+        "processes": ranks.count,
         "torch": torch.__version__,
         "sparsedeploy": __version__,
     }
     batch_size = options.calibration.batch_size
-    with journalled_folder(output, request, resume=resume, overwrite=overwrite) as journal:
-        if journal.plan is not None:
-            plan = SparsityPlan.from_dict(journal.plan)
+    accumulate = getattr(torch, options.calibration.accumulate)
+    place: AbstractContextManager[Journal | None] = nullcontext()
+    if ranks.main:
+        place = journalled_folder(output, request, resume=resume, overwrite=overwrite)
+    with place as journal:
+        state = (journal.folder, journal.plan, journal.finished) if journal else (Path(), None, 0)
+        making, known, finished = ranks.tell(state)
+        if known is not None:
+            plan = SparsityPlan.from_dict(known)
         elif options.plan is not None:
             plan = options.plan
         else:
             assert choice is not None
-            # A search prunes whole copies of the model; everything else measures one layer at a time.
-            model = (
-                load_model(folder, dtype=dtype, device=on, trust_remote_code=trust_remote_code)
-                if choice.searches
-                else layers
-            )
+            selection = None
+            measured: nn.Module | LayerSource = layers
+            if choice.searches:  # it prunes whole copies of the model; everything else measures one layer at a time
+                measured = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+                selection = selection_windows(
+                    folder, config, choice.options, options.calibration, trust_remote_code=trust_remote_code
+                )
             plan = choose_plan(
-                model, calibration, choice, options.method, pruner_options, selection, sha256, batch_size
+                measured,
+                calibration,
+                choice,
+                options.method,
+                pruner_options,
+                selection,
+                sha256,
+                batch_size,
+                accumulate,
+                ranks,
             )
-            del model
-        writer = TensorWriter(layers.files, journal.folder, plan.targets)
-        if journal.plan is None:
+            del measured
+        writer = TensorWriter(layers.files, making, plan.targets)
+        if journal is not None and journal.plan is None:
             check_free_space(journal.folder, layers.files.size)
             writer.create()
             journal.record_plan(plan.to_dict())
-        for index in range(journal.finished):
-            layers.redirect(index, journal.folder)
+        for index in range(finished):
+            layers.redirect(index, making)
         for pruned in prune_layers(
             layers,
             calibration.tokens if calibration else None,
@@ -170,17 +204,21 @@ def prune(
             options.method,
             pruner_options,
             batch_size=batch_size,
+            accumulate=accumulate,
+            ranks=ranks,
             stored={target.name: layers.files.locate(f"{target.name}.weight").dtype for target in plan.targets},
-            finished=journal.finished,
+            finished=finished,
         ):
-            for name, module in pruned.modules.items():
-                writer.put(name, module.weight, module.mask)
-            writer.sync()
-            journal.record_layer(pruned.index, losses_of(pruned.modules))
-        provenance = Provenance(
-            source, plan, options.method, asdict(pruner_options), calibration.describe() if calibration else None
-        )
-        return complete(folder, journal.folder, layers.files, provenance, journal.losses)
+            if journal is not None:
+                for name, module in pruned.modules.items():
+                    writer.put(name, module.weight, module.mask)
+                writer.sync()
+                journal.record_layer(pruned.index, losses_of(pruned.modules))
+        manifest = None
+        if journal is not None:
+            provenance = Provenance(source, plan, options.method, asdict(pruner_options), described)
+            manifest = complete(folder, journal.folder, layers.files, provenance, journal.losses)
+        return ranks.tell(manifest) or {}
 
 
 @dataclass(frozen=True)
@@ -333,6 +371,8 @@ def choose_plan(
     selection: torch.Tensor | None = None,
     sha256: str | None = None,
     batch_size: int = 1,
+    accumulate: torch.dtype = torch.float32,
+    ranks: Ranks = ALONE,
 ) -> SparsityPlan:
     """The plan by measuring the dense model or, for a search, by pruning copies of it; the model is not changed.
 
@@ -345,7 +385,17 @@ def choose_plan(
 
     def plan_with(options: Any) -> SparsityPlan:
         return make_plan(
-            model, calibration, choice.sparsity, choice.pattern, choice.name, options, sha256, batch_size, choice.mixed
+            model,
+            calibration,
+            choice.sparsity,
+            choice.pattern,
+            choice.name,
+            options,
+            sha256,
+            batch_size,
+            choice.mixed,
+            accumulate=accumulate,
+            ranks=ranks,
         )
 
     if not choice.searches:
@@ -384,6 +434,9 @@ def make_plan(
     sha256: str | None = None,
     batch_size: int = 1,
     mixed: MixedOptions | None = None,
+    *,
+    accumulate: torch.dtype = torch.float32,
+    ranks: Ranks = ALONE,
 ) -> SparsityPlan:
     """Measure the dense model with an allocator and meet the budget; the model is not changed.
 
@@ -400,6 +453,8 @@ def make_plan(
         mixed=mixed,
         model_sha256=sha256,
         batch_size=batch_size,
+        accumulate=accumulate,
+        ranks=ranks,
     )
 
 

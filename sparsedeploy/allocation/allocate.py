@@ -18,6 +18,7 @@ from sparsedeploy.calibration.statistics import Kind, richest
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import LayerSource
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, SparsityPlan
+from sparsedeploy.ranks import ALONE, Ranks
 
 T = TypeVar("T")
 _STATISTICS: dict[Needs, Kind] = {"inputs": "none", "sum_squares": "sum_squares", "hessian": "hessian"}
@@ -34,6 +35,8 @@ def allocate(
     mixed: MixedOptions | None = None,
     model_sha256: str | None = None,
     batch_size: int = 1,
+    accumulate: torch.dtype = torch.float32,
+    ranks: Ranks = ALONE,
 ) -> SparsityPlan:
     """Measure the dense model, layer by layer in one pass, and meet the budget; the model is not changed.
 
@@ -65,7 +68,9 @@ def allocate(
         tokens = tokens[: options.samples]
     measured: list[Any] = [None] * len(layers)
     if reads != "none":
-        measured = measure_layers(model, tokens, reads, reduce, name=allocation, batch_size=batch_size)
+        measured = measure_layers(
+            model, tokens, reads, reduce, name=allocation, batch_size=batch_size, accumulate=accumulate, ranks=ranks
+        )
     shares = allocator.shares(measured, layers, sparsity)
     if isinstance(pattern, MixedNM):
         return mixed_plan(
@@ -116,6 +121,8 @@ def measure_layers(
     *,
     name: str,
     batch_size: int = 1,
+    accumulate: torch.dtype = torch.float32,
+    ranks: Ranks = ALONE,
 ) -> list[T]:
     """Apply ``reduce`` to each decoder layer of the dense model, in one pass; only its results are kept.
 
@@ -127,7 +134,9 @@ def measure_layers(
         return [reduce(layer) for layer in progress.track(walk, f"allocate ({name})", unit="layers")]
     if tokens is None:
         raise UserError(f"allocation {name} measures calibration text and none was given", "Add --data.")
-    driver = LayerDriver(model, tokens, batch_size=batch_size)
+    # Whoever compares whole sequences with each other needs all of them; statistics of inputs add up.
+    shared = ALONE if needs == "inputs" else ranks
+    driver = LayerDriver(model, tokens, batch_size=batch_size, accumulate=accumulate, ranks=shared)
     results: list[T] = []
     with progress.bar(f"allocate ({name})", len(driver), "layers") as advance:
         for layer in driver.walk(_STATISTICS[needs], changes_weights=False):

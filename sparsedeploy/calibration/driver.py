@@ -17,6 +17,7 @@ from sparsedeploy.calibration.statistics import InputStatistics, Kind
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
 from sparsedeploy.models.loading import exact_matmul
 from sparsedeploy.models.structure import check_finite
+from sparsedeploy.ranks import ALONE, Ranks
 
 # The hidden states are the caller's; a replayed cache object would append keys and values across sequences.
 _NOT_REPLAYED = ("hidden_states", "past_key_values", "past_key_value")
@@ -84,13 +85,25 @@ class LayerDriver:
         model: a causal LM in evaluation mode, or a source of its layers.
         tokens: int64 ``[sequences, length]``.
         batch_size: sequences per layer call; it changes memory and speed, not results.
+        accumulate: the type that statistics are summed in.
+        ranks: the processes that share the sequences; each runs its part, and statistics are of all.
     """
 
-    def __init__(self, model: nn.Module | LayerSource, tokens: torch.Tensor, *, batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        model: nn.Module | LayerSource,
+        tokens: torch.Tensor,
+        *,
+        batch_size: int = 1,
+        accumulate: torch.dtype = torch.float32,
+        ranks: Ranks = ALONE,
+    ) -> None:
         exact_matmul()
         self.source = as_source(model)
         self.stack = self.source.stack
-        self.tokens = tokens
+        self.tokens = ranks.share(tokens)
+        self.accumulate = accumulate
+        self.ranks = ranks
         self.batch_size = batch_size
         self.device = self.source.device
 
@@ -242,7 +255,7 @@ class LayerDriver:
         outputs: torch.Tensor | None,
     ) -> dict[str, InputStatistics]:
         by_leader = {
-            leader: InputStatistics(linears[leader].in_features, kind, self.device)
+            leader: InputStatistics(linears[leader].in_features, kind, self.device, self.accumulate)
             for leader in dict.fromkeys(groups.values())
         }
 
@@ -261,5 +274,6 @@ class LayerDriver:
             for handle in handles:
                 handle.remove()
         for leader, stats in by_leader.items():
+            stats.combine(self.ranks)
             stats.check(leader)
         return {name: by_leader[groups[name]] for name in linears}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.ranks import Ranks
 
 Kind = Literal["none", "sum_squares", "hessian"]
 _RANK: dict[str, int] = {"none": 0, "sum_squares": 1, "hessian": 2}
@@ -20,16 +21,21 @@ def richest(*kinds: Kind) -> Kind:
 class InputStatistics:
     """Running sums over calibration sequences of the inputs ``X [tokens, columns]`` of one or more linears.
 
+    Args:
+        accumulate: the type of products and sums. In float64 the order of the sums no longer shows in the results.
+
     Attributes:
         sequences: how many were added.
+        memo: what was derived from the complete sums and serves all linears with this input, such as a factorisation.
     """
 
-    def __init__(self, columns: int, kind: Kind, device: torch.device) -> None:
+    def __init__(self, columns: int, kind: Kind, device: torch.device, accumulate: torch.dtype = torch.float32) -> None:
         self.columns = columns
         self.kind = kind
         self.sequences = 0
+        self.memo: dict[object, Any] = {}
         shape = (columns, columns) if kind == "hessian" else (columns,)
-        self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(shape, dtype=accumulate, device=device)
 
     def add(self, inputs: torch.Tensor, sequences: int) -> None:
         """Add the inputs of ``sequences`` sequences, ``[..., columns]``, one sequence at a time.
@@ -38,18 +44,25 @@ class InputStatistics:
         """
         rows = inputs.detach().reshape(-1, self.columns)
         for part in rows.chunk(sequences) if len(rows) % sequences == 0 else (rows,):
-            x = part.to(torch.float32)
+            x = part.to(self._sum.dtype)
             if self.kind == "hessian":
                 self._sum.addmm_(x.T, x)
             else:
                 self._sum += x.square().sum(dim=0)
         self.sequences += sequences
 
+    def combine(self, ranks: Ranks) -> None:
+        """Add up what each process of a job accumulated over its share of the sequences."""
+        ranks.add_up(self._sum)
+        counts = torch.tensor([self.sequences], device=self._sum.device)
+        ranks.add_up(counts)
+        self.sequences = int(counts)
+
     @property
     def mean_square(self) -> torch.Tensor:
         """a_j = (1/sequences) sum over tokens of x_tj^2, fp32 ``[columns]`` (methods 1.5)."""
         total = self._sum.diagonal() if self.kind == "hessian" else self._sum
-        return total / self.sequences
+        return (total / self.sequences).to(torch.float32)
 
     @property
     def hessian(self) -> torch.Tensor:
@@ -57,7 +70,7 @@ class InputStatistics:
         if self.kind != "hessian":
             raise ValueError("no Hessian was accumulated")
         scaled = self._sum * (2 / self.sequences)
-        return (scaled + scaled.T) / 2
+        return ((scaled + scaled.T) / 2).to(torch.float32)
 
     def check(self, name: str) -> None:
         """Refuse statistics that are not finite or were never fed.

@@ -86,6 +86,8 @@ def main() -> None:
     except UserError as error:
         if debug:
             raise
+        if int(os.environ.get("RANK", "0")) > 0:  # the first process of a torchrun speaks for all
+            sys.exit(2)
         stderr.print(f"error: {error}", markup=False)
         code = 2
     except _USAGE_ERROR as error:

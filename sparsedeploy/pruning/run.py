@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from sparsedeploy import progress
-from sparsedeploy.calibration.driver import LayerDriver, walk_weights
+from sparsedeploy.calibration.driver import LayerDriver, LayerView, walk_weights
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import LayerSource
 from sparsedeploy.plan import ModuleShape, SparsityPlan
 from sparsedeploy.pruning.base import PRUNERS, Pruned, apply_mask
+from sparsedeploy.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ def prune_layers(
     options: Any,
     *,
     batch_size: int = 1,
+    accumulate: torch.dtype = torch.float32,
+    ranks: Ranks = ALONE,
     stored: dict[str, torch.dtype] | None = None,
     finished: int = 0,
 ) -> Iterator[PrunedLayer]:
@@ -45,6 +48,8 @@ def prune_layers(
 
     Args:
         tokens: calibration sequences int64 ``[sequences, length]``; None for methods that need none.
+        batch_size, accumulate, ranks: see :class:`~sparsedeploy.calibration.driver.LayerDriver`. With several
+            processes the linears of a layer are dealt out to be solved, and everyone gets all results.
         stored: the type that each module's weight will be stored in, where it differs from the one computed in: the
             layers that follow see the stored values.
         finished: layers before this one are pruned already and only run.
@@ -63,13 +68,19 @@ def prune_layers(
     elif tokens is None:
         raise UserError(f"{method} measures calibration text and none was given", "Add --data.")
     else:
-        layers = LayerDriver(source, tokens, batch_size=batch_size).walk(needs, changes_weights=True, finished=finished)
+        driver = LayerDriver(source, tokens, batch_size=batch_size, accumulate=accumulate, ranks=ranks)
+        layers = driver.walk(needs, changes_weights=True, finished=finished)
     with progress.bar(f"prune ({method})", len(stack.layers), "layers") as advance:
         advance(finished)
         for layer in layers:
             modules: dict[str, Pruned] = {}
+            owners = deal(layer, ranks.count)
             for name, linear in layer.linears.items():
-                pruned = pruner.function(linear.weight.data, layer.statistics.get(name), targets[name], options)
+                if owners[name] == ranks.index:
+                    statistics = layer.statistics.get(name)
+                    modules[name] = pruner.function(linear.weight.data, statistics, targets[name], options)
+            for name, linear in layer.linears.items():
+                pruned = _shared(modules.get(name), linear.weight, owners[name], ranks)
                 if int(pruned.mask.numel() - pruned.mask.sum()) != targets[name].zeros:
                     raise RuntimeError(f"{method} pruned another number of weights of {name} than planned")
                 kept = pruned.weight if stored is None else pruned.weight.to(stored[name])
@@ -77,3 +88,37 @@ def prune_layers(
                 modules[name] = pruned
             yield PrunedLayer(layer.index, modules)
             advance()
+
+
+def deal(layer: LayerView, count: int) -> dict[str, int]:
+    """Deal a layer's linears out to ``count`` processes, largest work first to whoever has least.
+
+    Linears that share an input stay together, since a solver shares what it derives from that input.
+    """
+    groups: dict[int, list[str]] = {}
+    for name in layer.linears:
+        groups.setdefault(id(layer.statistics.get(name, name)), []).append(name)
+
+    def work(names: list[str]) -> int:
+        columns = layer.linears[names[0]].in_features
+        return columns**3 + sum(layer.linears[name].out_features for name in names) * columns**2
+
+    loads = [0] * count
+    owners: dict[str, int] = {}
+    for names in sorted(groups.values(), key=work, reverse=True):
+        owner = loads.index(min(loads))
+        loads[owner] += work(names)
+        owners.update(dict.fromkeys(names, owner))
+    return owners
+
+
+def _shared(pruned: Pruned | None, weight: torch.Tensor, owner: int, ranks: Ranks) -> Pruned:
+    """The owner's result, on every process."""
+    if ranks.count == 1:
+        assert pruned is not None
+        return pruned
+    mask = pruned.mask.to(torch.uint8) if pruned else torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    values = pruned.weight.contiguous() if pruned else torch.empty_like(weight)
+    ranks.spread(mask, owner)
+    ranks.spread(values, owner)
+    return Pruned(mask.bool(), values, ranks.tell(pruned.loss if pruned else None, owner))

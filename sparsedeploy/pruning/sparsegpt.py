@@ -40,7 +40,9 @@ def sparsegpt(
 ) -> Pruned:
     """Drop weights by W^2 / U_jj^2 block by block and let the survivors make up for it (Frantar & Alistarh 2023)."""
     assert statistics is not None
-    factor, dead = inverse_factor(statistics.hessian, options.damping, target.name)
+    if options.damping not in statistics.memo:
+        statistics.memo[options.damping] = inverse_factor(statistics.hessian, options.damping, target.name)
+    factor, dead = statistics.memo[options.damping]
     solved, mask, loss = solve(weight.float(), factor, dead, target, options.block)
     # The cast may not revive a pruned weight, and the mask, not the value, says what is pruned.
     return Pruned(mask, apply_mask(solved.to(weight.dtype), mask), loss)

@@ -1,0 +1,93 @@
+"""Several processes on one job (``torchrun``): who this process is, and how the processes share their results."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from sparsedeploy import progress
+from sparsedeploy.errors import UserError
+
+T = TypeVar("T")
+# One process may work for hours (a large solve, an export) while the others wait for its result.
+_PATIENCE = datetime.timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among ``count``; a process alone is rank 0 of 1, and every operation is then free."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files and speaks to the user."""
+        return self.index == 0
+
+    def share(self, tokens: torch.Tensor) -> torch.Tensor:
+        """This process's part of the calibration sequences.
+
+        Raises:
+            UserError: fewer sequences than processes.
+        """
+        if len(tokens) < self.count:
+            raise UserError(
+                f"{len(tokens)} calibration sequences cannot be split over {self.count} processes",
+                "Use more --samples or fewer processes.",
+            )
+        return tokens.tensor_split(self.count)[self.index]
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Replace a tensor by its sum over all processes."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+
+    def spread(self, tensor: torch.Tensor, owner: int) -> None:
+        """Replace a tensor by the owner's."""
+        if self.count > 1:
+            dist.broadcast(tensor, owner)
+
+    def tell(self, value: T, owner: int = 0) -> T:
+        """The owner's value, plain data, for everyone."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, owner)
+        return box[0]
+
+
+ALONE = Ranks()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """Under ``torchrun``, the GPU of this process, where a GPU is asked for without a number."""
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Join the other processes that ``torchrun`` started, if it did; progress is then shown by the first one only."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 or dist.is_initialized():
+        yield ALONE if count == 1 else Ranks(dist.get_rank(), dist.get_world_size())
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    if not ranks.main:
+        progress.show(False)
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
