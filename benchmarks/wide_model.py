@@ -138,8 +138,8 @@ def write_results(name: str, results: list[BenchmarkResult], checks: dict[str, d
         "# Wide model on DeepSparse",
         "",
         f"Llama, hidden {CONFIG.hidden_size}, intermediate {CONFIG.intermediate_size}, "
-        f"{CONFIG.num_hidden_layers} layers, vocabulary {CONFIG.vocab_size}, float32, random weights pruned by magnitude "
-        f"in each row. Made by `python benchmarks/wide_model.py`; every sample is in `{name}.json`. "
+        f"{CONFIG.num_hidden_layers} layers, vocabulary {CONFIG.vocab_size}, float32, random weights pruned by "
+        f"magnitude in each row. Made by `python benchmarks/wide_model.py`; every sample is in `{name}.json`. "
         f"The engine's logits differ from torch's by at most {worst:.1e}.",
         "",
     ]

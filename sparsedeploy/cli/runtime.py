@@ -23,19 +23,20 @@ def list_command(json_output: JsonOption = False) -> None:
         print_json([status.to_json() for status in found])
         return
     table = Table()
-    for header in ("runtime", "state", "Python", "versions", "on disk", "runs here", "what it is"):
+    for header in ("runtime", "state", "Python", "versions", "on disk", "runs here"):
         table.add_column(header, overflow="fold")
     for status in found:
         table.add_row(
             status.name,
             status.state,
             status.python or "",
-            ", ".join(f"{name} {version}" for name, version in status.versions.items()),
+            "\n".join(f"{name} {version}" for name, version in status.versions.items()),
             _size(status.bytes) if status.bytes else "",
             "yes" if status.runnable else f"no: {status.reason}",
-            status.summary,
         )
     console.print(table)
+    for status in found:
+        console.print(f"{status.name}: {status.summary}", markup=False)
 
 
 @runtime_app.command("install")
