@@ -54,6 +54,10 @@ class CalibrationOptions:
     batch_size: int = 1
     accumulate: Literal["float32", "float64"] = "float32"
 
+    def __post_init__(self) -> None:
+        if self.accumulate not in ("float32", "float64"):
+            raise UserError(f"cannot accumulate in '{self.accumulate}'", "Use float32 or float64.")
+
 
 @dataclass(frozen=True)
 class PruneOptions:

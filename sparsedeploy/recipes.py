@@ -42,6 +42,7 @@ class CalibrationSection:
     length: int | None = None
     seed: int | None = None
     batch_size: int | None = None
+    accumulate: str | None = None
 
 
 @dataclass(frozen=True)

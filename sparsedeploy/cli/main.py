@@ -80,14 +80,14 @@ def main() -> None:
     progress.show(not flags & {"--quiet", "-q"})
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if int(os.environ.get("RANK", "0")) > 0 and not debug:  # the first process of a torchrun speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         code = app(args=arguments, standalone_mode=False)
     except UserError as error:
         if debug:
             raise
-        if int(os.environ.get("RANK", "0")) > 0:  # the first process of a torchrun speaks for all
-            sys.exit(2)
         stderr.print(f"error: {error}", markup=False)
         code = 2
     except _USAGE_ERROR as error:

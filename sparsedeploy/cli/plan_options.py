@@ -46,6 +46,12 @@ LengthOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the calibration sampler.")]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", help="Sequences per layer call; no effect on results.")]
+AccumulateOption = Annotated[
+    str,
+    typer.Option(
+        "--accumulate", help="Sum statistics in float32, or in float64 for the same bits on any process count."
+    ),
+]
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="Compute in auto (the checkpoint's own), float32, bfloat16 or float16.")
 ]
