@@ -3,9 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from sparsedeploy.allocation import ALLOCATORS
+from sparsedeploy.cli.plan_options import AllocationOption
 from sparsedeploy.plan import SparsityPlan
 from tests.cli.conftest import Outcome
 from tests.small_models import save_model
@@ -143,3 +146,9 @@ def test_inspect_refuses_what_is_no_plan(cli: Cli, model: Path, text: Path) -> N
     assert "plot plan.jpg is not a .png" in cli("inspect", plan, "--plot", "plan.jpg").err
     assert "no plan at nowhere.json" in cli("inspect", plan, "nowhere.json").err
     assert "is not a plan" in cli("inspect", plan, text).err
+
+
+def test_help_names_every_allocation() -> None:
+    """The help may not import the registry, which would load torch: this keeps its list true."""
+    shown = get_args(AllocationOption)[1].help
+    assert all(name in shown for name in ALLOCATORS.names())
