@@ -18,6 +18,7 @@ from sparsedeploy.cli.export import export_command
 from sparsedeploy.cli.generate import generate_command
 from sparsedeploy.cli.inspect import inspect_command
 from sparsedeploy.cli.prune import prune_command
+from sparsedeploy.cli.recover import recover_command
 from sparsedeploy.cli.runtime import runtime_app
 from sparsedeploy.errors import UserError
 from sparsedeploy.version import __version__
@@ -61,6 +62,7 @@ def root(
 _START, _MAKE, _CHECK, _SHIP = "Start here", "Make it sparse", "Look at it", "Ship it, with proof"
 app.command("demo", rich_help_panel=_START)(demo_command)
 app.command("prune", rich_help_panel=_MAKE)(prune_command)
+app.command("recover", rich_help_panel=_MAKE)(recover_command)
 app.command("allocate", rich_help_panel=_MAKE)(allocate_command)
 app.command("inspect", rich_help_panel=_CHECK)(inspect_command)
 app.command("eval", rich_help_panel=_CHECK)(eval_command)

@@ -18,6 +18,7 @@ from sparsedeploy.cli.common import (
     print_json,
 )
 from sparsedeploy.cli.plan_options import (
+    AccumulateOption,
     AllocationOption,
     AllocationOptionsOption,
     BatchSizeOption,
@@ -33,9 +34,22 @@ from sparsedeploy.cli.plan_options import (
     SeedOption,
     SparsityOption,
 )
+from sparsedeploy.cli.recipe_flags import RecipeFlags
+from sparsedeploy.cli.recover import (
+    RecoverOptionsOption,
+    TrainDataOption,
+    TrainFieldOption,
+    TrainLengthOption,
+    TrainMinLengthOption,
+    TrainOptionsOption,
+    TrainSamplesOption,
+    print_recovery,
+    training_data,
+)
 
 
 def prune_command(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
     output: OutputOption,
     sparsity: SparsityOption = None,
@@ -43,15 +57,29 @@ def prune_command(
     allocation: AllocationOption = "uniform",
     pattern: PatternOption = "unstructured",
     plan: Annotated[Path | None, typer.Option("--plan", help="Use this plan file; no allocation is run.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="A shipped recipe's name or a YAML file; flags override it.")
+    ] = None,
+    recover: Annotated[
+        str | None, typer.Option("--recover", help="Win quality back: losa, sparse-lora, lora or sparselo.")
+    ] = None,
     data: DataOption = "c4",
     data_field: DataFieldOption = "text",
     samples: SamplesOption = 128,
     calibration_length: LengthOption = None,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = 1,
+    accumulate: AccumulateOption = "float32",
     method_option: MethodOptionsOption = None,
     allocation_option: AllocationOptionsOption = None,
     pattern_option: PatternOptionsOption = None,
+    recover_option: RecoverOptionsOption = None,
+    train_data: TrainDataOption = None,
+    train_field: TrainFieldOption = "text",
+    train_samples: TrainSamplesOption = 10_000,
+    train_length: TrainLengthOption = 1024,
+    train_min_length: TrainMinLengthOption = 8,
+    train_option: TrainOptionsOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")] = False,
@@ -62,37 +90,65 @@ def prune_command(
     """Make a model sparse: calibrate, allocate, prune, and write a Hugging Face folder with its plan and masks."""
     from sparsedeploy.pipeline import CalibrationOptions, PruneOptions, prune
     from sparsedeploy.plan import SparsityPlan
-    from sparsedeploy.registry import parse_options
+    from sparsedeploy.recipes import load_recipe
 
-    manifest = prune(
-        model,
-        output,
-        PruneOptions(
-            sparsity=sparsity,
-            pattern=pattern,
-            pattern_options=parse_options(pattern_option or []),
-            method=method,
-            method_options=parse_options(method_option or []),
-            allocation=allocation,
-            allocation_options=parse_options(allocation_option or []),
-            plan=SparsityPlan.load(plan) if plan else None,
-            calibration=CalibrationOptions(
-                data=data,
-                field=data_field,
-                sequences=samples,
-                length=calibration_length,
-                seed=seed,
-                batch_size=batch_size,
-            ),
+    flags = RecipeFlags(context, load_recipe(recipe) if recipe else None)
+    if not flags.typed("sparsity") and not flags.typed("pattern"):  # a target that is typed replaces the recipe's whole
+        sparsity = flags.value("sparsity", sparsity, "prune", "sparsity")
+        pattern = flags.value("pattern", pattern, "prune", "pattern")
+    seed = flags.value("seed", seed, "calibration", "seed")
+    recover = flags.value("recover", recover, "recover", "method")
+    options = PruneOptions(
+        sparsity=sparsity,
+        pattern=pattern,
+        pattern_options=flags.options(pattern_option, "prune", "pattern_options", owner="pattern"),
+        method=flags.value("method", method, "prune", "method"),
+        method_options=flags.options(method_option, "prune", "method_options", owner="method"),
+        allocation=flags.value("allocation", allocation, "prune", "allocation"),
+        allocation_options=flags.options(allocation_option, "prune", "allocation_options", owner="allocation"),
+        plan=SparsityPlan.load(plan) if plan else None,
+        calibration=CalibrationOptions(
+            data=flags.value("data", data, "calibration", "data"),
+            field=flags.value("data_field", data_field, "calibration", "field"),
+            sequences=flags.value("samples", samples, "calibration", "sequences"),
+            length=flags.value("calibration_length", calibration_length, "calibration", "length"),
+            seed=seed,
+            batch_size=flags.value("batch_size", batch_size, "calibration", "batch_size"),
+            accumulate=flags.value("accumulate", accumulate, "calibration", "accumulate"),
         ),
-        device=device,
-        dtype=parse_dtype(dtype),
-        resume=resume,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
     )
+    run: dict[str, Any] = {
+        "device": device,
+        "dtype": parse_dtype(dtype),
+        "resume": resume,
+        "overwrite": overwrite,
+        "trust_remote_code": trust_remote_code,
+    }
+    if recover is None:
+        manifest = prune(model, output, options, **run)
+    else:
+        from sparsedeploy.recovery.recover import RecoverOptions, prune_and_recover
+
+        recover_options = RecoverOptions(
+            method=recover,
+            options=flags.options(recover_option, "recover", "options", owner="recover"),
+            data=training_data(
+                flags.value("train_data", train_data, "train", "data"),
+                flags.value("train_field", train_field, "train", "field"),
+                flags.value("train_samples", train_samples, "train", "samples"),
+                flags.value("train_length", train_length, "train", "max_length"),
+                flags.value("train_min_length", train_min_length, "train", "min_length"),
+                seed,
+            ),
+            training=flags.options(train_option, "recover", "training", owner="recover"),
+            seed=flags.value("seed", seed, "recover", "seed"),
+        )
+        manifest = prune_and_recover(model, output, options, recover_options, **run)
     if as_json:
         print_json({"output": str(output), **_summary(manifest)})
+        return
+    if recover is not None:
+        print_recovery(output, manifest)
         return
     summary = _summary(manifest)
     console.print(
@@ -112,4 +168,5 @@ def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
         "pattern": manifest["plan"]["pattern"],
         "calibration": manifest["calibration"],
         "source": manifest["source"],
+        "recovery": manifest.get("recovery"),
     }

@@ -15,6 +15,8 @@ from sparsedeploy import progress
 from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.errors import UserError
 
+_PIECES_PER_WANTED = 4
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -95,7 +97,8 @@ def load_training_data(tokenizer: Any, options: DataOptions) -> TrainingData:
             ids = [*ids, tokenizer.eos_token_id]
         pieces = [ids[: options.max_length]] if rows else _pieces(ids, options.max_length)
         sequences.extend(torch.tensor(piece) for piece in pieces if len(piece) >= options.min_length)
-        if rows and len(sequences) >= options.samples:
+        # Documents give many pieces: a few times what is wanted, so that the pieces come from many documents.
+        if len(sequences) >= options.samples * (1 if rows else _PIECES_PER_WANTED):
             break
     if not sequences:
         raise UserError(
