@@ -7,11 +7,14 @@ Neither prunes: :mod:`sparsedeploy.allocation.budget` turns the answer into inte
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
+
 from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.scores import wanda_score_blocks
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import ModuleShape
 from sparsedeploy.registry import Registry
@@ -81,6 +84,12 @@ class Allocator(Protocol):
 
 
 ALLOCATORS: Registry[Any] = Registry("allocation method")
+
+
+def layer_scores(layer: LayerView) -> Iterator[torch.Tensor]:
+    """The Wanda scores of all of a layer's linears, block by block; their order and sizes are always the same."""
+    for name, linear in layer.linears.items():
+        yield from wanda_score_blocks(linear.weight, layer.statistics[name].mean_square)
 
 
 def layer_units(layers: list[list[ModuleShape]], values: Sequence[float]) -> tuple[Unit, ...]:

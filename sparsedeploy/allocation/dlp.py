@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from sparsedeploy.allocation.base import ALLOCATORS, Shares, centred_range, layer_units, tabulated_strength
+from sparsedeploy.allocation.base import (
+    ALLOCATORS,
+    Shares,
+    centred_range,
+    layer_scores,
+    layer_units,
+    tabulated_strength,
+)
 from sparsedeploy.allocation.select import lower_median
 from sparsedeploy.calibration.driver import LayerView
-from sparsedeploy.calibration.scores import wanda_scores
 from sparsedeploy.plan import ModuleShape
 
 
@@ -42,9 +47,9 @@ class DLP:
     def measure(self, layer: LayerView) -> float:
         """R_l over all of the layer's linears together; their scores are never concatenated."""
         if self.options.reduce == "median":
-            return lower_median(lambda: _scores(layer))
+            return lower_median(lambda: layer_scores(layer))
         total, count = 0.0, 0
-        for scores in _scores(layer):
+        for scores in layer_scores(layer):
             total += scores.sum(dtype=torch.float64).item()
             count += scores.numel()
         return total / count
@@ -54,8 +59,3 @@ class DLP:
         # I = 1 - R / sum R falls linearly with R, and the range is normalised next: -R gives the same densities.
         density = centred_range([-score for score in measured], strength)
         return Shares(layer_units(layers, [-d for d in density]), details={f"{self.options.reduce}_score": measured})
-
-
-def _scores(layer: LayerView) -> Iterator[torch.Tensor]:
-    for name, linear in layer.linears.items():
-        yield wanda_scores(linear.weight, layer.statistics[name].mean_square)

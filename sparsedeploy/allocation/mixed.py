@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from sparsedeploy.allocation.base import Shares, check_scores
 from sparsedeploy.allocation.budget import meet_target, nm_target, unit_sizes
 from sparsedeploy.calibration.driver import LayerView
-from sparsedeploy.calibration.scores import wanda_scores
+from sparsedeploy.calibration.scores import wanda_score_blocks
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, SparsityPlan
 
@@ -194,11 +194,11 @@ def cheapest_counts(
     return counts
 
 
-def step_costs(scores: torch.Tensor, m: int) -> torch.Tensor:
+def step_costs(blocks: Iterable[torch.Tensor], m: int) -> torch.Tensor:
     """What keeping one weight fewer of every ``m`` loses: entry n - 1 is the sum of the squared n-th largest scores.
 
     Args:
-        scores: ``[rows, columns]``, not negative.
+        blocks: scores ``[rows, columns]``, not negative, in blocks of rows.
 
     Returns:
         float64 ``[m]``, not increasing; its sum is the squared total.
@@ -206,16 +206,19 @@ def step_costs(scores: torch.Tensor, m: int) -> torch.Tensor:
     Raises:
         UserError: columns that ``m`` does not divide.
     """
-    if scores.shape[1] % m:
-        raise UserError(f"{scores.shape[1]} inputs are not divisible by {m}", "Choose an M that divides them.")
-    ordered = scores.reshape(-1, m).sort(dim=1, descending=True).values
-    return ordered.square().sum(dim=0, dtype=torch.float64).cpu()
+    total = torch.zeros(m, dtype=torch.float64)
+    for scores in blocks:
+        if scores.shape[1] % m:
+            raise UserError(f"{scores.shape[1]} inputs are not divisible by {m}", "Choose an M that divides them.")
+        ordered = scores.reshape(-1, m).sort(dim=1, descending=True).values
+        total += ordered.square().sum(dim=0, dtype=torch.float64).cpu()
+    return total
 
 
 def layer_step_costs(layer: LayerView, m: int) -> dict[str, torch.Tensor]:
     """:func:`step_costs` of the Wanda scores of each linear of a layer, by name."""
     return {
-        name: step_costs(wanda_scores(linear.weight, layer.statistics[name].mean_square), m)
+        name: step_costs(wanda_score_blocks(linear.weight, layer.statistics[name].mean_square), m)
         for name, linear in layer.linears.items()
     }
 

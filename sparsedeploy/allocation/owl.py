@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsedeploy.allocation.base import ALLOCATORS, Shares, centred_range, layer_units
+from sparsedeploy.allocation.base import ALLOCATORS, Shares, centred_range, layer_scores, layer_units
 from sparsedeploy.calibration.driver import LayerView
-from sparsedeploy.calibration.scores import wanda_scores
 from sparsedeploy.plan import ModuleShape
 
 
@@ -39,12 +38,12 @@ class OWL:
     def measure(self, layer: LayerView) -> float:
         """Percent of the layer's Wanda scores above ``m`` times the mean of all of them; two passes, nothing kept."""
         total, count, above = 0.0, 0, 0
-        for name, linear in layer.linears.items():
-            total += wanda_scores(linear.weight, layer.statistics[name].mean_square).sum(dtype=torch.float64).item()
-            count += linear.weight.numel()
+        for scores in layer_scores(layer):
+            total += scores.sum(dtype=torch.float64).item()
+            count += scores.numel()
         threshold = self.options.m * total / count
-        for name, linear in layer.linears.items():
-            above += int((wanda_scores(linear.weight, layer.statistics[name].mean_square) > threshold).sum())
+        for scores in layer_scores(layer):
+            above += int((scores > threshold).sum())
         return 100 * above / count
 
     def shares(self, measured: list[float], layers: list[list[ModuleShape]], sparsity: float) -> Shares:

@@ -104,18 +104,18 @@ def scores(seed: int) -> torch.Tensor:
 
 def test_step_costs_are_what_each_step_loses() -> None:
     one = scores(1)
-    costs = step_costs(one, 4)
+    costs = step_costs([one], 4)
     groups = one.reshape(-1, 4).sort(dim=1, descending=True).values.double()
     for n in range(1, 5):
         lost = groups[:, n:].square().sum(), groups[:, n - 1 :].square().sum()
         assert costs[n - 1].item() == pytest.approx((lost[1] - lost[0]).item())
     assert (costs.diff() <= 0).all()
     with pytest.raises(UserError, match="16 inputs are not divisible by 3"):
-        step_costs(one, 3)
+        step_costs([one], 3)
 
 
 def test_marginal_greedy_is_optimal_for_equal_sizes() -> None:
-    costs = [(step_costs(scores(s), 4) / step_costs(scores(s), 4).sum()).tolist() for s in range(4)]
+    costs = [(step_costs([scores(s)], 4) / step_costs([scores(s)], 4).sum()).tolist() for s in range(4)]
 
     def loss(counts: tuple[int, ...]) -> float:
         return sum(sum(costs[u][n:]) for u, n in enumerate(counts))
@@ -128,7 +128,7 @@ def test_marginal_greedy_is_optimal_for_equal_sizes() -> None:
 
 
 def test_marginal_greedy_with_unequal_sizes_never_overspends() -> None:
-    costs = [step_costs(scores(s), 8).tolist() for s in range(5)]
+    costs = [step_costs([scores(s)], 8).tolist() for s in range(5)]
     sizes = [9, 4, 4, 7, 1]
     for tenths in range(10, 81, 5):
         counts = cheapest_counts(costs, sizes, tenths / 10, low=1, high=8)
