@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from sparsedeploy.errors import UserError
 
 # Raise it whenever the code of the corpus, the tokenizer or the training changes what comes out.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class ReferenceOptions:
         steps: optimizer steps.
         learning_rate: peak, after a linear warm-up over ``warmup_steps``; it then falls linearly to zero.
         weight_decay: AdamW's, on the matrices only.
+        feature_spread: standard deviation of the logarithm of the decoder layers' initial norm gains. Features of large
+            LLMs differ in scale, which is what activation-aware pruning exploits; so small and briefly trained a model
+            does not grow such features by itself, so it starts with them. 0 starts all gains at 1.
         seed: of the initial weights and of the order of the data.
     """
 
@@ -38,10 +41,11 @@ class ReferenceOptions:
     vocab_size: int = 2048
     context: int = 512
     batch_tokens: int = 2048
-    steps: int = 1000
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
+    steps: int = 1600
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
     weight_decay: float = 0.1
+    feature_spread: float = 0.6
     seed: int = 0
 
 
@@ -57,9 +61,9 @@ PRESETS = {
         vocab_size=1024,
         context=256,
         batch_tokens=1024,
-        steps=300,
-        learning_rate=5e-3,
-        warmup_steps=20,
+        steps=600,
+        learning_rate=4e-3,
+        warmup_steps=40,
     ),
 }
 

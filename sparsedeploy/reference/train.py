@@ -25,6 +25,11 @@ from sparsedeploy.reference.options import RECIPE_VERSION, ReferenceOptions, con
 from sparsedeploy.reference.tokenizer import save_tokenizer, train_tokenizer
 
 _GRADIENT_NORM = 1.0
+_BETAS = (0.9, 0.98)
+# Norm gains are few and start far from where they end, so they may move faster than the matrices.
+_GAIN_LEARNING_RATE = 5.0
+# Larger than the matrices' 0.02: otherwise the residual stream is all layer output, and early training is slower.
+_EMBEDDING_STD = 0.5
 _VALIDATION_TOKENS = 32_768
 _REPORTED_STEPS = 50
 
@@ -98,12 +103,18 @@ def build_model(options: ReferenceOptions, tokenizer: PreTrainedTokenizerFast) -
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    # Plain matrix products beat the fused attention kernel on a CPU at the short windows that most steps use. The saved
+    # folder does not keep the choice.
     model = LlamaForCausalLM._from_config(config, attn_implementation="eager")
     with torch.no_grad():
+        model.model.embed_tokens.weight.normal_(std=_EMBEDDING_STD)
         for layer in model.model.layers:
             # The residual stream adds up two outputs per layer; this keeps its variance from growing with depth.
             for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 projection.weight.mul_((2 * options.layers) ** -0.5)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                spread = options.feature_spread
+                norm.weight.copy_(torch.exp(spread * torch.randn(len(norm.weight)) - spread**2))  # mean square 1
     return model
 
 
@@ -122,9 +133,9 @@ def _optimize(model: LlamaForCausalLM, stream: torch.Tensor, options: ReferenceO
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": vectors, "weight_decay": 0.0, "lr": options.learning_rate * _GAIN_LEARNING_RATE},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=_BETAS, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, options))
     windows = batches(stream, options)
     dtype = _training_dtype()
