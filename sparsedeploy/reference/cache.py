@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def cached_reference(options: ReferenceOptions, documents: Sequence[Document], *
         if not folder.is_dir() or refresh:
             from sparsedeploy.reference.train import train_reference  # torch and transformers only when needed
 
+            for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed: we hold the lock
+                shutil.rmtree(leftover, ignore_errors=True)
             progress.note(f"Training the '{options.name}' reference model (once; it is kept in {folder.parent}).")
             with new_folder(folder, overwrite=True) as staging:
                 train_reference(options, documents, staging)

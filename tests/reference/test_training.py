@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.reference import cache, reference_model
-from sparsedeploy.reference.corpus import Document, read_corpus
+from sparsedeploy.reference.corpus import Document, fingerprint, read_corpus
 from sparsedeploy.reference.options import PRESETS, content_key, preset_options
 from sparsedeploy.reference.tokenizer import train_tokenizer
 from sparsedeploy.reference.train import batches, token_stream, train_reference
@@ -145,6 +145,9 @@ def test_interrupted_training_leaves_nothing(
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
+    cached = tmp_path / "reference" / f"short-{content_key(SHORT, fingerprint(documents))}"
+    killed = cached.with_name(f".{cached.name}.abc.tmp")  # what a killed process leaves behind
+    killed.mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.setattr("sparsedeploy.reference.train.write_json", interrupt)  # the last thing that training does
         with pytest.raises(KeyboardInterrupt):
