@@ -42,7 +42,7 @@ class CalibrationOptions:
 
     Attributes:
         length: tokens per sequence; None takes min(2048, the model's positions).
-        batch_size: sequences per layer call; changes speed and memory, not results.
+        batch_size: sequences per layer call; changes speed and memory, not results. None chooses by free memory.
         accumulate: float32, or float64 for sums whose order does not show, on any number of processes.
     """
 
@@ -51,7 +51,7 @@ class CalibrationOptions:
     sequences: int = 128
     length: int | None = None
     seed: int = 0
-    batch_size: int = 1
+    batch_size: int | None = None
     accumulate: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self) -> None:
@@ -374,7 +374,7 @@ def choose_plan(
     method_options: Any,
     selection: torch.Tensor | None = None,
     sha256: str | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     accumulate: torch.dtype = torch.float32,
     ranks: Ranks = ALONE,
 ) -> SparsityPlan:
@@ -412,7 +412,7 @@ def choose_plan(
         candidate = copy.deepcopy(dense)
         prune_model(candidate, calibration, plan, method, method_options, batch_size)
         try:
-            return perplexity(candidate, selection, batch_size=batch_size).perplexity
+            return perplexity(candidate, selection, batch_size=batch_size or 1).perplexity
         except UserError:  # its only reason: the pruned model has diverged
             return math.inf
 
@@ -436,7 +436,7 @@ def make_plan(
     allocation: str,
     options: Any,
     sha256: str | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     mixed: MixedOptions | None = None,
     *,
     accumulate: torch.dtype = torch.float32,
@@ -468,7 +468,7 @@ def prune_model(
     plan: SparsityPlan,
     method: str,
     options: Any,
-    batch_size: int = 1,
+    batch_size: int | None = None,
 ) -> PrunedModules:
     """Prune a model in place, layer by layer, each on the inputs that the pruned layers before it give.
 

@@ -34,7 +34,7 @@ def allocate(
     *,
     mixed: MixedOptions | None = None,
     model_sha256: str | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     accumulate: torch.dtype = torch.float32,
     ranks: Ranks = ALONE,
 ) -> SparsityPlan:
@@ -120,7 +120,7 @@ def measure_layers(
     reduce: Callable[[LayerView], T],
     *,
     name: str,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     accumulate: torch.dtype = torch.float32,
     ranks: Ranks = ALONE,
 ) -> list[T]:

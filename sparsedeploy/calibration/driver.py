@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsedeploy.calibration.activations import Keep, choose_batch_size, new_buffer
 from sparsedeploy.calibration.statistics import InputStatistics, Kind
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
 from sparsedeploy.models.loading import exact_matmul
@@ -84,7 +85,8 @@ class LayerDriver:
     Args:
         model: a causal LM in evaluation mode, or a source of its layers.
         tokens: int64 ``[sequences, length]``.
-        batch_size: sequences per layer call; it changes memory and speed, not results.
+        batch_size: sequences per layer call; it changes memory and speed, not results. None chooses by free memory.
+        keep: where the hidden states of all sequences are kept.
         accumulate: the type that statistics are summed in.
         ranks: the processes that share the sequences; each runs its part, and statistics are of all.
     """
@@ -94,7 +96,8 @@ class LayerDriver:
         model: nn.Module | LayerSource,
         tokens: torch.Tensor,
         *,
-        batch_size: int = 1,
+        batch_size: int | None = None,
+        keep: Keep = "auto",
         accumulate: torch.dtype = torch.float32,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -104,8 +107,10 @@ class LayerDriver:
         self.tokens = ranks.share(tokens)
         self.accumulate = accumulate
         self.ranks = ranks
-        self.batch_size = batch_size
+        self.keep = keep
         self.device = self.source.device
+        widest = max(max(linear.in_features, linear.out_features) for linear in self.stack.linears(0).values())
+        self.batch_size = batch_size or choose_batch_size(len(self.tokens), self.tokens.shape[1], widest, self.device)
 
     def __len__(self) -> int:
         return len(self.stack.layers)
@@ -125,6 +130,7 @@ class LayerDriver:
         """
         arguments = self._layer_arguments()
         hidden = self._embed()
+        spare = None if changes_weights else new_buffer(tuple(hidden.shape), hidden.dtype, self.device, self.keep)
         for index in range(len(self)):
             with self.source.layer(index) as layer:
                 if index < finished:
@@ -133,7 +139,7 @@ class LayerDriver:
                 linears = self.stack.linears(index)
                 for name, linear in linears.items():
                     check_finite(name, linear.weight)
-                outputs = None if changes_weights else torch.empty_like(hidden)
+                outputs = spare
                 statistics: dict[str, InputStatistics] = {}
                 if kind != "none":
                     groups = self._input_groups(layer, linears, hidden, arguments[index])
@@ -145,7 +151,7 @@ class LayerDriver:
                     if index + 1 < len(self):
                         self._run(layer, hidden, arguments[index], hidden)
                 else:
-                    hidden = outputs
+                    hidden, spare = outputs, hidden
 
     @torch.no_grad()
     def states(self) -> Iterator[torch.Tensor]:
@@ -188,23 +194,29 @@ class LayerDriver:
 
     def _embed(self) -> torch.Tensor:
         """The hidden states that enter layer 0, ``[sequences, tokens, hidden]``."""
-        rows: list[torch.Tensor] = []
+        hidden: torch.Tensor | None = None
+        at = 0
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rows.append(args[0] if args else kwargs["hidden_states"])
+            nonlocal hidden
+            row = args[0] if args else kwargs["hidden_states"]
+            if hidden is None:
+                hidden = new_buffer((len(self.tokens), *row.shape[1:]), row.dtype, self.device, self.keep)
+            hidden[at] = row[0]
             raise _StopForward
 
         handle = self.stack.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            for row in self.tokens:
+            for at in range(len(self.tokens)):
                 try:
-                    self._base_model()(input_ids=row[None].to(self.device), use_cache=False)
+                    self._base_model()(input_ids=self.tokens[at : at + 1].to(self.device), use_cache=False)
                 except _StopForward:
                     continue
                 raise RuntimeError("the model's forward pass did not reach its first decoder layer")
         finally:
             handle.remove()
-        return torch.cat(rows)
+        assert hidden is not None
+        return hidden
 
     def _base_model(self) -> nn.Module:
         """The model without its head, whose logits no pass needs."""
@@ -216,7 +228,7 @@ class LayerDriver:
     ) -> None:
         """Run a layer over all sequences, batch by batch; ``outputs`` may be ``hidden`` itself."""
         for start in range(0, len(hidden), self.batch_size):
-            batch = hidden[start : start + self.batch_size]
+            batch = hidden[start : start + self.batch_size].to(self.device, non_blocking=True)
             result = layer(batch, *arguments.positional, **arguments.named)
             if outputs is not None:
                 outputs[start : start + self.batch_size] = result[0] if isinstance(result, tuple) else result

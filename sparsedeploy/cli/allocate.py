@@ -37,7 +37,7 @@ def allocate_command(
     samples: SamplesOption = 128,
     calibration_length: LengthOption = None,
     seed: SeedOption = 0,
-    batch_size: BatchSizeOption = 1,
+    batch_size: BatchSizeOption = None,
     allocation_option: AllocationOptionsOption = None,
     pattern_option: PatternOptionsOption = None,
     method: Annotated[

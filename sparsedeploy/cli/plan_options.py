@@ -45,7 +45,12 @@ LengthOption = Annotated[
     int | None, typer.Option("--calibration-length", help="Tokens per sequence [default: min(2048, positions)].")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the calibration sampler.")]
-BatchSizeOption = Annotated[int, typer.Option("--batch-size", help="Sequences per layer call; no effect on results.")]
+BatchSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size", min=1, help="Sequences per layer call; no effect on results [default: by free memory]."
+    ),
+]
 AccumulateOption = Annotated[
     str,
     typer.Option(

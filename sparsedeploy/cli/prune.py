@@ -68,7 +68,7 @@ def prune_command(
     samples: SamplesOption = 128,
     calibration_length: LengthOption = None,
     seed: SeedOption = 0,
-    batch_size: BatchSizeOption = 1,
+    batch_size: BatchSizeOption = None,
     accumulate: AccumulateOption = "float32",
     method_option: MethodOptionsOption = None,
     allocation_option: AllocationOptionsOption = None,

@@ -38,7 +38,7 @@ def prune_layers(
     method: str,
     options: Any,
     *,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     accumulate: torch.dtype = torch.float32,
     ranks: Ranks = ALONE,
     stored: dict[str, torch.dtype] | None = None,

@@ -50,7 +50,7 @@ class RecoveryJob:
     allocation_options: Any = None
     strength: float = 2.0
     calibration: CalibrationSet | None = None
-    batch_size: int = 1
+    batch_size: int | None = None
     data: TrainingData | None = None
     training: TrainingOptions = field(default_factory=TrainingOptions)
     seed: int = 0

@@ -12,7 +12,11 @@ from sparsedeploy.models.layers import LayerSource
 
 @torch.no_grad()
 def reconstruction_losses(
-    dense: nn.Module | LayerSource, pruned: nn.Module | LayerSource, tokens: torch.Tensor, *, batch_size: int = 1
+    dense: nn.Module | LayerSource,
+    pruned: nn.Module | LayerSource,
+    tokens: torch.Tensor,
+    *,
+    batch_size: int | None = None,
 ) -> list[float]:
     """The relative error of each decoder layer's output; both models advance in lockstep, one buffer each.
 
