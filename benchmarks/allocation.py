@@ -40,8 +40,8 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
     "mixed N:8, marginal costs": ("", {}),
 }
 SETUPS: dict[str, dict[str, int]] = {
-    "reference": {"sequences": 16, "length": 256},
-    "wide": {"sequences": 4, "length": 256},
+    "reference": {"sequences": 32, "length": 128},
+    "wide": {"sequences": 16, "length": 64},
 }
 
 
