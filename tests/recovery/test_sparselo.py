@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -86,7 +87,7 @@ def test_iterative_residual_never_rises_at_fixed_rank() -> None:
     for _ in range(12):
         history.append(torch.linalg.svdvals(weight - sparse)[4:].square().sum().item())
         sparse = refine_iteratively(weight, sparse, choice.mask, dataclasses.replace(options, iterations=1))
-    assert all(b <= a * (1 + 1e-12) for a, b in zip(history, history[1:], strict=False))
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(history))
     assert history[-1] < 0.9 * history[0]
 
 

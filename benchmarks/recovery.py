@@ -1,0 +1,278 @@
+"""Recovery on the reference model: perplexity, time and memory of LoSA, its ablations and its baselines.
+
+    python benchmarks/recovery.py [-o benchmarks/results] [--seeds 3] [--fresh] [--levels 0.7 ...] [--methods losa ...]
+
+Every cell (method, level, seed) runs in a process of its own, on one thread, and is stored when it ends; run the
+script again to go on where it stopped. All trained methods see the same number of tokens, of texts that the seed
+chooses from the training split; the seed also chooses the calibration text and the adapters. Perplexity is of the test
+split. Peak memory is the process's largest resident size, less what it was before the model was loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from sparsedeploy import progress
+from sparsedeploy.errors import UserError
+from sparsedeploy.folders import write_json, write_text
+
+LEVELS = ("0.5", "0.6", "0.7", "mixed-2:8")
+# Name -> (recovery or None, its options, pruner). One-shot and fixed-mask methods prune 2:8 where LoSA mixes it.
+METHODS: dict[str, tuple[str | None, dict[str, Any], str]] = {
+    "wanda": (None, {}, "wanda"),
+    "sparsegpt": (None, {}, "sparsegpt"),
+    "sparse-lora": ("sparse-lora", {}, "wanda"),
+    "lora": ("lora", {}, "wanda"),
+    "losa": ("losa", {}, "wanda"),
+    "losa-no-layer-rates": ("losa", {"layer_rates": False}, "wanda"),
+    "losa-no-rank-allocation": ("losa", {"rank_allocation": False}, "wanda"),
+    "losa-no-dynamic": ("losa", {"dynamic": False}, "wanda"),
+}
+LABELS = {
+    "dense": "dense",
+    "wanda": "Wanda, one-shot",
+    "sparsegpt": "SparseGPT, one-shot",
+    "sparse-lora": "Wanda + Sparse LoRA",
+    "lora": "Wanda + LoRA, not merged",
+    "losa": "Wanda + LoSA",
+    "losa-no-layer-rates": "LoSA without layer rates",
+    "losa-no-rank-allocation": "LoSA without rank allocation",
+    "losa-no-dynamic": "LoSA without the schedule",
+}
+SETTINGS: dict[str, Any] = {
+    "sequences": 16,
+    "length": 256,
+    "windows": 96,
+    "train_sequences": 400,
+    "dropout": 0.0,
+    "training": {
+        "learning_rate": 5e-3,
+        "warmup_ratio": 0.1,
+        "weight_decay": 0.0,
+        "clip": 1.0,
+        "batch_size": 2,
+        "accumulation": 1,
+        "precision": "bfloat16",
+    },
+}
+
+
+def run_cell(method: str, level: str, seed: int, folder: Path) -> dict[str, Any]:
+    """One cell, in this process: prune, recover, measure."""
+    import torch
+
+    torch.set_num_threads(1)
+    from sparsedeploy.allocation import ALLOCATORS
+    from sparsedeploy.calibration.documents import load_documents
+    from sparsedeploy.calibration.samples import sample_tokens
+    from sparsedeploy.evaluation.perplexity import perplexity, windows_of
+    from sparsedeploy.models.layers import StreamedLayers
+    from sparsedeploy.models.loading import load_model, load_tokenizer
+    from sparsedeploy.models.low_rank import attach_low_rank
+    from sparsedeploy.pipeline import make_plan, prune_model
+    from sparsedeploy.plan import NM, MixedNM, parse_pattern
+    from sparsedeploy.pruning import PRUNERS
+    from sparsedeploy.recovery import RECOVERIES, RecoveryJob
+    from sparsedeploy.recovery.data import DataOptions, load_training_data
+    from sparsedeploy.recovery.training import TrainingOptions
+
+    tokenizer = load_tokenizer(folder)
+    length = SETTINGS["length"]
+    text = "\n\n".join(load_documents("stdlib", split="test"))
+    windows = windows_of(tokenizer(text, verbose=False)["input_ids"], length, "stdlib")
+    windows = windows[:: max(1, len(windows) // SETTINGS["windows"])][: SETTINGS["windows"]]
+    recovery, values, pruner = METHODS.get(method, (None, {}, ""))
+    result: dict[str, Any] = {"method": method, "level": level, "seed": seed}
+    data = calibration = None
+    if method != "dense":
+        documents = load_documents("stdlib")
+        calibration = sample_tokens(
+            documents, tokenizer, sequences=SETTINGS["sequences"], length=length, seed=seed, data="stdlib"
+        )
+    if recovery is not None:
+        options = DataOptions(
+            "stdlib", samples=SETTINGS["train_sequences"], max_length=length, min_length=length, seed=seed
+        )
+        data = load_training_data(tokenizer, options)
+    before = _resident()
+    started, cpu = time.perf_counter(), time.process_time()
+    model = load_model(folder, dtype=torch.float32)
+    if method != "dense":
+        pattern = parse_pattern("unstructured" if level[0] == "0" else level)
+        sparsity = pattern.sparsity if pattern else float(level)
+        starts_dense = recovery is not None and RECOVERIES.get(recovery).traits["starts_from"] == "dense"
+        if isinstance(pattern, MixedNM) and not starts_dense:
+            pattern = NM(round(pattern.keep), pattern.m)
+        pruner_options = PRUNERS.get(pruner).make_options()
+        job = RecoveryJob(
+            model=model,
+            dense=lambda: StreamedLayers(folder, device=torch.device("cpu"), dtype=torch.float32),
+            sparsity=sparsity,
+            pattern=pattern,
+            pruner=pruner,
+            pruner_options=pruner_options,
+            calibration=calibration,
+            batch_size=8,
+            data=data,
+            training=TrainingOptions(**SETTINGS["training"]),
+            seed=seed,
+        )
+        if not starts_dense:
+            uniform = ALLOCATORS.get("uniform").make_options()
+            job.plan = make_plan(model, calibration, sparsity, pattern, "uniform", uniform, batch_size=8)
+            job.masks = prune_model(model, calibration, job.plan, pruner, pruner_options, 8).masks
+            result["sparsity"] = job.plan.achieved
+        if recovery is not None:
+            method_ = RECOVERIES.get(recovery)
+            recovered = method_.function(job, method_.make_options({**values, "dropout": SETTINGS["dropout"]}))
+            attach_low_rank(model, recovered.low_rank)
+            steps = recovered.report.get("steps", [recovered.report])
+            result["sparsity"] = recovered.plan.achieved
+            result["tokens"] = sum(step["tokens"] for step in steps)
+            result["training_seconds"] = sum(step["seconds"] for step in steps)
+            result["ranks"] = steps[-1].get("ranks")
+    result["seconds"], result["cpu_seconds"] = time.perf_counter() - started, time.process_time() - cpu
+    result["peak_mib"] = (_peak() - before) / 2**20
+    result["perplexity"] = perplexity(model, windows, batch_size=8).perplexity
+    return result
+
+
+def _peak() -> int:
+    """The process's largest resident size so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _resident() -> int:
+    """The process's resident size now, in bytes (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+class Bench:
+    """The file of finished cells and the tables made from it."""
+
+    def __init__(self, output: Path, fresh: bool) -> None:
+        from sparsedeploy.models.fingerprint import model_sha256
+        from sparsedeploy.reference import reference_model
+
+        self.folder = reference_model()
+        self.path = output / "recovery.json"
+        header = {
+            "settings": SETTINGS,
+            "model": {"name": self.folder.name, "sha256": model_sha256(self.folder)},
+        }
+        self.content: dict[str, Any] = {**header, "cells": {}}
+        if self.path.exists() and not fresh:
+            stored = json.loads(self.path.read_text())
+            if {key: stored[key] for key in header} != json.loads(json.dumps(header)):
+                raise UserError(f"{self.path} is for another model or other settings", "Start anew: --fresh.")
+            self.content = stored
+
+    def run(self, cells: list[tuple[str, str, int]]) -> None:
+        """Run what is missing, one process per cell."""
+        missing = [cell for cell in cells if _key(*cell) not in self.content["cells"]]
+        with progress.bar("recovery", len(missing), "cells") as advance:
+            for method, level, seed in missing:
+                command = [sys.executable, __file__, "--cell", method, level, str(seed), str(self.folder)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+                self.content["cells"][_key(method, level, seed)] = json.loads(done.stdout.splitlines()[-1])
+                write_json(self.path, self.content)
+                write_text(self.path.with_suffix(".md"), self.markdown())
+                advance(1, f"{method} {level} {seed}")
+
+    def markdown(self) -> str:
+        """The figures as tables: mean over the seeds, and how far the seeds are apart."""
+        cells = list(self.content["cells"].values())
+        trained = next((cell["tokens"] for cell in cells if "tokens" in cell), 0)
+        lines = [
+            "# Recovery on the reference model",
+            "",
+            f"Model {self.content['model']['name']}; test perplexity at {SETTINGS['length']} tokens of context, lower "
+            f"is better; {trained:,} training tokens for every trained method. Mean over seeds ± half the range.",
+            "",
+            "| | " + " | ".join(_level_name(level) for level in LEVELS) + " |",
+            "|---|" + "---|" * len(LEVELS),
+        ]
+        dense = [cell["perplexity"] for cell in cells if cell["method"] == "dense"]
+        if dense:
+            lines.append(f"| dense | {' | '.join([f'{dense[0]:.2f}'] * len(LEVELS))} |")
+        for method in METHODS:
+            row = [
+                _summary([c["perplexity"] for c in cells if (c["method"], c["level"]) == (method, level)])
+                for level in LEVELS
+            ]
+            lines.append(f"| {LABELS[method]} | {' | '.join(row)} |")
+        lines += [
+            "",
+            "Time and memory at 70 %, one thread:",
+            "",
+            "| | CPU seconds | over LoRA | peak MiB | over LoRA |",
+        ]
+        lines.append("|---|---|---|---|---|")
+        base = {key: _mean(cells, "lora", key) for key in ("cpu_seconds", "peak_mib")}
+        for method in ("sparse-lora", "lora", "losa"):
+            seconds, peak = _mean(cells, method, "cpu_seconds"), _mean(cells, method, "peak_mib")
+            if seconds and peak and base["cpu_seconds"] and base["peak_mib"]:
+                lines.append(
+                    f"| {LABELS[method]} | {seconds:.0f} | {seconds / base['cpu_seconds']:.2f} | {peak:.0f} "
+                    f"| {peak / base['peak_mib']:.2f} |"
+                )
+        return "\n".join(lines) + "\n"
+
+
+def _mean(cells: list[dict[str, Any]], method: str, key: str, level: str = "0.7") -> float | None:
+    values = [cell[key] for cell in cells if (cell["method"], cell["level"]) == (method, level)]
+    return statistics.mean(values) if values else None
+
+
+def _summary(values: list[float]) -> str:
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
+
+
+def _level_name(level: str) -> str:
+    return f"{float(level):.0%}" if level[0] == "0" else level.replace("-", " ")
+
+
+def _key(method: str, level: str, seed: int) -> str:
+    return f"{method}/{level}/{seed}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--fresh", action="store_true", help="Start anew.")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="Change settings, to explore.")
+    parser.add_argument("--cell", nargs=4, metavar=("METHOD", "LEVEL", "SEED", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    for pair in arguments.set:
+        key, _, value = pair.partition("=")
+        where = SETTINGS["training"] if key in SETTINGS["training"] else SETTINGS
+        where[key] = json.loads(value)
+    if arguments.cell:
+        method, level, seed, folder = arguments.cell
+        print(json.dumps(run_cell(method, level, int(seed), Path(folder))))
+        return
+    progress.show()
+    cells = [("dense", "0", 0)]
+    cells += [
+        (m, level, seed) for seed in range(arguments.seeds) for level in arguments.levels for m in arguments.methods
+    ]
+    bench = Bench(arguments.output, arguments.fresh)
+    bench.run(cells)
+    print(bench.markdown())
+
+
+if __name__ == "__main__":
+    main()
