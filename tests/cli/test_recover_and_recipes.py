@@ -11,7 +11,7 @@ import pytest
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.recipes import load_recipe, parse_recipe, recipe_names
-from tests.cli.conftest import Outcome, cli, model, text  # noqa: F401 - fixtures
+from tests.cli.conftest import Outcome
 
 RECIPE = """
 prune: {sparsity: 0.5, method: magnitude}
@@ -33,7 +33,7 @@ def test_recipe_then_flags(
     model: Path,
     text: Path,
     recipe: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     common = ("--data", text, "--train-data", text, "--json")
     first = cli("prune", model, "-o", tmp_path / "a", "--recipe", recipe, *common)
@@ -54,7 +54,7 @@ def test_recipe_then_flags(
     assert result["recovery"]["options"]["first_rank"] == 2, "options of the recipe that no flag names stay"
 
 
-def test_recover_prints_what_it_did(cli: Callable[..., Outcome], model: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_recover_prints_what_it_did(cli: Callable[..., Outcome], model: Path, text: Path, tmp_path: Path) -> None:
     pruning = ("-s", "0.5", "--data", text, "-n", "2", "--calibration-length", "32")
     assert cli("prune", model, "-o", tmp_path / "p", *pruning).code == 0
     outcome = cli("recover", tmp_path / "p", "-o", tmp_path / "r", "-m", "sparse-lora", "--train-data", text)
@@ -63,7 +63,7 @@ def test_recover_prints_what_it_did(cli: Callable[..., Outcome], model: Path, te
     assert cli("inspect", tmp_path / "r").code == 0
 
 
-def test_bad_input_is_one_line_and_code_2(cli: Callable[..., Outcome], model: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_bad_input_is_one_line_and_code_2(cli: Callable[..., Outcome], model: Path, text: Path, tmp_path: Path) -> None:
     cases: list[tuple[tuple[Any, ...], str]] = [
         (("prune", model, "-s", "0.5", "--recover", "losa", "--data", text), "no training text was given"),
         (("prune", model, "--recipe", "losa-71"), "no recipe 'losa-71'"),
