@@ -18,6 +18,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -38,7 +39,7 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi2")
 # GCC 12 warns about its own intrinsics.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-w")
 # Bytes of dense weight that are unpacked at a time: small enough to stay in the last cache until they are multiplied.
-_TILE_BYTES = 4 << 20
+_TILE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ LEVELS = (
         "avx512bf16",
         frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vbmi2", "avx512_bf16", "bmi2", "fma", "f16c"}),
         (*_AVX512, "-mavx512bf16"),
-        16,
+        64,
     ),
     Level("avx512", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vbmi2", "bmi2", "fma", "f16c"}), _AVX512, 8),
-    Level("avx2", frozenset({"avx2", "fma", "f16c", "bmi2"}), _AVX2, 4),
-    Level("portable", frozenset(), (), 2),
+    Level("avx2", frozenset({"avx2", "fma", "f16c", "bmi2"}), _AVX2, 16),
+    Level("portable", frozenset(), (), 4),
 )
 
 
@@ -78,11 +79,11 @@ class Library:
         self.level = level
         library = ctypes.CDLL(str(path))
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        weight = [pointer, pointer, pointer, size, size, size]
+        weight: tuple[Any, ...] = (pointer, pointer, pointer, size, size, size)
         self._linear = library.sparsedeploy_linear
-        self._linear.argtypes = [number, pointer, size, size, *weight, pointer, pointer, size, number]
+        self._linear.argtypes = (number, pointer, size, size, *weight, pointer, pointer, size, number)
         self._unpack = library.sparsedeploy_unpack
-        self._unpack.argtypes = [number, *weight, pointer, number]
+        self._unpack.argtypes = (number, *weight, pointer, number)
 
     def linear(self, x: torch.Tensor, weight: BitmaskWeight, bias: torch.Tensor | None) -> torch.Tensor:
         """``x [batch, columns]`` times the packed weight: ``[batch, rows]``, summed in float32."""

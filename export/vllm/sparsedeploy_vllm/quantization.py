@@ -39,6 +39,7 @@ from sparsedeploy_vllm.product import packed_product, prepare
 logger = init_logger("vllm.plugins.sparsedeploy")
 
 _PARTS = ("weight", "weight_mask", "weight_values", "weight_offsets", "weight_positions")
+_NUMBERS = {"q": 0, "k": 1, "v": 2}
 _ANOTHER_SIZE = "Choose a tensor-parallel size that divides it into whole groups of 64 columns."
 
 
@@ -81,7 +82,7 @@ class SparseDeployConfig(QuantizationConfig):
         renamed = hf_to_vllm_mapper.apply_dict(dict(self.packed.modules))
         self.packed = PackedConfig(renamed, tuple(hf_to_vllm_mapper.apply_list(list(self.packed.ignore))))
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, LinearBase):
             return None
         entries = self._entries(prefix)
@@ -133,7 +134,7 @@ class _Segment:
     dense: bool
     pattern: NM | None
 
-    def product(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def product(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         def tensor(part: str) -> torch.Tensor:
             return getattr(layer, part + self.suffix)
 
@@ -164,7 +165,7 @@ class PackedLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -191,7 +192,7 @@ class PackedLinearMethod(LinearMethodBase):
             layer.register_parameter(part, empty)
             set_weight_attrs(empty, {"weight_loader": _loader(layer, part)})
 
-    def _check_sizes(self, layer: nn.Module, output_size: int) -> None:
+    def _check_sizes(self, layer: Any, output_size: int) -> None:
         """Refuse, before anything is read, sizes that do not fit or that this tensor-parallel size cannot cut."""
         mine, every = layer.packed_columns
         rows = sum(part.entry.rows for part in layer.packed_parts if part.entry is not None)
@@ -216,7 +217,7 @@ class PackedLinearMethod(LinearMethodBase):
                     _ANOTHER_SIZE,
                 )
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         weights: list[PackedWeight | torch.Tensor] = []
         for part in layer.packed_parts:
             if not part.weights:
@@ -246,7 +247,7 @@ class PackedLinearMethod(LinearMethodBase):
             segments.append(_Segment(suffix, rows, columns, dense, pattern))
         layer.packed_segments = tuple(segments)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         segments = layer.packed_segments
         if len(segments) == 1:
             return segments[0].product(layer, x, bias)
@@ -275,18 +276,18 @@ class PackedLinearMethod(LinearMethodBase):
             if not isinstance(weight, torch.Tensor):
                 tuning.tune(weight)
 
-    def _become_dense(self, layer: nn.Module, weights: list[torch.Tensor]) -> None:
+    def _become_dense(self, layer: Any, weights: list[torch.Tensor]) -> None:
         """Hand the layer over to vLLM's own dense method."""
         layer.register_parameter("weight", nn.Parameter(torch.cat(weights), requires_grad=False))
         layer.quant_method = UnquantizedLinearMethod()
         layer.quant_method.process_weights_after_loading(layer)
 
 
-def _loader(layer: nn.Module, tensor_name: str) -> Any:
+def _loader(layer: Any, tensor_name: str) -> Any:
     """The ``weight_loader`` of one of the layer's empty parameters."""
 
     def load(param: nn.Parameter, loaded: torch.Tensor, shard_id: str | int | None = None) -> None:
-        index = {"q": 0, "k": 1, "v": 2}.get(shard_id, shard_id) if shard_id is not None else 0
+        index = _NUMBERS[shard_id] if isinstance(shard_id, str) else shard_id or 0
         part: _Part = layer.packed_parts[index]
         part.collected[tensor_name] = loaded
         wanted = ["weight"] if part.entry is None else list(packing.tensor_layout(part.entry))
@@ -298,7 +299,7 @@ def _loader(layer: nn.Module, tensor_name: str) -> Any:
     return load
 
 
-def _cut(layer: nn.Module, part: _Part) -> list[PackedWeight | torch.Tensor]:
+def _cut(layer: Any, part: _Part) -> list[PackedWeight | torch.Tensor]:
     """This rank's share of a part, for each of its logical weights."""
     mine, every = layer.packed_columns
     first = layer.tp_rank * mine if isinstance(layer, RowParallelLinear) and mine != every else 0
@@ -323,7 +324,7 @@ def _cut(layer: nn.Module, part: _Part) -> list[PackedWeight | torch.Tensor]:
     return result
 
 
-def _ranks(layer: nn.Module, count: int) -> list[int]:
+def _ranks(layer: Any, count: int) -> list[int]:
     """For each logical weight of a layer, which of its equal shares this rank takes."""
     if isinstance(layer, RowParallelLinear) or not hasattr(layer, "output_size_per_partition"):
         return [0] * count
@@ -333,7 +334,7 @@ def _ranks(layer: nn.Module, count: int) -> list[int]:
     return [layer.tp_rank] * count
 
 
-def _repetitions(layer: nn.Module, part: _Part, rows: int) -> list[int]:
+def _repetitions(layer: Any, part: _Part, rows: int) -> list[int]:
     """Into how many shares each logical weight of a part is divided."""
     if len(part.shares) == 1:
         return [rows // part.shares[0][0]]

@@ -10,9 +10,12 @@ Bitmask: the place of a value is the number of mask bits before it. Within a byt
 the bits are spread to one per nibble, and a multiplication by 0x11111110 adds up, in each nibble, the nibbles below it.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Triton functions take no Python types: their arguments are pointers, tiles and compile-time constants.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -285,31 +288,11 @@ def linear(
     if config is None:
         return functional.linear(x, unpack(weight), bias)
     x = x.contiguous()
-    batch = x.shape[0]
-    out = torch.empty(batch, weight.rows, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(weight.rows, config.rows),)
-    options = {"num_warps": config.warps, "num_stages": config.stages, "HAS_BIAS": bias is not None}
-    added = out if bias is None else bias
-    vector = config.kernel == "vector"
-    tile = {"BATCH": batch if vector else max(16, triton.next_power_of_2(batch)), "ROWS": config.rows}
-    if not vector:
-        tile["WIDEN"] = INTERPRETED and x.dtype == torch.bfloat16
+    out = torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device)
     if isinstance(weight, BitmaskWeight):
-        tensors = (weight.mask, weight.values, weight.offsets, added, out)
-        sizes = (weight.rows, weight.columns, weight.mask.shape[1])
-        tile["BYTES"] = config.columns // 8
-        if vector:
-            _bitmask_vector[grid](x, *tensors, *sizes, **tile, **options)
-        else:
-            _bitmask_tensor[grid](x, *tensors, batch, *sizes, **tile, **options)
-        return out
-    tensors = (weight.values, weight.positions, added, out)
-    sizes = (weight.rows, weight.columns, weight.groups, weight.positions.shape[1])
-    tile.update(_nm_tile(weight, config.columns))
-    if vector:
-        _nm_vector[grid](x, *tensors, *sizes, **tile, **options)
+        _bitmask_linear(x, weight, bias, config, out)
     else:
-        _nm_tensor[grid](x, *tensors, batch, *sizes, **tile, **options)
+        _nm_linear(x, weight, bias, config, out)
     return out
 
 
@@ -320,15 +303,52 @@ def unpack(weight: BitmaskWeight | NMWeight) -> torch.Tensor:
     grid = (triton.cdiv(weight.rows, rows),)
     if isinstance(weight, BitmaskWeight):
         sizes = (weight.rows, weight.columns, weight.mask.shape[1])
-        _bitmask_unpack[grid](
-            weight.mask, weight.values, weight.offsets, out, *sizes, ROWS=rows, BYTES=columns // 8, num_warps=4
-        )
+        tensors = (weight.mask, weight.values, weight.offsets, out)
+        _bitmask_unpack[grid](*tensors, *sizes, ROWS=rows, BYTES=columns // 8, num_warps=4)
     else:
-        sizes = (weight.rows, weight.columns, weight.groups, weight.positions.shape[1])
-        _nm_unpack[grid](
-            weight.values, weight.positions, out, *sizes, ROWS=rows, **_nm_tile(weight, columns), num_warps=4
-        )
+        tile = {"ROWS": rows, **_nm_tile(weight, columns)}
+        _nm_unpack[grid](weight.values, weight.positions, out, *_nm_sizes(weight), **tile, num_warps=4)
     return out
+
+
+def _bitmask_linear(
+    x: torch.Tensor, weight: BitmaskWeight, bias: torch.Tensor | None, config: Config, out: torch.Tensor
+) -> None:
+    tensors = (x, weight.mask, weight.values, weight.offsets, out if bias is None else bias, out)
+    sizes = (weight.rows, weight.columns, weight.mask.shape[1])
+    options = _options(x, bias, config)
+    if config.kernel == "vector":
+        _bitmask_vector[_grid(weight, config)](*tensors, *sizes, BYTES=config.columns // 8, **options)
+    else:
+        _bitmask_tensor[_grid(weight, config)](*tensors, len(x), *sizes, BYTES=config.columns // 8, **options)
+
+
+def _nm_linear(x: torch.Tensor, weight: NMWeight, bias: torch.Tensor | None, config: Config, out: torch.Tensor) -> None:
+    tensors = (x, weight.values, weight.positions, out if bias is None else bias, out)
+    options = {**_nm_tile(weight, config.columns), **_options(x, bias, config)}
+    if config.kernel == "vector":
+        _nm_vector[_grid(weight, config)](*tensors, *_nm_sizes(weight), **options)
+    else:
+        _nm_tensor[_grid(weight, config)](*tensors, len(x), *_nm_sizes(weight), **options)
+
+
+def _grid(weight: BitmaskWeight | NMWeight, config: Config) -> tuple[int]:
+    return (triton.cdiv(weight.rows, config.rows),)
+
+
+def _options(x: torch.Tensor, bias: torch.Tensor | None, config: Config) -> dict[str, Any]:
+    """What both formats' kernels are compiled for."""
+    options = {"ROWS": config.rows, "HAS_BIAS": bias is not None}
+    options.update(num_warps=config.warps, num_stages=config.stages)
+    if config.kernel == "vector":
+        return {"BATCH": len(x), **options}
+    # The smallest tile of the tensor cores has 16 rows.
+    batch = max(16, triton.next_power_of_2(len(x)))
+    return {"BATCH": batch, "WIDEN": INTERPRETED and x.dtype == torch.bfloat16, **options}
+
+
+def _nm_sizes(weight: NMWeight) -> tuple[int, int, int, int]:
+    return (weight.rows, weight.columns, weight.groups, weight.positions.shape[1])
 
 
 def _nm_tile(weight: NMWeight, columns: int) -> dict[str, int]:

@@ -4,8 +4,8 @@
 // instruction set (see cpu.py); the preprocessor picks the code for the one it is compiled for. Rows are shared out with
 // OpenMP, whose functions are those that torch has loaded already: one pool of threads, no two that fight.
 //
-// Decode is bound by memory, so every packed byte is read once for up to kLargestBatch rows of x: 32 columns of a weight
-// row are expanded in registers and multiplied with each of them.
+// Decode is bound by memory, so every packed byte is read from it once: 32 columns of a few weight rows are expanded in
+// registers and multiplied with up to four rows of x; for further ones the weight rows are still in the cache.
 
 #include <algorithm>
 #include <cstdint>
@@ -30,7 +30,12 @@ namespace {
 enum Kind : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 constexpr int64_t kColumns = 32;  // columns of one step: one word of the mask
 constexpr int64_t kRowsPerTask = 32;
-constexpr int kLargestBatch = 8;  // rows of x that share one pass over the weights
+// Weight rows that are multiplied together with up to four rows of x: as many sums as the registers hold.
+#if defined(SD_AVX512)
+constexpr int kRowsTogether = 4;
+#else
+constexpr int kRowsTogether = 2;
+#endif
 
 inline float bits_to_float(uint32_t bits) {
   float value;
@@ -97,6 +102,15 @@ using Sum = __m512;
 inline Sum zero() { return _mm512_setzero_ps(); }
 inline float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
 
+// Zeros that the compiler does not know for zeros. With them an expansion merges into a register that has just been
+// written; the form that clears the other columns itself waits, on Zen 4 and 5, for whatever was in its register before
+// (measured: half the speed).
+inline __m512i fresh_zeros() {
+  __m512i zeros;
+  __asm__("vpxord %0, %0, %0" : "=v"(zeros));
+  return zeros;
+}
+
 // The next values, expanded to 32 columns; `safe` reads not one byte more than there is.
 template <bool safe>
 inline __m512i expand16(const uint16_t* values, uint32_t mask) {
@@ -107,13 +121,13 @@ inline __m512i expand16(const uint16_t* values, uint32_t mask) {
   } else {
     dense = _mm512_loadu_si512(values);
   }
-  return _mm512_maskz_expand_epi16(mask, dense);
+  return _mm512_mask_expand_epi16(fresh_zeros(), mask, dense);
 }
 
 template <bool safe>
 inline __m512 expand32(const float* values, uint32_t mask) {
   if constexpr (safe) return _mm512_maskz_expandloadu_ps(__mmask16(mask), values);
-  else return _mm512_maskz_expand_ps(__mmask16(mask), _mm512_loadu_ps(values));
+  else return _mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zeros()), __mmask16(mask), _mm512_loadu_ps(values));
 }
 
 #elif defined(SD_AVX2)
@@ -262,33 +276,56 @@ inline uint32_t mask_word(const uint8_t* bytes, int64_t available) {
 }
 
 // `rows` weight rows against `batch` rows of x (padded to whole steps); sums for [row][batch].
+//
+// Steps alternate between `kChains` sets of sums where there are few, so that additions do not wait for each other. What
+// the rows after these will need is fetched ahead: the values lie at no regular distance, and left to the hardware they
+// arrive late (measured: half the bandwidth).
 template <Kind kind, bool safe, int rows, int batch, typename X>
 inline void block(const Weight& weight, int64_t row, const X* x, int64_t stride, float* results) {
   using T = Stored<kind>;
+  constexpr int kChains = rows * batch <= 2 ? 2 : 1;
   const T* values[rows];
   const uint8_t* masks[rows];
-  Sum sums[rows][batch];
+  int64_t ahead[rows];
+  Sum sums[kChains][rows][batch];
   for (int r = 0; r < rows; ++r) {
-    values[r] = static_cast<const T*>(weight.values) + weight.offsets[row + r];
+    const int64_t offset = weight.offsets[row + r];
+    values[r] = static_cast<const T*>(weight.values) + offset;
     masks[r] = weight.mask + (row + r) * weight.row_bytes();
-    for (int b = 0; b < batch; ++b) sums[r][b] = zero();
+    ahead[r] = weight.offsets[std::min(row + rows + r, weight.rows)] - offset;
+    for (int chain = 0; chain < kChains; ++chain)
+      for (int b = 0; b < batch; ++b) sums[chain][r][b] = zero();
   }
+  const int64_t mask_ahead = rows * weight.row_bytes();
   const int64_t whole = weight.columns / kColumns;
-  for (int64_t c = 0; c < whole; ++c) {
+  const auto one_step = [&](int64_t c, int chain) {
     for (int r = 0; r < rows; ++r) {
       uint32_t mask;
       std::memcpy(&mask, masks[r] + 4 * c, 4);
-      step<kind, safe, batch>(sums[r], values[r], mask, x + c * kColumns, stride);
+      __builtin_prefetch(values[r] + ahead[r]);
+      if constexpr (sizeof(T) == 4) __builtin_prefetch(values[r] + ahead[r] + 16);
+      step<kind, safe, batch>(sums[chain][r], values[r], mask, x + c * kColumns, stride);
     }
+  };
+  int64_t c = 0;
+  for (; c + 2 <= whole; c += 2) {
+    one_step(c, 0);
+    one_step(c + 1, kChains - 1);
+    for (int r = 0; r < rows; ++r) __builtin_prefetch(masks[r] + 4 * c + mask_ahead);
   }
+  if (c < whole) one_step(c, 0);
   if (const int64_t rest = weight.row_bytes() - 4 * whole; rest > 0) {
     for (int r = 0; r < rows; ++r) {
       const uint32_t mask = mask_word(masks[r] + 4 * whole, rest);
-      step<kind, true, batch>(sums[r], values[r], mask, x + whole * kColumns, stride);
+      step<kind, true, batch>(sums[0][r], values[r], mask, x + whole * kColumns, stride);
     }
   }
-  for (int r = 0; r < rows; ++r)
-    for (int b = 0; b < batch; ++b) results[r * batch + b] = total(sums[r][b]);
+  for (int r = 0; r < rows; ++r) {
+    for (int b = 0; b < batch; ++b) {
+      results[r * batch + b] = total(sums[0][r][b]);
+      if constexpr (kChains == 2) results[r * batch + b] += total(sums[1][r][b]);
+    }
+  }
 }
 
 struct Call {
@@ -315,11 +352,7 @@ void rows_and_batch(const Call& call, int64_t row, const X* x, int64_t stride, i
 template <Kind kind, bool safe, int rows, typename X>
 void some_rows(const Call& call, int64_t row, const X* x, int64_t stride, int64_t batch) {
   int64_t first = 0;
-  for (; batch - first >= 8; first += 8) rows_and_batch<kind, safe, rows, 8>(call, row, x, stride, first);
-  if (batch - first >= 4) {
-    rows_and_batch<kind, safe, rows, 4>(call, row, x, stride, first);
-    first += 4;
-  }
+  for (; batch - first >= 4; first += 4) rows_and_batch<kind, safe, rows, 4>(call, row, x, stride, first);
   if (batch - first >= 2) {
     rows_and_batch<kind, safe, rows, 2>(call, row, x, stride, first);
     first += 2;
@@ -327,8 +360,7 @@ void some_rows(const Call& call, int64_t row, const X* x, int64_t stride, int64_
   if (batch > first) rows_and_batch<kind, safe, rows, 1>(call, row, x, stride, first);
 }
 
-// Several rows at a time share each load of x and give the processor independent chains of sums; at larger batches the
-// chains are many anyway and registers few.
+// Several weight rows share each load of x; for one or two rows of x one at a time is better: a single stream of values.
 template <Kind kind, int together, typename X>
 void all_rows(const Call& call, const X* x, int64_t stride, int64_t batch, int threads) {
   const Weight& weight = call.weight;
@@ -345,8 +377,8 @@ void all_rows(const Call& call, const X* x, int64_t stride, int64_t batch, int t
 
 template <Kind kind, typename X>
 void all_rows(const Call& call, const X* x, int64_t stride, int64_t batch, int threads) {
-  if (batch <= 2) all_rows<kind, 4>(call, x, stride, batch, threads);
-  else all_rows<kind, 2>(call, x, stride, batch, threads);
+  if (batch <= 2) all_rows<kind, 1>(call, x, stride, batch, threads);
+  else all_rows<kind, kRowsTogether>(call, x, stride, batch, threads);
 }
 
 template <typename T>

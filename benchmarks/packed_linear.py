@@ -1,0 +1,278 @@
+"""Packed against dense products, for the projections of 7B and 8B models: times, share of the byte limit, bandwidth.
+
+    python benchmarks/packed_linear.py [--device cpu|cuda] [--shapes 4096x4096 ...] [--output benchmarks/results/NAME]
+
+Needs the ``sparsedeploy_vllm`` package (installed, or found in this checkout). Each weight comes from memory: caches
+are filled with other data between any two measurements. Dense and packed are measured by turns and the best of each is
+taken, so that what else runs on the machine disturbs both alike. Only ratios inside one run carry over.
+
+Columns: ``speedup`` is dense time over packed time. ``limit`` is dense bytes over packed bytes: the largest speedup
+when the dense product already waits for nothing but memory; ``share`` is one over the other, and above 100 % where it
+does not. ``of copy`` is the packed weight's bytes per second over those of a measured copy (reads plus writes): how
+near the packed product itself comes to the memory's limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+ROOT = Path(__file__).resolve().parents[1]
+if importlib.util.find_spec("sparsedeploy_vllm") is None:
+    sys.path.append(str(ROOT / "export" / "vllm"))
+
+from sparsedeploy_vllm import choice  # noqa: E402
+from sparsedeploy_vllm.product import packed_product, prepare  # noqa: E402
+
+from sparsedeploy.folders import write_json, write_text  # noqa: E402
+from sparsedeploy.formats import packed as packing  # noqa: E402
+from sparsedeploy.formats.packed import PackedWeight  # noqa: E402
+from sparsedeploy.plan import NM  # noqa: E402
+
+# Outputs x inputs. Llama 7B: attention, gate and up, down. Llama 8B: merged q, k and v, gate and up, down.
+SHAPES = ("4096x4096", "11008x4096", "4096x11008", "6144x4096", "14336x4096", "4096x14336")
+PATTERNS = ("50%", "60%", "70%", "80%", "2:4", "2:8")
+BATCHES = (1, 4, 16, 64)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_FLUSH_VALUES = 32 << 20
+_COPY_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured case; times in milliseconds, bandwidth in GB/s."""
+
+    shape: str
+    pattern: str
+    batch: int
+    dense_ms: float
+    packed_ms: float
+    packed_bytes: int
+    speedup: float
+    limit: float
+    share: float
+    gb_per_s: float
+    of_copy: float
+
+
+class Timer:
+    """Milliseconds of a call on a device, with cold caches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flush = torch.ones(_FLUSH_VALUES, device=device)
+
+    def once(self, call: Callable[[], object]) -> float:
+        # Read, not written: what is written goes back to memory while the product runs.
+        self.flush.sum()
+        if self.device.type == "cuda":
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record()
+            call()
+            after.record()
+            torch.cuda.synchronize()
+            return before.elapsed_time(after)
+        started = time.perf_counter()
+        call()
+        return (time.perf_counter() - started) * 1e3
+
+    def best(self, calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+        """The best time of each call over interleaved rounds, after one round that warms up."""
+        for call in calls:
+            call()
+        times = [[self.once(call) for call in calls] for _ in range(rounds)]
+        return [min(column) for column in zip(*times, strict=True)]
+
+
+def sparse_weight(rows: int, columns: int, pattern: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Random weights with random zeros in the pattern: ``70%`` or N:M."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(rows, columns, device=device, generator=generator).to(dtype)
+    noise = torch.rand(rows, columns, device=device, generator=generator)
+    if pattern.endswith("%"):
+        keep = noise >= float(pattern[:-1]) / 100
+    else:
+        n, m = NM.parse(pattern).n, NM.parse(pattern).m
+        groups = noise.view(rows, columns // m, m)
+        keep = (groups.argsort(dim=2).argsort(dim=2) < n).view(rows, columns)
+    return torch.where(keep, weight, torch.zeros((), dtype=dtype, device=device))
+
+
+def pack_weight(weight: torch.Tensor, pattern: str) -> PackedWeight:
+    return packing.pack(weight, "bitmask" if pattern.endswith("%") else pattern)
+
+
+def measure_copy(timer: Timer) -> float:
+    """GB/s of a large copy, reads and writes counted."""
+    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=timer.device)
+    target = torch.empty_like(source)
+    (best,) = timer.best([lambda: target.copy_(source)], 10)
+    return 2 * _COPY_BYTES / best / 1e6
+
+
+def measure_format(weight: torch.Tensor, pattern: str) -> dict[str, float | str]:
+    """Size and pack and unpack speed, in GB of dense weight per second."""
+    packed = pack_weight(weight, pattern)
+    seconds = {}
+    for name, call in (
+        ("pack", lambda: pack_weight(weight, pattern)),
+        ("check", lambda: packing.check(packed, "weight")),
+        ("unpack", lambda: packing.unpack(packed)),
+    ):
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - started)
+        seconds[name] = min(times)
+    dense = weight.numel() * weight.element_size()
+    sparsity = 1 - packed.count / weight.numel()
+    wanted = 1 / (8 * weight.element_size()) + 1 - sparsity
+    return {
+        "pattern": pattern,
+        "size": packing.size(packed) / dense,
+        "of_bitmask_size": packing.size(packed) / dense / wanted,
+        **{f"{name}_gb_per_s": dense / value / 1e9 for name, value in seconds.items()},
+    }
+
+
+def run(
+    shapes: Sequence[str],
+    patterns: Sequence[str],
+    batches: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+) -> dict[str, Any]:
+    """Measure every case and print a line for each."""
+    timer = Timer(device)
+    copy = measure_copy(timer)
+    print(f"{device_name(device)}, {threads(device)}, {dtype}: copy {copy:.1f} GB/s")
+    print(
+        f"{'shape':>12} {'pattern':>7} {'batch':>5} {'dense ms':>9} {'packed ms':>9} {'speedup':>8} {'limit':>6} ",
+        end="",
+    )
+    print(f"{'share':>6} {'GB/s':>7} {'of copy':>7}")
+    rows: list[Row] = []
+    choices: dict[str, str] = {}
+    formats: list[dict[str, float | str]] = []
+    for shape, pattern in itertools.product(shapes, patterns):
+        outputs, inputs = (int(size) for size in shape.split("x"))
+        weight = sparse_weight(outputs, inputs, pattern, dtype, device)
+        if shape == shapes[0]:
+            formats.append(measure_format(weight, pattern))
+        stored = pack_weight(weight, pattern)
+        packed = prepare(stored)
+        if device.type == "cuda":
+            from sparsedeploy_vllm import tuning
+
+            tuning.tune(packed)
+        else:
+            decision = choice.measure(packed)
+            choices[f"{shape} {pattern}"] = f"{'packed' if decision.packed else 'dense'} ({decision.reason})"
+        limit = weight.numel() * weight.element_size() / packing.size(stored)
+        for batch in batches:
+            x = torch.randn(batch, inputs, device=device).to(dtype)
+            calls = (partial(functional.linear, x, weight), partial(packed_product, x, packed))
+            dense_ms, packed_ms = timer.best(calls, rounds)
+            rate = packing.size(packed) / packed_ms / 1e6
+            speedup = dense_ms / packed_ms
+            row = Row(
+                shape, pattern, batch, dense_ms, packed_ms, packing.size(packed), speedup, limit, speedup / limit, rate,
+                rate / copy,
+            )  # fmt: skip
+            rows.append(row)
+            print(
+                f"{shape:>12} {pattern:>7} {batch:>5} {dense_ms:>9.3f} {packed_ms:>9.3f} {speedup:>7.2f}x "
+                f"{limit:>5.2f}x {row.share:>6.0%} {rate:>7.1f} {row.of_copy:>7.0%}",
+                flush=True,
+            )
+    return {
+        "device": device_name(device),
+        "threads": threads(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "copy_gb_per_s": copy,
+        "rounds": rounds,
+        "rows": [asdict(row) for row in rows],
+        "choice_at_load": choices,
+        "formats": formats,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def threads(device: torch.device) -> str:
+    return "GPU" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as the tables of a page."""
+    lines = [
+        f"# Packed products: {result['device']}, {result['threads']}, {result['dtype']}",
+        "",
+        f"torch {result['torch']}, copy {result['copy_gb_per_s']:.1f} GB/s, best of {result['rounds']} interleaved "
+        "rounds, cold caches. Made by `benchmarks/packed_linear.py`, which says what the columns mean.",
+        "",
+        "| shape | pattern | batch | dense ms | packed ms | speedup | limit | share | GB/s | of copy |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['shape']} | {row['pattern']} | {row['batch']} | {row['dense_ms']:.3f} | {row['packed_ms']:.3f} | "
+            f"{row['speedup']:.2f}x | {row['limit']:.2f}x | {row['share']:.0%} | {row['gb_per_s']:.1f} | "
+            f"{row['of_copy']:.0%} |"
+        )
+    lines += ["", "What the rule at load time decides (batch 1):", "", "| case | decision |", "|---|---|"]
+    lines += [f"| {case} | {decision} |" for case, decision in result["choice_at_load"].items()]
+    lines += [
+        "",
+        "The formats in Python (`pack`, `check`, `unpack`; GB of dense weight per second):",
+        "",
+        "| pattern | size of dense | against 1/bits + 1 - s | pack | check | unpack |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in result["formats"]:
+        lines.append(
+            f"| {entry['pattern']} | {entry['size']:.4f} | {entry['of_bitmask_size']:.4f} | "
+            f"{entry['pack_gb_per_s']:.2f} | {entry['check_gb_per_s']:.2f} | {entry['unpack_gb_per_s']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.md")
+    options = parser.parse_args()
+    dtype, device = DTYPES[options.dtype], torch.device(options.device)
+    result = run(options.shapes, options.patterns, options.batches, dtype, device, options.rounds)
+    if options.output:
+        write_json(options.output.with_suffix(".json"), result)
+        write_text(options.output.with_suffix(".md"), markdown(result))
+
+
+if __name__ == "__main__":
+    main()
