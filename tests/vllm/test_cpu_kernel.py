@@ -135,7 +135,9 @@ def test_choice_measures_and_obeys(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = choice.measure(packed)
     assert measured.packed_ms > 0
     assert measured.packed == (measured.dense_ms >= 0.9 * measured.packed_ms)
-    monkeypatch.setattr(choice, "measure", lambda weight: choice.Choice(packed=False, packed_ms=2.0, dense_ms=1.0))
+    monkeypatch.setattr(
+        choice, "measure", lambda weight, dense: choice.Choice(packed=False, packed_ms=2.0, dense_ms=1.0)
+    )
     assert "dense 1.000 ms" in choice.choose(packed).reason
     monkeypatch.setenv("SPARSEDEPLOY_CPU", "packed")
     assert choice.choose(packed) == choice.Choice(packed=True)

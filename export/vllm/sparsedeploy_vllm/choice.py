@@ -26,6 +26,7 @@ _REPETITIONS = 5
 # Read between two measurements, so that weights come from memory as they do when a whole model runs. Writing would not
 # do: the processor writes it back while the product runs.
 _FLUSH_VALUES = 32 << 20
+Product = Callable[[torch.Tensor], torch.Tensor]
 _decided: dict[tuple[object, ...], Choice] = {}
 
 
@@ -48,8 +49,16 @@ class Choice:
         return f"packed {self.packed_ms:.3f} ms, dense {self.dense_ms:.3f} ms at batch 1"
 
 
-def choose(weight: PackedWeight) -> Choice:
+def torch_dense(weight: torch.Tensor) -> Product:
+    """torch's own dense product."""
+    return lambda x: functional.linear(x, weight)
+
+
+def choose(weight: PackedWeight, dense: Callable[[torch.Tensor], Product] = torch_dense) -> Choice:
     """Decide for a prepared CPU weight; equal shapes of about equal sparsity are measured once.
+
+    Args:
+        dense: makes the product that would be used instead, from the dense weight.
 
     The environment variable ``SPARSEDEPLOY_CPU`` (``packed`` or ``dense``) decides instead of the measurement.
 
@@ -64,25 +73,21 @@ def choose(weight: PackedWeight) -> Choice:
     density = weight.count / max(1, weight.rows * weight.columns)
     key = (weight.rows, weight.columns, weight.values.dtype, round(density, 1), torch.get_num_threads())
     if key not in _decided:
-        _decided[key] = measure(weight)
+        _decided[key] = measure(weight, dense)
     return _decided[key]
 
 
-def measure(weight: PackedWeight) -> Choice:
+def measure(weight: PackedWeight, dense: Callable[[torch.Tensor], Product] = torch_dense) -> Choice:
     """Time both products by turns, each from memory, and take the best of each."""
     x = torch.randn(1, weight.columns).to(weight.values.dtype)
-    dense = packing.unpack(weight)
     flush = torch.ones(_FLUSH_VALUES)
-    calls: tuple[Callable[[], torch.Tensor], ...] = (
-        lambda: packed_product(x, weight),
-        lambda: functional.linear(x, dense),
-    )
-    best = [float("inf")] * len(calls)
+    products: tuple[Product, ...] = (lambda x: packed_product(x, weight), dense(packing.unpack(weight)))
+    best = [float("inf")] * len(products)
     for repetition in range(_REPETITIONS + 1):
-        for index, call in enumerate(calls):
+        for index, product in enumerate(products):
             flush.sum()
             started = time.perf_counter()
-            call()
+            product(x)
             # The first round warms up.
             if repetition:
                 best[index] = min(best[index], (time.perf_counter() - started) * 1e3)

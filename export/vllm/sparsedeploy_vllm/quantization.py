@@ -257,7 +257,7 @@ class PackedLinearMethod(LinearMethodBase):
     def _choose(self, weight: PackedWeight | torch.Tensor) -> PackedWeight | torch.Tensor:
         if isinstance(weight, torch.Tensor):
             return weight
-        decision = choice.choose(weight)
+        decision = choice.choose(weight, _vllm_dense)
         sparsity = 1 - weight.count / (weight.rows * weight.columns)
         logger.info_once(
             "%d x %d at %.0f %% sparsity runs %s (%s)",
@@ -281,6 +281,15 @@ class PackedLinearMethod(LinearMethodBase):
         layer.register_parameter("weight", nn.Parameter(torch.cat(weights), requires_grad=False))
         layer.quant_method = UnquantizedLinearMethod()
         layer.quant_method.process_weights_after_loading(layer)
+
+
+def _vllm_dense(weight: torch.Tensor) -> choice.Product:
+    """vLLM's own dense product for this platform, which is faster than torch's on many processors."""
+    layer = nn.Module()
+    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    method = UnquantizedLinearMethod()
+    method.process_weights_after_loading(layer)
+    return lambda x: method.apply(layer, x)
 
 
 def _loader(layer: Any, tensor_name: str) -> Any:

@@ -30,6 +30,9 @@ namespace {
 enum Kind : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 constexpr int64_t kColumns = 32;  // columns of one step: one word of the mask
 constexpr int64_t kRowsPerTask = 32;
+// The least distance at which values and mask bits are fetched ahead: what is used up while memory answers.
+constexpr int64_t kValueBytesAhead = 4096;
+constexpr int64_t kMaskBytesAhead = 1024;
 // Weight rows that are multiplied together with up to four rows of x: as many sums as the registers hold.
 #if defined(SD_AVX512)
 constexpr int kRowsTogether = 4;
@@ -100,6 +103,7 @@ constexpr int64_t kOverread = 32;
 
 using Sum = __m512;
 inline Sum zero() { return _mm512_setzero_ps(); }
+inline Sum add(Sum first, Sum second) { return _mm512_add_ps(first, second); }
 inline float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
 
 // Zeros that the compiler does not know for zeros. With them an expansion merges into a register that has just been
@@ -134,6 +138,7 @@ inline __m512 expand32(const float* values, uint32_t mask) {
 
 using Sum = __m256;
 inline Sum zero() { return _mm256_setzero_ps(); }
+inline Sum add(Sum first, Sum second) { return _mm256_add_ps(first, second); }
 inline float total(Sum sum) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -192,6 +197,7 @@ inline __m256 expand32(const float* values, uint32_t mask) {
 
 using Sum = float;
 inline Sum zero() { return 0.0f; }
+inline Sum add(Sum first, Sum second) { return first + second; }
 inline float total(Sum sum) { return sum; }
 
 #endif
@@ -292,11 +298,12 @@ inline void block(const Weight& weight, int64_t row, const X* x, int64_t stride,
     const int64_t offset = weight.offsets[row + r];
     values[r] = static_cast<const T*>(weight.values) + offset;
     masks[r] = weight.mask + (row + r) * weight.row_bytes();
-    ahead[r] = weight.offsets[std::min(row + rows + r, weight.rows)] - offset;
+    const int64_t next = weight.offsets[std::min(row + rows + r, weight.rows)] - offset;
+    ahead[r] = std::max<int64_t>(next, kValueBytesAhead / sizeof(T));
     for (int chain = 0; chain < kChains; ++chain)
       for (int b = 0; b < batch; ++b) sums[chain][r][b] = zero();
   }
-  const int64_t mask_ahead = rows * weight.row_bytes();
+  const int64_t mask_ahead = std::max<int64_t>(rows * weight.row_bytes(), kMaskBytesAhead);
   const int64_t whole = weight.columns / kColumns;
   const auto one_step = [&](int64_t c, int chain) {
     for (int r = 0; r < rows; ++r) {
@@ -322,8 +329,7 @@ inline void block(const Weight& weight, int64_t row, const X* x, int64_t stride,
   }
   for (int r = 0; r < rows; ++r) {
     for (int b = 0; b < batch; ++b) {
-      results[r * batch + b] = total(sums[0][r][b]);
-      if constexpr (kChains == 2) results[r * batch + b] += total(sums[1][r][b]);
+      results[r * batch + b] = total(kChains == 2 ? add(sums[0][r][b], sums[kChains - 1][r][b]) : sums[0][r][b]);
     }
   }
 }
