@@ -1,0 +1,78 @@
+"""Prune a model with sparsedeploy and report where the time went and the peak memory.
+
+    python ours.py MODEL METHOD SPARSITY TOKENS.npy OUTPUT
+
+Prints one JSON line: seconds of forward passes, statistics, solving, and reading and writing; peak memory in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsedeploy import pipeline
+from sparsedeploy.calibration.driver import LayerDriver
+from sparsedeploy.calibration.samples import CalibrationSet
+from sparsedeploy.calibration.statistics import InputStatistics
+from sparsedeploy.checkpoint.tensor_writer import TensorWriter
+from sparsedeploy.models.tensor_files import TensorFiles
+from sparsedeploy.pruning import PRUNERS
+
+
+def main() -> None:
+    model, method, sparsity, tokens_file, output = sys.argv[1:]
+    seconds = {"forward": 0.0, "statistics": 0.0, "solve": 0.0, "read and write": 0.0}
+
+    def timed(owner: Any, name: str, part: str, inside: str | None = None) -> None:
+        original: Callable[..., Any] = getattr(owner, name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = original(*args, **kwargs)
+            spent = time.perf_counter() - start
+            seconds[part] += spent
+            if inside is not None:
+                seconds[inside] -= spent
+            return result
+
+        setattr(owner, name, wrapper)
+
+    timed(InputStatistics, "add", "statistics", inside="forward")
+    timed(LayerDriver, "_run", "forward")
+    timed(TensorWriter, "put", "read and write")
+    timed(TensorWriter, "create", "read and write")
+    timed(TensorWriter, "sync", "read and write")
+    timed(TensorFiles, "read", "read and write")
+    timed(pipeline, "complete", "read and write")
+    timed(pipeline, "model_sha256", "read and write")
+    chosen = PRUNERS.get(method)
+    solve = chosen.function
+
+    def timed_solve(*args: Any) -> Any:
+        start = time.perf_counter()
+        result = solve(*args)
+        seconds["solve"] += time.perf_counter() - start
+        return result
+
+    object.__setattr__(chosen, "function", timed_solve)
+    tokens = torch.from_numpy(np.load(tokens_file))
+    # The tokens are given: no text, no tokenizer.
+    pipeline.calibration_set = lambda *args, **kwargs: CalibrationSet(tokens, "given", 0)
+    start = time.perf_counter()
+    pipeline.prune(model, Path(output), pipeline.PruneOptions(sparsity=float(sparsity), method=method), device="cpu")
+    total = time.perf_counter() - start
+    seconds["rest"] = total - sum(seconds.values())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
+
+
+if __name__ == "__main__":
+    main()
