@@ -4,10 +4,11 @@ Makes a Llama of 4 layers (hidden 2048, intermediate 5504, 16 heads and 4 key/va
 float32 weights, zeroes the smallest 50, 70 and 90 % of each row, exports all of them, checks the engine's logits
 against torch, and measures prefill of 64 and 128 tokens and decode, on all cores and on one.
 
-    python benchmarks/wide_model.py [--work FOLDER] [--rounds 15] [--cores 2 1] [--name wide_model]
+    python benchmarks/wide_model.py [--work FOLDER] [--rounds 15] [--cores 2 1] [--prompts 64 128] [--name wide_model]
 
 Needs ``sparsedeploy runtime install deepsparse``, 8 GB of memory and 5 GB of disk. Writes
-``benchmarks/results/NAME.json`` (every sample) and ``NAME.md``.
+``benchmarks/results/NAME.json`` (every sample) and ``NAME.md`` after each case of cores and prompt; a case that is
+measured again replaces the one before, so the cases may be measured one at a time.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.machine import usable_cores
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.9)
-PROMPTS = (64, 128)
-DECODE_TOKENS = 24
+DECODE_TOKENS = 16
 RESULTS = Path(__file__).resolve().parent / "results"
 CONFIG = LlamaConfig(
     hidden_size=2048,
@@ -58,28 +58,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--cores", type=int, nargs="+", default=sorted({usable_cores(), 1}, reverse=True))
     parser.add_argument("--name", default="wide_model", help="name of the files under benchmarks/results")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[64, 128])
     options = parser.parse_args()
     progress.show()
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         folders = [make_artifact(work, sparsity) for sparsity in SPARSITIES]
         checks = {folder.name: read_difference(folder) for folder in folders}
-        results = []
         for cores in options.cores:
-            for prompt in PROMPTS:
+            for prompt in options.prompts:
                 progress.note(f"{cores} cores, prompt of {prompt} tokens")
-                results.append(
-                    benchmark(
-                        folders[1:],
-                        folders[0],
-                        cores=cores,
-                        prompt_length=prompt,
-                        decode_tokens=DECODE_TOKENS,
-                        rounds=options.rounds,
-                        chunk=prompt,
-                    )
+                result = benchmark(
+                    folders[1:],
+                    folders[0],
+                    cores=cores,
+                    prompt_length=prompt,
+                    decode_tokens=DECODE_TOKENS,
+                    rounds=options.rounds,
+                    chunk=prompt,
                 )
-    write_results(options.name, results, checks)
+                write_results(options.name, result, checks)
 
 
 def make_artifact(work: Path, sparsity: float) -> Path:
@@ -129,10 +127,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")))
 
 
-def write_results(name: str, results: list[BenchmarkResult], checks: dict[str, dict[str, float]]) -> None:
+def write_results(name: str, result: BenchmarkResult, checks: dict[str, dict[str, float]]) -> None:
+    """Add one case to the files of results, in place of the same case measured before."""
     RESULTS.mkdir(exist_ok=True)
-    values: dict[str, Any] = {"model": CONFIG.to_dict(), "checks": checks, "results": [r.to_json() for r in results]}
-    write_json(RESULTS / f"{name}.json", values)
+    path = RESULTS / f"{name}.json"
+    cases: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.is_file() else {}
+    key = f"{result.options.cores} cores, prompt {result.options.prompt_length}"
+    cases[key] = {"markdown": benchmark_markdown(result), **result.to_json()}
+    write_json(path, {"model": CONFIG.to_dict(), "checks": checks, "cases": cases})
     worst = max(check["largest_difference"] for check in checks.values())
     lines = [
         "# Wide model on DeepSparse",
@@ -143,9 +145,10 @@ def write_results(name: str, results: list[BenchmarkResult], checks: dict[str, d
         f"The engine's logits differ from torch's by at most {worst:.1e}.",
         "",
     ]
-    lines.extend(f"## {benchmark_markdown(result)}" for result in results)
+    for title, case in cases.items():
+        lines.extend([f"## {title}", "", case["markdown"]])
     write_text(RESULTS / f"{name}.md", "\n".join(lines))
-    print(f"wrote {RESULTS / name}.json and .md")
+    print(f"wrote {path} and {name}.md")
 
 
 if __name__ == "__main__":
