@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsedeploy.allocation.mixed import MixedOptions
 from sparsedeploy.calibration.samples import CalibrationSet
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import LayerSource
@@ -32,7 +33,7 @@ class RecoveryJob:
         sparsity, pattern: the target, for methods that prune by themselves.
         pruner, pruner_options: the pruning method that they use.
         allocation, allocation_options: what spreads sparsity over layers; None leaves it to the method.
-        strength: of mixed N:M patterns.
+        mixed: how mixed N:M patterns choose their N.
         calibration: text for statistics and reconstruction losses.
         data: text to train on.
         state: what ``--resume`` goes on from.
@@ -48,7 +49,7 @@ class RecoveryJob:
     masks: dict[str, torch.Tensor] | None = None
     allocation: str | None = None
     allocation_options: Any = None
-    strength: float = 2.0
+    mixed: MixedOptions = field(default_factory=MixedOptions)
     calibration: CalibrationSet | None = None
     batch_size: int | None = None
     data: TrainingData | None = None

@@ -13,6 +13,7 @@ import torch
 from sparsedeploy import progress
 from sparsedeploy.allocation.allocate import measure_layers, model_layers
 from sparsedeploy.allocation.base import ALLOCATORS, Shares
+from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import ResidentLayers
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.pruning.base import apply_mask
@@ -74,6 +75,10 @@ class LosaOptions:
 def losa(job: RecoveryJob, options: LosaOptions) -> Recovered:
     """Progressive pruning with masked adapters, ranks by reconstruction error, merged without cost (LoSA)."""
     data = job.training_data()
+    if job.mixed.rule != "apportion" or job.mixed.wanted != "importance":
+        raise UserError(
+            "LoSA chooses the N of mixed patterns by importance", "Leave the pattern options rule and wanted out."
+        )
     omegas = mean_ranks(options.steps, options.first_rank, options.rank_increment)
     targets = sparsity_schedule(job.sparsity, options.steps, options.schedule)
     if not options.dynamic:
@@ -115,7 +120,7 @@ class _Run:
             sparsity,
             job.pattern,
             before=self.plan,
-            strength=job.strength,
+            mixed=job.mixed,
             allocation=self._allocation,
             options=asdict(self._allocation_options),
             model_sha256=job.model_sha256,

@@ -12,7 +12,7 @@ from typing import Any
 
 from sparsedeploy.allocation.base import Shares
 from sparsedeploy.allocation.budget import HIGHEST_RATE, integer_counts, meet_target, nm_target, unit_sizes
-from sparsedeploy.allocation.mixed import apportion, wishes
+from sparsedeploy.allocation.mixed import MixedOptions, apportion, wishes
 from sparsedeploy.allocation.rmi import bounded_allocation
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, ModuleTarget, SparsityPlan
 
@@ -24,7 +24,7 @@ def step_plan(
     pattern: NM | MixedNM | None,
     *,
     before: SparsityPlan | None,
-    strength: float = 2.0,
+    mixed: MixedOptions | None = None,
     allocation: str,
     options: Mapping[str, Any] | None = None,
     model_sha256: str | None = None,
@@ -35,7 +35,7 @@ def step_plan(
         sparsity: after this step, over the whole model.
         pattern: of the last step; earlier ones keep more of every M, on average M (1 - sparsity).
         before: the plan of the step before.
-        strength: of mixed patterns: N spans so many steps between the least and the most important unit.
+        mixed: strength and bounds of N, for mixed patterns.
 
     Raises:
         UserError: a target that the bounds or shapes cannot meet.
@@ -46,7 +46,7 @@ def step_plan(
         targets = _unstructured(shares, modules, sparsity, least)
         name = "unstructured"
     else:
-        kept = _kept(shares, modules, sparsity, pattern, least, strength)
+        kept = _kept(shares, modules, sparsity, pattern, least, mixed or MixedOptions())
         n_of = {name: n for unit, n in zip(shares.units, kept, strict=True) for name in unit.modules}
         targets = [nm_target(module, NM(n_of[module.name], pattern.m)) for module in modules]
         reached = abs(sparsity - pattern.sparsity) < 1e-9
@@ -123,16 +123,19 @@ def _kept(
     sparsity: float,
     pattern: NM | MixedNM,
     least: Mapping[str, ModuleTarget],
-    strength: float,
+    mixed: MixedOptions,
 ) -> list[int]:
     """N of each unit: at most what it kept before, at least what the pattern keeps in the end."""
     sizes = unit_sizes(shares, modules)
     average = pattern.m * (1 - sparsity)
-    low = pattern.n if isinstance(pattern, NM) else 1
-    high = [_n_before(least[unit.modules[0]]) if least else pattern.m for unit in shares.units]
+    fixed = isinstance(pattern, NM)
+    low = pattern.n if isinstance(pattern, NM) else mixed.n_min
+    # An upper bound of the last step only: earlier steps keep more on average than it may allow.
+    top = pattern.m if fixed or mixed.n_max is None else max(mixed.n_max, math.ceil(average - 1e-9))
+    high = [min(_n_before(least[unit.modules[0]]) if least else pattern.m, top) for unit in shares.units]
     if sum(s * n for s, n in zip(sizes, high, strict=True)) <= average * sum(sizes):
         return high  # a step too small for one whole N
-    return apportion(wishes(shares.importance, sizes, average, strength), sizes, average, low=low, high=high)
+    return apportion(wishes(shares.importance, sizes, average, mixed.strength), sizes, average, low=low, high=high)
 
 
 def _n_before(target: ModuleTarget) -> int:

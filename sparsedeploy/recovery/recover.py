@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsedeploy.allocation import MixedOptions
 from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.checkpoint.masks import FILE as MASKS
 from sparsedeploy.checkpoint.masks import load_masks
@@ -203,7 +204,7 @@ def _from_dense(
         # The default, uniform, leaves LoSA its own allocation.
         allocation=choice.name if choice and choice.name != "uniform" else None,
         allocation_options=choice.options if choice and choice.name != "uniform" else None,
-        strength=choice.mixed.strength if choice else 2.0,
+        mixed=choice.mixed if choice else MixedOptions(),
         calibration=calibration,
         batch_size=prune.calibration.batch_size,
         data=data,

@@ -14,7 +14,6 @@ from torch import nn
 from sparsedeploy import progress
 from sparsedeploy.allocation.allocate import allocate, model_layers
 from sparsedeploy.allocation.base import ALLOCATORS
-from sparsedeploy.allocation.mixed import MixedOptions
 from sparsedeploy.calibration.driver import LayerDriver, walk_weights
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.models.low_rank import LowRank, LowRankLinear
@@ -224,7 +223,7 @@ def _plan(job: RecoveryJob, options: SparseLoOptions) -> SparsityPlan:
         job.pattern,
         name,
         job.allocation_options if job.allocation else ALLOCATORS.get(name).make_options(),
-        mixed=MixedOptions(strength=job.strength),
+        mixed=job.mixed,
         model_sha256=job.model_sha256,
         batch_size=job.batch_size,
     )

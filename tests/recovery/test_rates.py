@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsedeploy.allocation.base import Shares, layer_units
+from sparsedeploy.allocation.mixed import MixedOptions
 from sparsedeploy.allocation.rmi import default_delta
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, SparsityPlan, parse_pattern
 from sparsedeploy.recovery.rates import lift, step_plan, window
@@ -83,6 +84,20 @@ def test_mixed_patterns_keep_more_where_it_matters() -> None:
     assert kept == sorted(kept)
     assert kept[0] < kept[-1]
     assert sum(kept) == 16
+
+
+def test_bounds_of_n_hold_at_the_last_step() -> None:
+    depth = shapes(8)
+    before = None
+    for sparsity in sparsity_schedule(0.75, 5):
+        shares = rmi_shares(depth, [float(at**3) for at in range(8)], sparsity)
+        mixed = MixedOptions(strength=6, n_min=1, n_max=3)
+        before = step_plan(shares, depth, sparsity, MixedNM(2, 8), before=before, mixed=mixed, allocation="rmi")
+    assert before is not None
+    kept = [target.pattern.n for target in before.targets if target.pattern]
+    assert max(kept) == 3
+    assert min(kept) == 1
+    assert before.achieved == 0.75
 
 
 def test_average_kept_follows_the_schedule() -> None:
