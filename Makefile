@@ -8,12 +8,12 @@ INSTALLED := $(VENV)/.installed
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # The whole pipeline on the embedded reference model: train it once, prune, export, run in DeepSparse, report.
 demo: $(INSTALLED)
-	$(BIN)/sparsedeploy demo --output demo-output --overwrite
+	$(BIN)/sparsedeploy demo --output demo-output
 
 # One thread per test process: the processes share the cores, and results do not depend on the thread count.
 test: lint types
