@@ -347,6 +347,11 @@ def _fill(runtime: Runtime, base: Path, env: Path, file: TextIO, log: Path) -> N
 
         pip = [str(_python_of(env)), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
         _run([*pip, "-r", str(runtime.requirements)], variables, file, log, show)
+        if runtime.after_install is not None:
+            # It is told where this sparsedeploy and the runtime's own package are.
+            folders = [str(Path(__file__).resolve().parents[1]), str(runtime.folder / f"sparsedeploy_{runtime.name}")]
+            command = [str(_python_of(env)), str(runtime.after_install), *folders]
+            _run(command, variables, file, log, lambda line: None)
 
 
 def _run(command: list[str], variables: dict[str, str], file: TextIO, log: Path, show: Callable[[str], None]) -> None:

@@ -15,6 +15,7 @@ from sparsedeploy.runtimes.machine import Machine
 SPECIFICATION_FILE = "runtime.yaml"
 REQUIREMENTS_FILE = "requirements.txt"
 WORKER_FILE = "worker.py"
+AFTER_INSTALL_FILE = "after_install.py"
 
 Version = tuple[int, int]
 
@@ -60,6 +61,12 @@ class Runtime:
     @property
     def worker(self) -> Path:
         return self.folder / WORKER_FILE
+
+    @property
+    def after_install(self) -> Path | None:
+        """A program that finishes the environment, run by its Python after pip; None where there is none."""
+        path = self.folder / AFTER_INSTALL_FILE
+        return path if path.is_file() else None
 
     def accepts_python(self, version: Version) -> bool:
         return self.python[0] <= version <= self.python[1]

