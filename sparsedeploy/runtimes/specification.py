@@ -56,7 +56,9 @@ class Runtime:
 
     @property
     def requirements_sha256(self) -> str:
-        return hashlib.sha256(self.requirements.read_bytes()).hexdigest()
+        """Of what is pinned; a changed comment does not make an environment outdated."""
+        lines = (line.partition("#")[0].strip() for line in self.requirements.read_text(encoding="utf-8").splitlines())
+        return hashlib.sha256("\n".join(line for line in lines if line).encode()).hexdigest()
 
     @property
     def worker(self) -> Path:
