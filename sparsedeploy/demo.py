@@ -65,12 +65,12 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
     """
     for sparsity in options.sparsities:
         check_sparsity(sparsity)
+    if len(set(options.sparsities)) != len(options.sparsities):
+        raise UserError("a sparsity is given twice", "Give each once.")
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file", "Name a folder.")
     progress.note("1/5  reference model")
     dense = reference_model(options.preset)
-    if len(set(options.sparsities)) != len(options.sparsities):
-        raise UserError("a sparsity is given twice", "Give each once.")
     progress.note(f"2/5  prune to {', '.join(f'{s:.0%}' for s in options.sparsities)} ({options.method})")
     checkpoints = {"dense": dense}
     for sparsity in options.sparsities:
