@@ -79,8 +79,11 @@ class Server:
         from vllm import LLM
 
         started = time.perf_counter()
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         self.models[1] = LLM(
             str(Path(folder)),
+            # The checkpoint's own: left alone, vLLM runs float32 checkpoints in 16 bits.
+            dtype=config.get("dtype") or config.get("torch_dtype") or "auto",
             max_model_len=capacity,
             max_num_seqs=1,
             max_num_batched_tokens=max(chunk, capacity),
