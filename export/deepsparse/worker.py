@@ -1,35 +1,23 @@
 """The DeepSparse side of sparsedeploy: runs in the engine's own environment and answers JSON lines.
 
-Needs only the standard library, numpy, onnx and the engine. One request a line on standard input
-(``{"id": 1, "op": "load", "arguments": {...}}``), replies on the real standard output: any number of
-``{"id": 1, "event": {...}}``, then ``{"id": 1, "result": {...}}`` or ``{"id": 1, "error": "...", "fix": "..."}``.
-Arrays travel as .npy files named in the arguments and results. The first line, with id 0, says that the engine was
-imported. Whatever native code prints goes to standard error.
+Needs only the standard library, numpy, onnx and the engine. The protocol is ``export/common/worker_protocol.py``.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-
-def take_standard_output() -> TextIO:
-    """Keep the real standard output for the protocol and send everything else that is printed to standard error."""
-    sys.stdout.flush()
-    protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return protocol
-
+sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
+from worker_protocol import BadRequest, serve, take_standard_output
 
 PROTOCOL = take_standard_output()
 
@@ -40,14 +28,6 @@ from deepsparse.engine import LIB, Engine  # noqa: E402
 from deepsparse.utils.onnx import overwrite_onnx_model_inputs_for_kv_cache_models  # noqa: E402
 
 GRAPH = "model.onnx"
-
-
-class BadRequest(Exception):
-    """A request that the user can mend."""
-
-    def __init__(self, message: str, fix: str | None = None) -> None:
-        self.fix = fix
-        super().__init__(message)
 
 
 class CachedEngine:
@@ -299,41 +279,5 @@ def copy_graph(folder: Path, scratch: Path) -> Path:
     return graph
 
 
-def send(message: dict[str, Any]) -> None:
-    PROTOCOL.write(json.dumps(message) + "\n")
-    PROTOCOL.flush()
-
-
-def send_events(number: int, events: Generator[dict[str, Any], None, dict[str, Any]]) -> dict[str, Any]:
-    """Send each event as it comes and return what the generator returns."""
-    while True:
-        try:
-            event = next(events)
-        except StopIteration as end:
-            return end.value
-        send({"id": number, "event": event})
-
-
-def answer(server: Server, request: dict[str, Any]) -> None:
-    number = request["id"]
-    try:
-        result = getattr(server, request["op"])(**request["arguments"])
-        if isinstance(result, Generator):
-            result = send_events(number, result)
-        send({"id": number, "result": result})
-    except BadRequest as error:
-        send({"id": number, "error": str(error), "fix": error.fix})
-    except Exception as error:
-        traceback.print_exc()
-        send({"id": number, "error": f"{type(error).__name__}: {error}", "fix": None})
-
-
-def main() -> None:
-    server = Server()
-    send({"id": 0, "result": server.info()})
-    for line in sys.stdin:
-        answer(server, json.loads(line))
-
-
 if __name__ == "__main__":
-    main()
+    serve(Server(), PROTOCOL)

@@ -10,20 +10,13 @@ import os
 import platform
 import sys
 import time
-import traceback
 from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-
-def take_standard_output() -> TextIO:
-    """Keep the real standard output for the protocol and send everything else that is printed to standard error."""
-    sys.stdout.flush()
-    protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return protocol
-
+sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
+from worker_protocol import BadRequest, serve, take_standard_output
 
 PROTOCOL = take_standard_output()
 
@@ -33,14 +26,6 @@ from sparsedeploy_vllm import cpu  # noqa: E402
 from sparsedeploy_vllm.product import packed_product  # noqa: E402
 
 from sparsedeploy.formats import bitmask  # noqa: E402
-
-
-class BadRequest(Exception):
-    """A request that the user can mend."""
-
-    def __init__(self, message: str, fix: str | None = None) -> None:
-        self.fix = fix
-        super().__init__(message)
 
 
 class Server:
@@ -157,36 +142,5 @@ class Server:
                 started = time.perf_counter()
 
 
-def send(message: dict[str, Any]) -> None:
-    PROTOCOL.write(json.dumps(message) + "\n")
-    PROTOCOL.flush()
-
-
-def answer(server: Server, request: dict[str, Any]) -> None:
-    number = request["id"]
-    try:
-        result = getattr(server, request["op"])(**request["arguments"])
-        if isinstance(result, Generator):
-            while True:
-                try:
-                    send({"id": number, "event": next(result)})
-                except StopIteration as end:
-                    result = end.value
-                    break
-        send({"id": number, "result": result})
-    except BadRequest as error:
-        send({"id": number, "error": str(error), "fix": error.fix})
-    except Exception as error:
-        traceback.print_exc()
-        send({"id": number, "error": f"{type(error).__name__}: {error}", "fix": None})
-
-
-def main() -> None:
-    server = Server()
-    send({"id": 0, "result": server.info()})
-    for line in sys.stdin:
-        answer(server, json.loads(line))
-
-
 if __name__ == "__main__":
-    main()
+    serve(Server(), PROTOCOL)

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.low_rank import attach_low_rank, load_adapter
+from sparsedeploy.models.tensor_files import INDEX, check_index
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,7 +28,6 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "tokenizer_config.json",
 )
-_INDEX = "model.safetensors.index.json"
 
 
 def resolve_model(source: str | Path) -> Path:
@@ -104,7 +104,7 @@ def load_model(
         UserError: see :func:`load_config`; also missing or broken weights.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    _check_shards(folder)
+    _check_weights(folder)
     try:
         with _no_foreign_bars():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -183,12 +183,8 @@ def _no_foreign_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_shards(folder: Path) -> None:
-    index = folder / _INDEX
-    if index.is_file():
-        named = set(json.loads(index.read_text()).get("weight_map", {}).values())
-        missing = sorted(name for name in named if not (folder / name).is_file())
-        if missing:
-            raise UserError(f"{index} names {missing[0]}, which is missing", "Download the missing shard.")
-    elif not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+def _check_weights(folder: Path) -> None:
+    check_index(folder)
+    has_files = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    if not (folder / INDEX).is_file() and not has_files:
         raise UserError(f"{folder} holds no weights", "Give a folder with .safetensors weights.")

@@ -65,7 +65,7 @@ class TensorFiles:
         self.folder = folder
         self.shards = weight_files(folder)
         self._tensors: dict[str, StoredTensor] = {}
-        _check_index(folder)
+        check_index(folder)
         for shard in self.shards:
             for tensor in read_header(shard):
                 if other := self._tensors.get(tensor.name):
@@ -160,7 +160,12 @@ def _corrupt(shard: Path, reason: str) -> UserError:
     return UserError(f"weight file {shard} is truncated or corrupt ({reason})", "Download it again.")
 
 
-def _check_index(folder: Path) -> None:
+def check_index(folder: Path) -> None:
+    """Make sure that every shard of the index, where there is one, is there.
+
+    Raises:
+        UserError: a broken index, or a missing shard.
+    """
     path = folder / INDEX
     if not path.is_file():
         return

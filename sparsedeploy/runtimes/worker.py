@@ -1,8 +1,6 @@
 """The client of a worker process: JSON lines in, JSON lines out, one request at a time.
 
-The protocol, spoken by ``export/NAME/worker.py``: a request is ``{"id": 1, "op": "load", "arguments": {...}}``; the
-reply is any number of ``{"id": 1, "event": {...}}`` and then ``{"id": 1, "result": {...}}`` or
-``{"id": 1, "error": "...", "fix": "..."}``. A worker says ``{"id": 0, "result": {...}}`` when it is ready.
+The protocol is described in ``export/common/worker_protocol.py``, which answers it.
 """
 
 from __future__ import annotations
