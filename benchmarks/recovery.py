@@ -158,11 +158,12 @@ def _resident() -> int:
 class Bench:
     """The file of finished cells and the tables made from it."""
 
-    def __init__(self, output: Path, fresh: bool) -> None:
+    def __init__(self, output: Path, fresh: bool, changed: list[str]) -> None:
         from sparsedeploy.models.fingerprint import model_sha256
         from sparsedeploy.reference import reference_model
 
         self.folder = reference_model()
+        self.changed = changed
         self.path = output / "recovery.json"
         header = {
             "settings": SETTINGS,
@@ -181,6 +182,7 @@ class Bench:
         with progress.bar("recovery", len(missing), "cells") as advance:
             for method, level, seed in missing:
                 command = [sys.executable, __file__, "--cell", method, level, str(seed), str(self.folder)]
+                command += ["--set", *self.changed]
                 done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
                 self.content["cells"][_key(method, level, seed)] = json.loads(done.stdout.splitlines()[-1])
                 write_json(self.path, self.content)
@@ -269,7 +271,7 @@ def main() -> None:
     cells += [
         (m, level, seed) for seed in range(arguments.seeds) for level in arguments.levels for m in arguments.methods
     ]
-    bench = Bench(arguments.output, arguments.fresh)
+    bench = Bench(arguments.output, arguments.fresh, arguments.set)
     bench.run(cells)
     print(bench.markdown())
 
