@@ -23,6 +23,7 @@ PROTOCOL = take_standard_output()
 
 import numpy as np  # noqa: E402 - the engine is imported only after its output has been redirected
 import onnx  # noqa: E402
+from cached_model import check_product, generate, measure, save_logits  # noqa: E402
 from deepsparse.cpu import cpu_architecture  # noqa: E402
 from deepsparse.engine import LIB, Engine  # noqa: E402
 from deepsparse.utils.onnx import overwrite_onnx_model_inputs_for_kv_cache_models  # noqa: E402
@@ -170,22 +171,15 @@ class Server:
 
     def check(self) -> dict[str, Any]:
         """Compile and run a small matrix product and compare it with numpy."""
-        weights = np.random.default_rng(0).standard_normal((32, 16)).astype(np.float32)
-        values = np.ones((1, 32), dtype=np.float32)
-        kind = onnx.TensorProto.FLOAT
-        graph = onnx.helper.make_graph(
-            [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
-            "check",
-            [onnx.helper.make_tensor_value_info("x", kind, [1, 32])],
-            [onnx.helper.make_tensor_value_info("y", kind, [1, 16])],
-            [onnx.numpy_helper.from_array(weights, "w")],
-        )
-        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8)
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, GRAPH)
-            onnx.save(model, path)
-            output = Engine(path, 1, 1).run([values])[0]
-        difference = float(np.abs(output - values @ weights).max())
+
+        def run(model: Any, values: np.ndarray) -> np.ndarray:
+            with tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, GRAPH)
+                onnx.save(model, path)
+                output: np.ndarray = Engine(path, 1, 1).run([values])[0]
+            return output
+
+        difference = check_product(run)
         if not difference < 1e-4:
             raise BadRequest(f"the engine computes a matrix product that is off by {difference:.3g}")
         return {**self.info(), "largest_difference": difference}
@@ -203,59 +197,13 @@ class Server:
         }
 
     def logits(self, model: int, prompt: list[int], tokens: list[int], folder: str) -> dict[str, Any]:
-        """Logits of every prompt token and of every following token, saved in ``folder``."""
-        runner = self.models[model]
-        runner.check_room(len(prompt), len(tokens))
-        prefill = runner.prefill(prompt)
-        decode = [runner.decode(token) for token in tokens]
-        arrays = {"prefill": prefill, "decode": np.stack(decode) if decode else prefill[:0]}
-        paths = {}
-        for name, array in arrays.items():
-            paths[name] = os.path.join(folder, f"{name}.npy")
-            np.save(paths[name], array)
-        return {"arrays": paths}
+        return save_logits(self.models[model], prompt, tokens, folder)
 
-    def generate(
-        self, model: int, prompt: list[int], new_tokens: int, temperature: float, seed: int, stop: list[int]
-    ) -> Generator[dict[str, Any], None, dict[str, Any]]:
-        """Yield each new token and return all of them; greedy at temperature 0."""
-        runner = self.models[model]
-        runner.check_room(len(prompt), new_tokens)
-        random = np.random.default_rng(seed)
-        logits = runner.prefill(prompt)[-1]
-        tokens: list[int] = []
-        while True:
-            token = choose(logits, temperature, random)
-            tokens.append(token)
-            yield {"token": token}
-            if token in stop or len(tokens) == new_tokens:
-                break
-            logits = runner.decode(token)
-        return {"tokens": tokens, "stopped": tokens[-1] in stop}
+    def generate(self, model: int, **arguments: Any) -> Generator[dict[str, Any], None, dict[str, Any]]:
+        return generate(self.models[model], **arguments)
 
     def measure(self, model: int, prompt: list[int], decode_tokens: int) -> dict[str, Any]:
-        """Seconds that a prompt took, and each of the tokens that follow it greedily."""
-        runner = self.models[model]
-        runner.check_room(len(prompt), decode_tokens)
-        clock = time.perf_counter
-        started = clock()
-        token = int(runner.prefill(prompt)[-1].argmax())
-        prefill = clock() - started
-        decode = []
-        for _ in range(decode_tokens):
-            started = clock()
-            token = int(runner.decode(token).argmax())
-            decode.append(clock() - started)
-        return {"prefill_seconds": prefill, "decode_seconds": decode}
-
-
-def choose(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
-    """The likeliest token, or one drawn with probability softmax(logits / temperature)."""
-    if temperature <= 0:
-        return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
-    weights = np.exp(scaled - scaled.max())
-    return int(random.choice(len(weights), p=weights / weights.sum()))
+        return measure(self.models[model], prompt, decode_tokens)
 
 
 def copy_graph(folder: Path, scratch: Path) -> Path:
