@@ -58,6 +58,12 @@ class CalibrationOptions:
         if self.accumulate not in ("float32", "float64"):
             raise UserError(f"cannot accumulate in '{self.accumulate}'", "Use float32 or float64.")
 
+    @property
+    def accumulation(self) -> torch.dtype:
+        """The type of ``accumulate``."""
+        dtype: torch.dtype = getattr(torch, self.accumulate)
+        return dtype
+
 
 @dataclass(frozen=True)
 class PruneOptions:
@@ -127,32 +133,14 @@ def _prune(
     ranks: Ranks,
 ) -> dict[str, Any]:
     """:func:`prune` on one of possibly several processes; the first one writes."""
-    choice = None if options.plan is not None else resolve_allocation(options)
-    pruner = PRUNERS.get(options.method)
-    pruner_options = pruner.make_options(options.method_options)
     check_writable(output, overwrite)
-    folder = resolve_model(source)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    sha256 = model_sha256(folder)
-    if options.plan is not None and options.plan.model_sha256 not in (None, sha256):
-        raise UserError(
-            "the plan was made for another model (its hash differs)", "Make it again: sparsedeploy allocate."
-        )
-    calibration = (
-        calibration_set(folder, config, options.calibration, trust_remote_code=trust_remote_code)
-        if pruner.traits["needs"] != "none" or (choice is not None and choice.needs_data)
-        else None
-    )
+    prepared = prepare(source, options, trust_remote_code=trust_remote_code)
+    folder, choice, calibration = prepared.folder, prepared.choice, prepared.calibration
     layers = StreamedLayers(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if options.plan is not None:
         options.plan.check_modules([shape for layer in model_layers(layers) for shape in layer])
-    described = calibration.describe() if calibration else None
     request = {
-        "model_sha256": sha256,
-        "plan": asdict(choice) if choice is not None else options.plan.to_dict() if options.plan else None,
-        "method": options.method,
-        "method_options": asdict(pruner_options),
-        "calibration": described,
+        **prepared.request(),
         "accumulate": options.calibration.accumulate,
         "dtype": str(dtype),
         "device": device.type,
@@ -160,8 +148,6 @@ def _prune(
         "torch": torch.__version__,
         "sparsedeploy": __version__,
     }
-    batch_size = options.calibration.batch_size
-    accumulate = getattr(torch, options.calibration.accumulate)
     place: AbstractContextManager[Journal | None] = nullcontext()
     if ranks.main:
         place = journalled_folder(output, request, resume=resume, overwrite=overwrite)
@@ -174,25 +160,10 @@ def _prune(
             plan = options.plan
         else:
             assert choice is not None
-            selection = None
             measured: nn.Module | LayerSource = layers
             if choice.searches:  # it prunes whole copies of the model; everything else measures one layer at a time
                 measured = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-                selection = selection_windows(
-                    folder, config, choice.options, options.calibration, trust_remote_code=trust_remote_code
-                )
-            plan = choose_plan(
-                measured,
-                calibration,
-                choice,
-                options.method,
-                pruner_options,
-                selection,
-                sha256,
-                batch_size,
-                accumulate,
-                ranks,
-            )
+            plan = choose_plan(measured, prepared, ranks)
             del measured
         writer = TensorWriter(layers.files, making, plan.targets)
         if journal is not None and journal.plan is None:
@@ -206,9 +177,9 @@ def _prune(
             calibration.tokens if calibration else None,
             plan,
             options.method,
-            pruner_options,
-            batch_size=batch_size,
-            accumulate=accumulate,
+            prepared.pruner_options,
+            batch_size=options.calibration.batch_size,
+            accumulate=options.calibration.accumulation,
             ranks=ranks,
             stored={target.name: layers.files.locate(f"{target.name}.weight").dtype for target in plan.targets},
             finished=finished,
@@ -220,7 +191,7 @@ def _prune(
                 journal.record_layer(pruned.index, losses_of(pruned.modules))
         manifest = None
         if journal is not None:
-            provenance = Provenance(source, plan, options.method, asdict(pruner_options), described)
+            provenance = Provenance(source, plan, options.method, asdict(prepared.pruner_options), prepared.described)
             manifest = complete(folder, journal.folder, layers.files, provenance, journal.losses)
         return ranks.tell(manifest) or {}
 
@@ -267,6 +238,93 @@ def resolve_allocation(options: PruneOptions) -> AllocationChoice:
     return AllocationChoice(sparsity, pattern, options.allocation, allocation_options, mixed)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was checked, with its model found and its calibration text read.
+
+    Attributes:
+        choice: what decides the plan; None where the options hold a ready one.
+        sha256: of the model.
+        calibration: None where nothing reads it.
+    """
+
+    options: PruneOptions
+    folder: Path
+    config: Any
+    sha256: str
+    choice: AllocationChoice | None
+    pruner_options: Any
+    calibration: CalibrationSet | None
+    trust_remote_code: bool
+
+    @property
+    def described(self) -> dict[str, Any] | None:
+        """The calibration text, for a manifest."""
+        return self.calibration.describe() if self.calibration else None
+
+    def request(self) -> dict[str, Any]:
+        """What decides the pruned weights: a resumed run must ask for the same."""
+        plan = self.options.plan
+        return {
+            "model_sha256": self.sha256,
+            "plan": asdict(self.choice) if self.choice is not None else plan.to_dict() if plan else None,
+            "method": self.options.method,
+            "method_options": asdict(self.pruner_options),
+            "calibration": self.described,
+        }
+
+    def selection_windows(self) -> torch.Tensor:
+        """The windows that a search compares its trials on, int64 ``[windows, length]``.
+
+        Raises:
+            UserError: no tokenizer, no text or too little.
+        """
+        assert self.choice is not None
+        asked, calibration = self.choice.options, self.options.calibration
+        data = asked.text or calibration.data
+        documents = load_documents(data, field=calibration.field, split=asked.selection)
+        tokenizer = load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+        tokens = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
+        return windows_of(tokens, calibration.length or default_length(self.config), data)[: asked.windows]
+
+
+def prepare(
+    source: str,
+    options: PruneOptions,
+    *,
+    prunes: bool = True,
+    calibrates: bool = False,
+    trust_remote_code: bool = False,
+) -> Prepared:
+    """Check a request against its model and read what calibration text it needs.
+
+    Args:
+        prunes: False where only a plan is wanted.
+        calibrates: read the text whatever the pruner and the allocation need.
+
+    Raises:
+        UserError: any input that cannot be used.
+    """
+    choice = None if options.plan is not None else resolve_allocation(options)
+    pruner = PRUNERS.get(options.method)
+    pruner_options = pruner.make_options(options.method_options)
+    folder = resolve_model(source)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    sha256 = model_sha256(folder)
+    if options.plan is not None and options.plan.model_sha256 not in (None, sha256):
+        raise UserError(
+            "the plan was made for another model (its hash differs)", "Make it again: sparsedeploy allocate."
+        )
+    prunes = prunes or (choice is not None and choice.searches)
+    needs_text = (
+        calibrates or (prunes and pruner.traits["needs"] != "none") or (choice is not None and choice.needs_data)
+    )
+    calibration = None
+    if needs_text:
+        calibration = calibration_set(folder, config, options.calibration, trust_remote_code=trust_remote_code)
+    return Prepared(options, folder, config, sha256, choice, pruner_options, calibration, trust_remote_code)
+
+
 def plan_model(
     source: str,
     options: PruneOptions,
@@ -280,32 +338,16 @@ def plan_model(
     Raises:
         UserError: any input that cannot be used.
     """
-    choice = resolve_allocation(options)
-    pruner = PRUNERS.get(options.method)
-    pruner_options = pruner.make_options(options.method_options)
     on = resolve_device(device)
-    folder = resolve_model(source)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    needs_data = choice.needs_data or (choice.searches and pruner.traits["needs"] != "none")
-    calibration = selection = None
-    if needs_data:
-        calibration = calibration_set(folder, config, options.calibration, trust_remote_code=trust_remote_code)
-    if choice.searches:
-        selection = selection_windows(
-            folder, config, choice.options, options.calibration, trust_remote_code=trust_remote_code
-        )
-    return choose_plan(
-        load_model(folder, dtype=dtype, device=on, trust_remote_code=trust_remote_code)
-        if choice.searches
-        else StreamedLayers(folder, device=on, dtype=dtype, trust_remote_code=trust_remote_code),
-        calibration,
-        choice,
-        options.method,
-        pruner_options,
-        selection,
-        model_sha256(folder),
-        options.calibration.batch_size,
-    )
+    prepared = prepare(source, replace(options, plan=None), prunes=False, trust_remote_code=trust_remote_code)
+    assert prepared.choice is not None
+    folder = prepared.folder
+    model: nn.Module | LayerSource
+    if prepared.choice.searches:
+        model = load_model(folder, dtype=dtype, device=on, trust_remote_code=trust_remote_code)
+    else:
+        model = StreamedLayers(folder, device=on, dtype=dtype, trust_remote_code=trust_remote_code)
+    return choose_plan(model, prepared)
 
 
 def resolve_pattern(sparsity: float | None, pattern: str) -> tuple[float, NM | MixedNM | None]:
@@ -351,66 +393,39 @@ def calibration_set(
     )
 
 
-def selection_windows(
-    folder: Path, config: Any, options: ATPOptions, calibration: CalibrationOptions, *, trust_remote_code: bool = False
-) -> torch.Tensor:
-    """The windows that a search compares its trials on, int64 ``[windows, length]``.
-
-    Raises:
-        UserError: no tokenizer, no text or too little.
-    """
-    data = options.text or calibration.data
-    documents = load_documents(data, field=calibration.field, split=options.selection)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    tokens = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
-    return windows_of(tokens, calibration.length or default_length(config), data)[: options.windows]
-
-
-def choose_plan(
-    model: nn.Module | LayerSource,
-    calibration: CalibrationSet | None,
-    choice: AllocationChoice,
-    method: str,
-    method_options: Any,
-    selection: torch.Tensor | None = None,
-    sha256: str | None = None,
-    batch_size: int | None = None,
-    accumulate: torch.dtype = torch.float32,
-    ranks: Ranks = ALONE,
-) -> SparsityPlan:
+def choose_plan(model: nn.Module | LayerSource, prepared: Prepared, ranks: Ranks = ALONE) -> SparsityPlan:
     """The plan by measuring the dense model or, for a search, by pruning copies of it; the model is not changed.
 
-    Args:
-        selection: the windows that a search compares its trials on.
-
     Raises:
-        UserError: a target or pattern that the allocation or the shapes cannot meet.
+        UserError: a target or pattern that the allocation or the shapes cannot meet, or too little text for a search.
     """
+    options, choice, calibration = prepared.options, prepared.choice, prepared.calibration
+    assert choice is not None, "there is a plan already"
+    batch_size = options.calibration.batch_size
 
-    def plan_with(options: Any) -> SparsityPlan:
+    def plan_with(allocation_options: Any) -> SparsityPlan:
         return make_plan(
             model,
             calibration,
             choice.sparsity,
             choice.pattern,
             choice.name,
-            options,
-            sha256,
+            allocation_options,
+            prepared.sha256,
             batch_size,
             choice.mixed,
-            accumulate=accumulate,
+            accumulate=options.calibration.accumulation,
             ranks=ranks,
         )
 
     if not choice.searches:
         return plan_with(choice.options)
-    assert selection is not None
     assert isinstance(model, nn.Module), "a search prunes whole copies of the model"
-    dense = model
+    dense, selection = model, prepared.selection_windows()
 
     def trial(plan: SparsityPlan) -> float:
         candidate = copy.deepcopy(dense)
-        prune_model(candidate, calibration, plan, method, method_options, batch_size)
+        prune_model(candidate, calibration, plan, options.method, prepared.pruner_options, batch_size)
         try:
             return perplexity(candidate, selection, batch_size=batch_size or 1).perplexity
         except UserError:  # its only reason: the pruned model has diverged

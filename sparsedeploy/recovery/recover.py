@@ -24,14 +24,11 @@ from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.pipeline import (
     CalibrationOptions,
     PruneOptions,
-    calibration_set,
     choose_plan,
+    prepare,
     prune_model,
-    resolve_allocation,
-    selection_windows,
 )
 from sparsedeploy.plan import SparsityPlan, parse_pattern
-from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.recovery.base import Recovered, RecoveryJob, check_masks
 from sparsedeploy.recovery.data import DataOptions, TrainingData, load_training_data
 from sparsedeploy.recovery.registry import RECOVERIES
@@ -96,8 +93,7 @@ def prune_and_recover(
     method = RECOVERIES.get(recover.method)
     check_writable(output, overwrite)
     edge = _Edge(resolve_device(device), dtype, resume, overwrite, trust_remote_code)
-    folder = resolve_model(source)
-    return _from_dense(source, folder, output, prune, recover, method, edge)
+    return _from_dense(source, output, prune, recover, method, edge)
 
 
 def recover_checkpoint(
@@ -155,12 +151,11 @@ def recover_checkpoint(
         allocation_options=plan.options,
         calibration=calibration or _calibration_of(manifest),
     )
-    return _from_dense(name, folder, output, prune, recover, method, edge)
+    return _from_dense(name, output, prune, recover, method, edge)
 
 
 def _from_dense(
     source: str,
-    folder: Path,
     output: Path,
     prune: PruneOptions,
     recover: RecoverOptions,
@@ -168,27 +163,12 @@ def _from_dense(
     edge: _Edge,
 ) -> dict[str, Any]:
     options, training = _options(method, recover)
-    choice = None if prune.plan is not None else resolve_allocation(prune)
-    pruner = PRUNERS.get(prune.method)
-    pruner_options = pruner.make_options(prune.method_options)
+    prepared = prepare(source, prune, calibrates=method.traits["calibrates"], trust_remote_code=edge.trust_remote_code)
+    folder, choice, calibration = prepared.folder, prepared.choice, prepared.calibration
     if recover.method == "losa" and (choice is None or choice.searches):
         raise UserError("LoSA chooses its rates at every step", "Leave out --plan, or a search for the allocation.")
-    config = load_config(folder, trust_remote_code=edge.trust_remote_code)
-    sha256 = model_sha256(folder)
-    if prune.plan is not None and prune.plan.model_sha256 not in (None, sha256):
-        raise UserError("the plan was made for another model (its hash differs)", "Make it again.")
-    data = _training_data(folder, config, recover, method, edge)
-    calibration = None
-    if method.traits["calibrates"] or pruner.traits["needs"] != "none" or (choice is not None and choice.needs_data):
-        calibration = calibration_set(folder, config, prune.calibration, trust_remote_code=edge.trust_remote_code)
-    request = {
-        "model_sha256": sha256,
-        "plan": asdict(choice) if choice is not None else prune.plan.to_dict() if prune.plan else None,
-        "method": prune.method,
-        "method_options": asdict(pruner_options),
-        "calibration": calibration.describe() if calibration else None,
-        **_request(recover, options, training, data, edge),
-    }
+    data = _training_data(folder, prepared.config, recover, method, edge)
+    request = {**prepared.request(), **_request(recover, options, training, data, edge)}
     state = RunState(output, request, resume=edge.resume) if method.traits["trains"] else None
     model = load_model(folder, dtype=edge.dtype, device=edge.device, trust_remote_code=edge.trust_remote_code)
     job = RecoveryJob(
@@ -199,7 +179,7 @@ def _from_dense(
         sparsity=choice.sparsity if choice else prune.plan.sparsity if prune.plan else 0.0,
         pattern=choice.pattern if choice else None,
         pruner=prune.method,
-        pruner_options=pruner_options,
+        pruner_options=prepared.pruner_options,
         plan=prune.plan,
         # The default, uniform, leaves LoSA its own allocation.
         allocation=choice.name if choice and choice.name != "uniform" else None,
@@ -211,23 +191,14 @@ def _from_dense(
         training=training,
         seed=recover.seed,
         state=state,
-        model_sha256=sha256,
+        model_sha256=prepared.sha256,
     )
     losses: Mapping[str, float] = {}
     if method.traits["starts_from"] == "pruned":
         if choice is not None:
-            selection = (
-                selection_windows(
-                    folder, config, choice.options, prune.calibration, trust_remote_code=edge.trust_remote_code
-                )
-                if choice.searches
-                else None
-            )
-            job.plan = choose_plan(
-                model, calibration, choice, prune.method, pruner_options, selection, sha256, job.batch_size
-            )
+            job.plan = choose_plan(model, prepared)
         assert job.plan is not None
-        pruned = prune_model(model, calibration, job.plan, prune.method, pruner_options, job.batch_size)
+        pruned = prune_model(model, calibration, job.plan, prune.method, prepared.pruner_options, job.batch_size)
         job.masks, losses = pruned.masks, pruned.losses
     recovered = method.function(job, options)
     return _write(
@@ -237,8 +208,8 @@ def _from_dense(
         recovered,
         losses,
         source_name=source,
-        pruning=(prune.method, asdict(pruner_options)),
-        calibration=calibration.describe() if calibration else None,
+        pruning=(prune.method, asdict(prepared.pruner_options)),
+        calibration=prepared.described,
         recovery=_recovery(recover, options, training, data, method, recovered),
         edge=edge,
     )
