@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def export_command(
     model: Annotated[str, typer.Argument(help="Model folder (dense or pruned) or hub id.")],
-    target: Annotated[str, typer.Option("--target", "-t", help="Runtime to export for: deepsparse or vllm.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="Runtime to export for: deepsparse, onnxruntime or vllm.")],
     output: OutputOption,
     target_option: Annotated[
         list[str] | None, typer.Option("--target-option", help="NAME=VALUE for the target. Repeatable.")

@@ -100,6 +100,20 @@ class Artifact:
         return values
 
 
+def config_shapes(config: Any) -> Shapes:
+    """The sizes that a Hugging Face configuration gives."""
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    return Shapes(
+        layers=text.num_hidden_layers,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        hidden=text.hidden_size,
+        vocab=text.vocab_size,
+        max_positions=getattr(text, "max_position_embeddings", None),
+    )
+
+
 def hash_files(folder: Path) -> dict[str, str]:
     """Name -> SHA-256 of every file of a folder except ``artifact.json``, sorted by name."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())

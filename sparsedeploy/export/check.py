@@ -67,7 +67,21 @@ def check_graph(path: Path, tokens: np.ndarray, expected: np.ndarray) -> Check |
             name.replace("present", "past_key_values"): value
             for name, value in zip(names[1:], outputs[1:], strict=True)
         }
-    found = np.concatenate(logits, axis=1)
+    return compare_logits(np.concatenate(logits, axis=1), expected)
+
+
+def split_prompt(tokens: np.ndarray) -> tuple[list[int], list[int]]:
+    """The prompt and the tokens to run one by one after it, of :func:`reference_logits`'s tokens."""
+    ids: list[int] = tokens[0].tolist()
+    return ids[:_PROMPT], ids[_PROMPT:]
+
+
+def compare_logits(found: np.ndarray, expected: np.ndarray) -> Check:
+    """Differences between an exported model's logits and the model's own, both [1, T, V].
+
+    Raises:
+        UserError: they differ by more than rounding.
+    """
     difference = float(np.abs(found - expected).max())
     largest = float(np.abs(expected).max())
     if not difference <= TOLERANCE * max(largest, 1e-6):
@@ -76,7 +90,7 @@ def check_graph(path: Path, tokens: np.ndarray, expected: np.ndarray) -> Check |
             f"the largest is {largest:.3g})",
             "Its architecture cannot be exported: use a supported one such as Llama, Qwen, Mistral, OPT or Gemma.",
         )
-    return Check(tokens=total, largest_difference=difference, largest_logit=largest)
+    return Check(tokens=expected.shape[1], largest_difference=difference, largest_logit=largest)
 
 
 def step_inputs(tokens: np.ndarray, start: int, stop: int) -> dict[str, np.ndarray]:

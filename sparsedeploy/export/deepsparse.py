@@ -6,7 +6,6 @@ DeepSparse sparsifies constant matrices by itself when it compiles the graph, so
 from __future__ import annotations
 
 import gc
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from sparsedeploy.errors import UserError
 from sparsedeploy.export.artifact import Artifact, Engine, Shapes, Source, Sparsity, hash_files, write_artifact
 from sparsedeploy.export.check import check_graph, reference_logits
+from sparsedeploy.export.companions import copy_companions
 from sparsedeploy.export.kv_graph import KVCacheGraph
 from sparsedeploy.export.onnx_file import LARGEST_SINGLE_FILE, MODEL_FILE, OPSET, count_weights, import_onnx, write_onnx
 from sparsedeploy.export.targets import TARGETS
@@ -25,21 +25,6 @@ from sparsedeploy.models.loading import load_config, load_model, load_tokenizer,
 from sparsedeploy.models.structure import check_finite, find_decoder_stack
 
 ENGINE = Engine(name="deepsparse", version="1.8.0")
-# Everything that a tokenizer or a generation loop may read; never weights or Python code.
-_COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True)
@@ -98,9 +83,7 @@ def export_deepsparse(
         del graph, model, linears
         gc.collect()
         check = check_graph(folder / MODEL_FILE, tokens, expected)
-        for companion in _COMPANIONS:
-            if (checkpoint / companion).is_file():
-                shutil.copyfile(checkpoint / companion, folder / companion)
+        copy_companions(checkpoint, folder)
         artifact = Artifact(
             target="deepsparse",
             source=source,

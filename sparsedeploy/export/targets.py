@@ -13,7 +13,7 @@ from sparsedeploy.registry import Registry
 # Called as function(checkpoint, output, options, trust_remote_code=..., overwrite=...).
 ExportFunction = Callable[..., Artifact]
 TARGETS: Registry[ExportFunction] = Registry("export target")
-_MODULES = ("deepsparse", "vllm")
+_MODULES = ("deepsparse", "onnxruntime", "vllm")
 
 
 def export_targets() -> Registry[ExportFunction]:

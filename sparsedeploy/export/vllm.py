@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
-from sparsedeploy.export.artifact import Artifact, Engine, Shapes, Source, Sparsity, hash_files, write_artifact
+from sparsedeploy.export.artifact import Artifact, Engine, Source, Sparsity, config_shapes, hash_files, write_artifact
 from sparsedeploy.export.targets import TARGETS
 from sparsedeploy.folders import check_writable, new_folder, write_json
 from sparsedeploy.formats import packed as packing
@@ -107,7 +107,7 @@ def export_vllm(
             target="vllm",
             source=source,
             model_type=config.model_type,
-            shapes=_shapes(config),
+            shapes=config_shapes(config),
             dtype=packer.dtype,
             opset=None,
             files=hash_files(folder),
@@ -182,16 +182,3 @@ def _write_configuration(checkpoint: Path, folder: Path, packed: PackedConfig) -
             shutil.copyfile(path, folder / path.name)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", {**config, "quantization_config": packed.to_dict()})
-
-
-def _shapes(config: Any) -> Shapes:
-    text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    return Shapes(
-        layers=text.num_hidden_layers,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        hidden=text.hidden_size,
-        vocab=text.vocab_size,
-        max_positions=getattr(text, "max_position_embeddings", None),
-    )

@@ -114,11 +114,11 @@ def status(name: str) -> Status:
         UserError: no such runtime.
     """
     runtime = load_runtime(name)
-    home = _home(name)
+    home = _home(runtime.name)
     marker = _read_marker(home)
     reason = runtime.why_not_here(this_machine())
     return Status(
-        name=name,
+        name=runtime.name,
         title=runtime.title,
         summary=runtime.summary,
         state=_state(runtime, home, marker),
@@ -147,6 +147,7 @@ def install(name: str, python: str | None = None) -> Status:
     reason = runtime.why_not_here(this_machine())
     if reason is not None:
         raise UserError(reason, "Use another runtime or another machine.")
+    name = runtime.name
     home = _home(name)
     with _lock(name):
         if _state(runtime, home, _read_marker(home)) == "installed" and python is None:
@@ -169,7 +170,7 @@ def remove(name: str) -> int:
     Raises:
         UserError: no such runtime, or it is not installed.
     """
-    load_runtime(name)
+    name = load_runtime(name).name
     home = _home(name)
     with _lock(name):
         if not home.is_dir():
@@ -192,6 +193,7 @@ def require(name: str, python: str | None = None) -> Environment:
         raise UserError(reason, "Use another runtime or another machine.")
     if python is not None:
         return Environment(runtime, _named_python(runtime, python), managed=False)
+    name = runtime.name
     home = _home(name)
     state = _state(runtime, home, _read_marker(home))
     if state != "installed":
@@ -213,7 +215,7 @@ def check(name: str, python: str | None = None) -> CheckReport:
     environment = require(name, python)
     with environment.worker(timeout=120) as worker:
         reply = worker.call("check")
-    return CheckReport(name=name, interpreter=str(environment.python), **reply)
+    return CheckReport(name=environment.runtime.name, interpreter=str(environment.python), **reply)
 
 
 def find_python(runtime: Runtime, python: str | None = None) -> Path:

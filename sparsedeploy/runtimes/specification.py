@@ -26,6 +26,7 @@ class Runtime:
 
     Attributes:
         name: what the user types; the folder under ``export/``.
+        aliases: other names that the user may type.
         title: its proper name.
         summary: one line.
         targets: export targets whose artifacts it runs.
@@ -36,6 +37,8 @@ class Runtime:
         imports: modules that must import for the environment to count as working.
         environment: variables that its processes get.
         folder: where its requirements and its worker are.
+        max_batch: sequences that it can run at once.
+        profile: whether its worker answers ``profile``, the time of every operator.
     """
 
     name: str
@@ -49,6 +52,9 @@ class Runtime:
     imports: tuple[str, ...]
     environment: dict[str, str]
     folder: Path
+    aliases: tuple[str, ...] = ()
+    max_batch: int = 1
+    profile: bool = False
 
     @property
     def requirements(self) -> Path:
@@ -87,21 +93,30 @@ class Runtime:
 
 def runtime_names() -> list[str]:
     """The runtimes that this installation ships, sorted."""
-    return sorted(path.parent.name for path in shipped("export").glob(f"*/{SPECIFICATION_FILE}"))
+    return [folder.name for folder in _folders()]
 
 
 def load_runtime(name: str) -> Runtime:
-    """Read a runtime's specification.
+    """Read the specification of a runtime, by its name or one of its aliases.
 
     Raises:
         UserError: no such runtime.
     """
-    if name not in runtime_names():
-        raise UserError(f"unknown runtime '{name}'", f"Known: {', '.join(runtime_names())}.")
-    folder = shipped("export") / name
+    runtimes = [_read(folder) for folder in _folders()]
+    for runtime in runtimes:
+        if name in (runtime.name, *runtime.aliases):
+            return runtime
+    raise UserError(f"unknown runtime '{name}'", f"Known: {', '.join(runtime_names())}.")
+
+
+def _folders() -> list[Path]:
+    return sorted(path.parent for path in shipped("export").glob(f"*/{SPECIFICATION_FILE}"))
+
+
+def _read(folder: Path) -> Runtime:
     values = yaml.safe_load((folder / SPECIFICATION_FILE).read_text(encoding="utf-8"))
     return Runtime(
-        name=name,
+        name=folder.name,
         title=values["title"],
         summary=values["summary"],
         targets=tuple(values["targets"]),
@@ -112,6 +127,9 @@ def load_runtime(name: str) -> Runtime:
         imports=tuple(values["imports"]),
         environment=dict(values["environment"]),
         folder=folder,
+        aliases=tuple(values.get("aliases", ())),
+        max_batch=int(values.get("max_batch", 1)),
+        profile=bool(values.get("profile", False)),
     )
 
 
@@ -121,7 +139,7 @@ def runtime_for_target(target: str) -> Runtime:
     Raises:
         UserError: none does.
     """
-    runtimes = [load_runtime(name) for name in runtime_names()]
+    runtimes = [_read(folder) for folder in _folders()]
     for runtime in runtimes:
         if target in runtime.targets:
             return runtime

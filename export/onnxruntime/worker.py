@@ -1,0 +1,179 @@
+"""The ONNX Runtime side of sparsedeploy: exports with Optimum and runs what it wrote, in Optimum's environment.
+
+A model is loaded and called through ``ORTModelForCausalLM``, as a user of Optimum does; the protocol is
+``export/common/worker_protocol.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Generator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "common"))
+from worker_protocol import BadRequest, serve, take_standard_output
+
+PROTOCOL = take_standard_output()
+
+import numpy as np  # noqa: E402 - imported only after standard output has been redirected
+import onnxruntime  # noqa: E402
+import torch  # noqa: E402
+from cached_model import check_product, generate, measure, save_logits  # noqa: E402
+from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
+
+GRAPH = "model.onnx"
+_DISTRIBUTIONS = ("optimum-onnx", "onnxruntime", "transformers", "torch")
+
+
+class Model:
+    """An Optimum folder with its cache: a prompt is run whole, then one token at a time.
+
+    Args:
+        folder: holds ``model.onnx`` and ``config.json``.
+        cores: threads that an operator may use.
+        capacity: tokens that may be run at most; ONNX Runtime itself grows the cache as it goes.
+    """
+
+    def __init__(self, folder: Path, cores: int, capacity: int) -> None:
+        if not (folder / GRAPH).is_file():
+            raise BadRequest(f"{folder} has no {GRAPH}", "Export the checkpoint again with sparsedeploy export.")
+        torch.set_num_threads(cores)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = cores
+        options.inter_op_num_threads = 1
+        started = time.perf_counter()
+        self.model = ORTModelForCausalLM.from_pretrained(
+            folder, session_options=options, provider="CPUExecutionProvider", local_files_only=True
+        )
+        self.compile_seconds = time.perf_counter() - started
+        self._check_cache()
+        self.capacity = capacity
+        self.past: Any = None
+        self.seen = 0
+
+    def _check_cache(self) -> None:
+        """Refuse a model whose empty cache Optimum would give the wrong sizes, as 0.1.0 does for Gemma 2."""
+        shape = self.model.session.get_inputs()[self.model.input_names["past_key_values.0.key"]].shape
+        assumed = [self.model.num_key_value_heads, self.model.embed_size_per_head]
+        if [shape[1], shape[3]] != assumed:
+            raise BadRequest(
+                f"Optimum {version('optimum-onnx')} assumes {assumed[0]} key/value heads of size {assumed[1]} for a "
+                f"model of type {self.model.config.model_type}, its graph has {shape[1]} of size {shape[3]}",
+                "Use --target deepsparse, whose graph ONNX Runtime runs too, or a model that Optimum supports.",
+            )
+
+    def prefill(self, prompt: list[int]) -> np.ndarray:
+        """Start again with a prompt; returns the logits of all of it, [P, V]."""
+        if not prompt:
+            raise BadRequest("the prompt is empty", "Give at least one token.")
+        self.past, self.seen = None, 0
+        return self._run(prompt)
+
+    def decode(self, token: int) -> np.ndarray:
+        """Run one more token; returns its logits [V]."""
+        logits: np.ndarray = self._run([token])[0]
+        return logits
+
+    def _run(self, tokens: list[int]) -> np.ndarray:
+        self.seen += len(tokens)
+        output = self.model(
+            input_ids=torch.tensor([tokens]),
+            attention_mask=torch.ones(1, self.seen, dtype=torch.int64),
+            past_key_values=self.past,
+            use_cache=True,
+        )
+        self.past = output.past_key_values
+        logits: np.ndarray = output.logits[0].numpy()
+        return logits
+
+    def check_room(self, prompt: int, new_tokens: int) -> None:
+        """Refuse more tokens than the model was loaded for."""
+        if prompt + new_tokens > self.capacity:
+            raise BadRequest(
+                f"{prompt} prompt tokens and {new_tokens} new ones are more than the {self.capacity} asked for",
+                "Load the model for more tokens.",
+            )
+
+
+class Server:
+    """The operations; each takes the arguments of a request and returns its result."""
+
+    def __init__(self) -> None:
+        self.models: dict[int, Model] = {}
+
+    def info(self) -> dict[str, Any]:
+        """Versions and the cores that this process may use."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return {
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in _DISTRIBUTIONS},
+            "hardware": {"provider": "CPUExecutionProvider", "cores": cores},
+        }
+
+    def check(self) -> dict[str, Any]:
+        """Run a small matrix product and compare it with numpy."""
+
+        def run(model: Any, values: np.ndarray) -> np.ndarray:
+            session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+            output: np.ndarray = session.run(None, {"x": values})[0]
+            return output
+
+        difference = check_product(run)
+        if not difference < 1e-4:
+            raise BadRequest(f"the engine computes a matrix product that is off by {difference:.3g}")
+        return {**self.info(), "largest_difference": difference}
+
+    def export(self, checkpoint: str, output: str, trust_remote_code: bool) -> dict[str, Any]:
+        """Write a checkpoint as a float32 graph with a key/value cache into an existing folder, in Optimum's layout.
+
+        Returns:
+            ``opset`` of the graph.
+        """
+        import onnx
+        from optimum.exporters.onnx import main_export
+
+        try:
+            main_export(
+                checkpoint,
+                output,
+                task="text-generation-with-past",
+                dtype="fp32",
+                do_validation=False,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                library_name="transformers",
+            )
+        except (ValueError, KeyError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:240]
+            raise BadRequest(
+                f"Optimum {version('optimum-onnx')} cannot export this model ({reason})",
+                "Use --target deepsparse, whose graph ONNX Runtime runs too, or a model that Optimum supports.",
+            ) from error
+        graph = onnx.load(os.path.join(output, GRAPH), load_external_data=False)
+        opset = max(entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx"))
+        return {"opset": opset}
+
+    def load(self, folder: str, cores: int, prompt_length: int, new_tokens: int, chunk: int) -> dict[str, Any]:
+        """Load a folder; the result's ``model`` names it later. A prompt is run whole, whatever ``chunk``."""
+        model = Model(Path(folder), cores, prompt_length + new_tokens)
+        number = len(self.models) + 1
+        self.models[number] = model
+        return {"model": number, "capacity": model.capacity, "compile_seconds": model.compile_seconds}
+
+    def logits(self, model: int, prompt: list[int], tokens: list[int], folder: str) -> dict[str, Any]:
+        return save_logits(self.models[model], prompt, tokens, folder)
+
+    def generate(self, model: int, **arguments: Any) -> Generator[dict[str, Any], None, dict[str, Any]]:
+        return generate(self.models[model], **arguments)
+
+    def measure(self, model: int, prompt: list[int], decode_tokens: int) -> dict[str, Any]:
+        return measure(self.models[model], prompt, decode_tokens)
+
+
+if __name__ == "__main__":
+    serve(Server(), PROTOCOL)

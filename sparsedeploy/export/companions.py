@@ -1,0 +1,28 @@
+"""The small files that travel with a model: what a tokenizer or a generation loop may read, never weights or code."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+)
+
+
+def copy_companions(checkpoint: Path, folder: Path, *, without: tuple[str, ...] = ()) -> None:
+    """Copy those that the checkpoint has."""
+    for name in COMPANIONS:
+        if name not in without and (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
