@@ -1,4 +1,8 @@
-"""``recipe.yaml``: the plan in llm-compressor's recipe format, one modifier per mask structure."""
+"""``recipe.yaml``: the plan in llm-compressor's recipe format, one modifier per mask structure.
+
+Wanda and SparseGPT take one list of rates in module order, so a whole unstructured plan is one modifier. Several
+patterns need a modifier each; with ``oneshot(..., pipeline="sequential")`` they share one calibration pass.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +14,45 @@ import yaml
 
 from sparsedeploy.plan import NM, ModuleTarget, SparsityPlan
 
-_MODIFIERS = {
+MODIFIERS = {
     "wanda": "WandaPruningModifier",
     "sparsegpt": "SparseGPTModifier",
     "magnitude": "MagnitudePruningModifier",
 }
+_HEADER = """\
+# This checkpoint's plan for llm-compressor:
+#   llmcompressor.oneshot(model, dataset=..., recipe="recipe.yaml", pipeline="sequential")
+# mask_structure counts what is pruned: 2:8 kept is 6:8 here. Modules that lose nothing are left out.
+"""
+_SPARSEGPT_NOTE = """\
+# SparseGPTModifier prunes floor(weights of a block * sparsity) + 1 weights of each block of columns, so the rates are
+# just below the plan's: a block loses the plan's share, rounded up to a whole weight.
+"""
+_MAGNITUDE_NOTE = """\
+# oneshot of llm-compressor 0.14 makes magnitude masks but never applies them; they need its training loop.
+"""
 
 
 def recipe_yaml(plan: SparsityPlan, method: str, options: dict[str, Any]) -> str:
     """The recipe text for ``llmcompressor.oneshot``.
 
-    Wanda and SparseGPT take one list of rates in module order, so a whole unstructured plan costs one calibration
-    pass. llm-compressor's N:M **prunes** N of every M: our 2:8 is its 6:8. Its magnitude modifier takes one rate each.
+    Args:
+        method: the pruner; one that llm-compressor lacks is written as SparseGPT.
+        options: of the pruner; SparseGPT's block and damping are carried over.
     """
-    modifier = _MODIFIERS.get(method, _MODIFIERS["sparsegpt"])
+    modifier = MODIFIERS.get(method, MODIFIERS["sparsegpt"])
     by_structure: dict[NM | None, list[ModuleTarget]] = {}
     for target in plan.targets:
-        by_structure.setdefault(target.pattern, []).append(target)
-    stage: dict[str, Any] = {}
+        if target.zeros_per_row:
+            by_structure.setdefault(target.pattern, []).append(target)
+    parts: list[dict[str, Any]] = []
     for pattern, targets in by_structure.items():
-        groups = _by_rate(targets) if modifier == "MagnitudePruningModifier" else [targets]
-        for group in groups:
-            name = f"group{len(stage)}_modifiers" if len(by_structure) > 1 or len(groups) > 1 else "sparsity_modifiers"
-            stage[name] = {modifier: _arguments(modifier, pattern, group, options)}
-    header = (
-        "# Replays this checkpoint's plan with llm-compressor: llmcompressor.oneshot(model, dataset, recipe=...)\n"
-        "# mask_structure counts what is pruned: 2:8 kept is 6:8 here.\n"
-    )
-    return header + yaml.safe_dump({"sparsity_stage": stage}, sort_keys=False, width=110)
+        groups = _by_rate(targets) if modifier == MODIFIERS["magnitude"] else [targets]
+        parts.extend(_arguments(modifier, pattern, group, options) for group in groups)
+    names = ["sparsity_modifiers"] if len(parts) == 1 else [f"group{index}_modifiers" for index in range(len(parts))]
+    stage = {name: {modifier: arguments} for name, arguments in zip(names, parts, strict=True)}
+    note = {MODIFIERS["sparsegpt"]: _SPARSEGPT_NOTE, MODIFIERS["magnitude"]: _MAGNITUDE_NOTE}.get(modifier, "")
+    return _HEADER + note + yaml.safe_dump({"sparsity_stage": stage}, sort_keys=False, width=110)
 
 
 def _arguments(
@@ -45,21 +60,23 @@ def _arguments(
 ) -> dict[str, Any]:
     names = [f"re:^{re.escape(target.name)}$" for target in targets]
     structure = f"{pattern.m - pattern.n}:{pattern.m}" if pattern else "0:0"
-    if modifier == "MagnitudePruningModifier":
+    if modifier == MODIFIERS["magnitude"]:
         rate = _floor_safe_rate(targets[0])
         return {
             "init_sparsity": rate,
             "final_sparsity": rate,
             "mask_structure": structure if pattern else "unstructured",
-            "targets": [f"{name[:-1]}.weight$" if name.endswith("$") else name for name in names],
+            "targets": [f"{name[:-1]}.weight$" for name in names],
         }
-    rates = [_floor_safe_rate(target) for target in targets]
+    is_sparsegpt = modifier == MODIFIERS["sparsegpt"]
+    rate_of = _one_less_rate if is_sparsegpt and pattern is None else _floor_safe_rate
+    rates = [rate_of(target) for target in targets]
     arguments: dict[str, Any] = {
         "sparsity": rates[0] if len(set(rates)) == 1 else rates,
         "mask_structure": structure,
         "targets": names,
     }
-    if modifier == "SparseGPTModifier":
+    if is_sparsegpt:
         arguments["block_size"] = int(options.get("block", 128))
         arguments["dampening_frac"] = float(options.get("damping", 0.01))
     return arguments
@@ -78,3 +95,10 @@ def _floor_safe_rate(target: ModuleTarget) -> float:
     while int(target.columns * rate) < target.zeros_per_row:
         rate = math.nextafter(rate, 1.0)
     return rate
+
+
+def _one_less_rate(target: ModuleTarget) -> float:
+    """The rate for which ``int(size * rate) + 1``, llm-compressor's SparseGPT count in a block of ``size`` weights, is
+    the plan's share of the block rounded up; far less below the share than one weight of the largest block.
+    """
+    return target.zeros_per_row / target.columns - 1e-9

@@ -1,0 +1,99 @@
+"""Quantise a pruned model with llm-compressor, its masks held, and examine what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy, preset_name_to_scheme
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning import ConstantPruningModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from replay import calibration_loader
+from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import CompressedTensorsConfig
+
+# Our names -> llm-compressor's.
+PRESETS = {"fp8-dynamic": "FP8_DYNAMIC", "w8a8": "W8A8", "w4a16": "W4A16"}
+# Weights that share a scale in w4a16, largest first; each must divide every module's inputs.
+_GROUP_SIZES = (128, 64, 32)
+
+
+class HeldMasks(ConstantPruningModifier):
+    """ConstantPruningModifier that holds its masks in ``oneshot`` too.
+
+    The original multiplies weights by their masks only after an optimizer's step. ``oneshot`` takes none, and GPTQ,
+    which moves rounding errors on to later columns, then revives pruned weights.
+    """
+
+    def on_sequential_epoch_end(self, state: Any, event: Any, **kwargs: Any) -> None:
+        for name in self.parameterized_layers_:
+            self.apply_mask_weight(name)
+
+
+def scheme_for(name: str, columns: set[int]) -> QuantizationScheme:
+    """llm-compressor's preset, with weight groups that divide every module's inputs."""
+    scheme = preset_name_to_scheme(PRESETS[name], ["Linear"])
+    if scheme.weights.strategy == QuantizationStrategy.GROUP:
+        size = next((size for size in _GROUP_SIZES if all(count % size == 0 for count in columns)), None)
+        scheme.weights.group_size = size
+        if size is None:
+            scheme.weights.strategy = QuantizationStrategy.CHANNEL
+    return scheme
+
+
+def quantize(
+    model: Any, scheme: str, algorithm: str, tokens: torch.Tensor | None, masks: Mapping[str, torch.Tensor]
+) -> int | None:
+    """Quantise the masked modules of a model in place; returns the group size, None where scales are per channel.
+
+    Args:
+        algorithm: ``round`` takes the nearest value and needs no text; ``gptq`` spreads the error over later weights.
+        tokens: calibration sequences, int64 ``[sequences, length]``, for ``gptq``.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    groups = {"group_0": scheme_for(scheme, {mask.shape[1] for mask in masks.values()})}
+    outside = [name for name in linears if name not in masks]
+    if algorithm == "gptq":
+        quantizer = GPTQModifier(config_groups=groups, ignore=outside)
+    else:
+        quantizer = QuantizationModifier(config_groups=groups, ignore=outside)
+    held = HeldMasks(targets=list(masks), start=0)
+    # In this order the masks go on after the quantiser has changed a layer.
+    recipe = [quantizer, held]
+    data = None if tokens is None else calibration_loader(tokens)
+    pipeline = "datafree" if data is None else "sequential"
+    oneshot(model=model, recipe=recipe, dataset=data, pipeline=pipeline)  # type: ignore[arg-type]
+    size = groups["group_0"].weights.group_size
+    return int(size) if size else None
+
+
+def examine(folder: str, masks: Mapping[str, torch.Tensor], windows: torch.Tensor | None) -> dict[str, Any]:
+    """Decompress a quantised folder with compressed-tensors and count its zeros.
+
+    Returns:
+        ``weights`` of the masked modules, ``pruned`` by their masks, ``revived`` (pruned, but not zero any more),
+        ``zeros`` of all kinds, and ``perplexity_after`` on the windows.
+    """
+    uncompressed = CompressedTensorsConfig(run_compressed=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", quantization_config=uncompressed).eval()
+    counts = {"weights": 0, "pruned": 0, "revived": 0, "zeros": 0}
+    for name, mask in masks.items():
+        zero = model.get_submodule(name).weight.cpu() == 0
+        counts["weights"] += mask.numel()
+        counts["pruned"] += int((~mask).sum())
+        counts["revived"] += int((~mask & ~zero).sum())
+        counts["zeros"] += int(zero.sum())
+    return {**counts, "perplexity_after": None if windows is None else perplexity(model, windows)}
+
+
+@torch.no_grad()
+def perplexity(model: Any, windows: torch.Tensor) -> float:
+    """exp of the mean cross-entropy over int64 ``windows [count, context]``, logits in float32."""
+    losses = []
+    for window in windows.to(model.device):
+        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).double())
+    return float(torch.stack(losses).mean().exp())

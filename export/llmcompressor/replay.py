@@ -1,0 +1,76 @@
+"""Prune a dense model as a recipe says, with llm-compressor and nothing else.
+
+``python replay.py --output PRUNED`` in an exported folder uses the recipe, the calibration tokens and the dense model
+that the folder names. Needs llmcompressor, which brings torch and transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmcompressor import oneshot
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+HERE = Path(__file__).resolve().parent
+
+
+def replay(model: Any, recipe: str, tokens: torch.Tensor, pipeline: str = "sequential") -> None:
+    """Prune a loaded model in place.
+
+    Args:
+        model: a causal LM of transformers.
+        recipe: path of the recipe.
+        tokens: calibration sequences, int64 ``[sequences, length]``, used one by one in this order.
+        pipeline: ``sequential`` runs all modifiers in one pass over the layers, as the plan was made for;
+            ``independent``, llm-compressor's default, makes a pass for each modifier.
+    """
+    oneshot(model=model, recipe=recipe, dataset=calibration_loader(tokens), pipeline=pipeline)
+
+
+def calibration_loader(tokens: torch.Tensor) -> Any:
+    """The sequences int64 ``[sequences, length]`` in the form that llm-compressor takes, in their order."""
+    return DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens], batch_size=1)  # type: ignore[arg-type]
+
+
+def load(folder: str, dtype: str = "auto") -> Any:
+    """A model folder or hub id as a causal LM in evaluation mode; ``auto`` keeps the checkpoint's own dtype."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def check_same(folder: Path, hashes: dict[str, str]) -> None:
+    """Stop when a file of the dense model is not the one that the plan was made for."""
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            sys.exit(f"{folder} has no {name}: give the dense model's folder with --model")
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+        if digest.hexdigest() != expected:
+            sys.exit(f"{path} is not the file that the plan was made for: give another folder with --model")
+
+
+def main() -> None:
+    dense = json.loads((HERE / "dense_model.json").read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(description="Replay the recipe of this folder with llm-compressor.")
+    parser.add_argument("--model", default=dense["folder"], help="folder of the dense model [%(default)s]")
+    parser.add_argument("--output", required=True, help="folder for the pruned model")
+    options = parser.parse_args()
+    check_same(Path(options.model), dense["files"])
+    model = load(options.model)
+    replay(model, str(HERE / "recipe.yaml"), load_file(HERE / "calibration.safetensors")["tokens"])
+    model.save_pretrained(options.output, save_compressed=False)
+    print(f"{options.output}: pruned")
+
+
+if __name__ == "__main__":
+    main()
