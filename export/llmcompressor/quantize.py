@@ -65,7 +65,7 @@ def quantize(
     recipe = [quantizer, held]
     data = None if tokens is None else calibration_loader(tokens)
     pipeline = "datafree" if data is None else "sequential"
-    oneshot(model=model, recipe=recipe, dataset=data, pipeline=pipeline)  # type: ignore[arg-type]
+    oneshot(model=model, recipe=recipe, dataset=data, pipeline=pipeline)
     size = groups["group_0"].weights.group_size
     return int(size) if size else None
 

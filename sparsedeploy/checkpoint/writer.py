@@ -42,6 +42,7 @@ class Provenance:
         method: the pruner; ``options`` its options.
         calibration: :meth:`CalibrationSet.describe`, or None when no text was read.
         recovery: what won quality back after pruning, or None.
+        engine: the program that pruned, with its versions; None for this one.
     """
 
     source_name: str
@@ -50,6 +51,7 @@ class Provenance:
     options: dict[str, Any]
     calibration: dict[str, Any] | None
     recovery: dict[str, Any] | None = None
+    engine: dict[str, Any] | None = None
 
 
 def write_checkpoint(
@@ -117,6 +119,8 @@ def complete(
             "safetensors": safetensors.__version__,
         },
     }
+    if provenance.engine is not None:
+        manifest["engine"] = provenance.engine
     if provenance.recovery is not None:
         manifest["recovery"] = provenance.recovery
     manifest["files"] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,6 +46,12 @@ from sparsedeploy.cli.recover import (
     print_recovery,
     training_data,
 )
+from sparsedeploy.errors import UserError
+
+if TYPE_CHECKING:
+    from sparsedeploy.pipeline import PruneOptions
+
+OWN_ENGINE = "sparsedeploy"
 
 
 def prune_command(
@@ -56,6 +62,13 @@ def prune_command(
     method: MethodOption = "wanda",
     allocation: AllocationOption = "uniform",
     pattern: PatternOption = "unstructured",
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            help="What prunes: sparsedeploy, or llmcompressor (in its own environment; wanda or sparsegpt).",
+        ),
+    ] = OWN_ENGINE,
     plan: Annotated[Path | None, typer.Option("--plan", help="Use this plan file; no allocation is run.")] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="A shipped recipe's name or a YAML file; flags override it.")
@@ -124,7 +137,9 @@ def prune_command(
         "overwrite": overwrite,
         "trust_remote_code": trust_remote_code,
     }
-    if recover is None:
+    if engine != OWN_ENGINE:
+        manifest = _prune_elsewhere(engine, model, output, options, recover, **run)
+    elif recover is None:
         manifest = prune(model, output, options, **run)
     else:
         from sparsedeploy.recovery.recover import RecoverOptions, prune_and_recover
@@ -158,12 +173,38 @@ def prune_command(
     console.print(f"next: sparsedeploy export {output} --target deepsparse -o ARTIFACT", soft_wrap=True)
 
 
+def _prune_elsewhere(
+    engine: str,
+    model: str,
+    output: Path,
+    options: PruneOptions,
+    recover: str | None,
+    *,
+    resume: bool,
+    trust_remote_code: bool,
+    **run: Any,
+) -> dict[str, Any]:
+    """Prune with llm-compressor; refuses another engine and what it cannot do."""
+    from sparsedeploy.pruning.llmcompressor import ENGINE, prune_with_llmcompressor
+
+    if engine != ENGINE:
+        raise UserError(f"unknown engine '{engine}'", f"Known: {OWN_ENGINE}, {ENGINE}.")
+    if recover is not None:
+        raise UserError("--recover does not go with --engine", f"Prune first, then: sparsedeploy recover {output}.")
+    if resume:
+        raise UserError("a run of --engine llmcompressor cannot be resumed", "Leave --resume out.")
+    if trust_remote_code:
+        raise UserError("--engine llmcompressor does not run a model's own code", f"Use --engine {OWN_ENGINE}.")
+    return prune_with_llmcompressor(model, output, options, **run)
+
+
 def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "sparsity": manifest["plan"]["sparsity"],
         "achieved": manifest["achieved"],
         "modules": len(manifest["modules"]),
         "method": manifest["method"],
+        "engine": manifest.get("engine", {}).get("name", OWN_ENGINE),
         "allocation": manifest["plan"]["allocation"],
         "pattern": manifest["plan"]["pattern"],
         "calibration": manifest["calibration"],

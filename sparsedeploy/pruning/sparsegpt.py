@@ -104,11 +104,7 @@ def solve(
         UserError: an N:M pattern whose M does not divide ``block``.
     """
     pattern = target.pattern
-    if pattern is not None and block % pattern.m:
-        raise UserError(
-            f"SparseGPT's block of {block} columns is not divisible by {pattern.m} (pattern {pattern})",
-            f"Set the option block to a multiple of {pattern.m}.",
-        )
+    check_block(pattern, block)
     columns = weight.shape[1]
     # Transposed, so that a column's weights of all rows lie side by side: every step below runs over whole cache lines.
     new = weight.T.contiguous()
@@ -133,6 +129,19 @@ def solve(
         new[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
         squared_error += errors.double().square().sum().item()
     return new.T.contiguous(), mask.T.contiguous(), squared_error / 2
+
+
+def check_block(pattern: NM | None, block: int) -> None:
+    """Refuse a block that would cut a group of M.
+
+    Raises:
+        UserError: an N:M pattern whose M does not divide ``block``.
+    """
+    if pattern is not None and block % pattern.m:
+        raise UserError(
+            f"SparseGPT's block of {block} columns is not divisible by {pattern.m} (pattern {pattern})",
+            f"Set the option block to a multiple of {pattern.m}.",
+        )
 
 
 def _sweep(
