@@ -57,8 +57,8 @@ def eval_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure perplexity on texts (lower is better; compare only figures of one text and one context) and accuracy on
-    tasks of lm-evaluation-harness (higher is better)."""
+    """Measure perplexity on texts and accuracy on tasks of lm-evaluation-harness. Lower perplexity and higher accuracy
+    are better; compare only figures of one text and one context."""
     from sparsedeploy.evaluation.evaluate import evaluate
     from sparsedeploy.evaluation.tasks import TaskOptions
     from sparsedeploy.folders import write_json
