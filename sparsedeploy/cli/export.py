@@ -10,13 +10,19 @@ import typer
 from sparsedeploy.cli.common import JsonOption, OutputOption, OverwriteOption, TrustOption, console, print_json
 
 if TYPE_CHECKING:
-    from sparsedeploy.export.artifact import Artifact
+    from sparsedeploy.export.artifact import Artifact, Quantization
 
 
 def export_command(
     model: Annotated[str, typer.Argument(help="Model folder (dense or pruned) or hub id.")],
-    target: Annotated[str, typer.Option("--target", "-t", help="Runtime to export for: deepsparse, onnxruntime or vllm.")],
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="What to export for: deepsparse, onnxruntime, vllm or llmcompressor.")
+    ],
     output: OutputOption,
+    quantize: Annotated[
+        str | None,
+        typer.Option("--quantize", help="For vllm: quantise the pruned weights too: fp8-dynamic, w8a8 or w4a16."),
+    ] = None,
     target_option: Annotated[
         list[str] | None, typer.Option("--target-option", help="NAME=VALUE for the target. Repeatable.")
     ] = None,
@@ -33,6 +39,7 @@ def export_command(
         target,
         output,
         parse_options(target_option or []),
+        quantize=quantize,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
     )
@@ -49,6 +56,8 @@ def _print(output: Path, artifact: Artifact) -> None:
         f"{shapes.layers} layers, {artifact.dtype}"
     )
     console.print(f"{sparsity.fraction:.2%} of {sparsity.weights:,} prunable weights are zero")
+    if artifact.quantization is not None:
+        _print_quantization(artifact.quantization)
     if artifact.check is not None:
         console.print(
             f"checked against the model on {artifact.check.tokens} tokens: logits differ by at most "
@@ -56,3 +65,16 @@ def _print(output: Path, artifact: Artifact) -> None:
         )
     elif artifact.opset is not None:
         console.print("not checked against the model: install onnxruntime and export again to have it checked")
+
+
+def _print_quantization(quantization: Quantization) -> None:
+    group = f", {quantization.group_size} weights to a scale" if quantization.group_size else ""
+    console.print(
+        f"{quantization.scheme} ({quantization.algorithm}{group}): {quantization.pruned - quantization.revived:,} of "
+        f"{quantization.pruned:,} pruned weights are still zero"
+    )
+    if quantization.perplexity_after is not None:
+        console.print(
+            f"perplexity on {quantization.text}: {quantization.perplexity_before:.2f} before, "
+            f"{quantization.perplexity_after:.2f} after"
+        )

@@ -67,6 +67,29 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How the weights were quantised, and what became of the pruned ones and of the model.
+
+    Attributes:
+        scheme: such as ``w4a16``.
+        algorithm: ``round`` or ``gptq``.
+        group_size: weights that share a scale; None where a whole output row does.
+        pruned: weights that the masks prune; ``revived`` of them are not zero any more.
+        perplexity_before: of the pruned model, and ``perplexity_after`` of the quantised one, in torch on the same
+            windows of ``text``; None when they were not taken.
+    """
+
+    scheme: str
+    algorithm: str
+    group_size: int | None
+    pruned: int
+    revived: int
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
 class Artifact:
     """An exported folder, as its ``artifact.json`` describes it.
 
@@ -77,6 +100,7 @@ class Artifact:
         opset: the ONNX opset; None for a target without an ONNX graph.
         files: name -> SHA-256 of every other file of the folder.
         check: None when the check could not run.
+        quantization: None when the weights keep their type.
     """
 
     target: str
@@ -89,6 +113,7 @@ class Artifact:
     sparsity: Sparsity
     engine: Engine
     check: Check | None = None
+    quantization: Quantization | None = None
     format: int = FORMAT
     sparsedeploy: str = __version__
 
@@ -161,7 +186,7 @@ def load_artifact(folder: Path, *, verify: bool = False) -> Artifact:
 
 def _from_json(values: dict[str, Any]) -> Artifact:
     sparsity = values["sparsity"]
-    check = values.get("check")
+    check, quantization = values.get("check"), values.get("quantization")
     return Artifact(
         target=values["target"],
         source=Source(**values["source"]),
@@ -173,5 +198,6 @@ def _from_json(values: dict[str, Any]) -> Artifact:
         sparsity=Sparsity(weights=sparsity["weights"], zeros=sparsity["zeros"]),
         engine=Engine(**values["engine"]),
         check=None if check is None else Check(**check),
+        quantization=None if quantization is None else Quantization(**quantization),
         sparsedeploy=values["sparsedeploy"],
     )

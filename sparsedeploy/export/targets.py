@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsedeploy.errors import UserError
 from sparsedeploy.export.artifact import Artifact
-from sparsedeploy.registry import Registry
+from sparsedeploy.registry import Registry, build_options
 
 # Called as function(checkpoint, output, options, trust_remote_code=..., overwrite=...).
 ExportFunction = Callable[..., Artifact]
 TARGETS: Registry[ExportFunction] = Registry("export target")
-_MODULES = ("deepsparse", "onnxruntime", "vllm")
+_MODULES = ("deepsparse", "llmcompressor", "onnxruntime", "vllm")
 
 
 def export_targets() -> Registry[ExportFunction]:
@@ -29,6 +30,7 @@ def export_checkpoint(
     output: Path,
     options: Mapping[str, Any] | None = None,
     *,
+    quantize: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> Artifact:
@@ -37,11 +39,22 @@ def export_checkpoint(
     Args:
         checkpoint: a model folder (dense or pruned) or a hub id.
         options: the target's own options, by name; the rest keep their defaults.
+        quantize: a scheme to quantise the weights by, for vLLM; the options are then those of
+            :class:`~sparsedeploy.export.quantize.QuantizeOptions`.
 
     Raises:
         UserError: an unknown target or option, or whatever the target refuses.
     """
     method = export_targets().get(target)
+    if quantize is not None:
+        from sparsedeploy.export.quantize import QuantizeOptions, export_quantized
+
+        if target != "vllm":
+            raise UserError(f"--quantize does not go with --target {target}", "Use --target vllm.")
+        quantize_options = build_options("--quantize", QuantizeOptions, options or {})
+        return export_quantized(
+            checkpoint, output, quantize, quantize_options, trust_remote_code=trust_remote_code, overwrite=overwrite
+        )
     return method.function(
         checkpoint, output, method.make_options(options), trust_remote_code=trust_remote_code, overwrite=overwrite
     )

@@ -1,0 +1,181 @@
+"""``export --target vllm --quantize``: pruned weights quantised by llm-compressor with their zeros kept.
+
+The result is a compressed-tensors checkpoint that vLLM loads without a plugin. It is read back and decompressed before
+the folder appears; a pruned weight that is not zero there is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sparsedeploy import progress
+from sparsedeploy.calibration.documents import load_documents
+from sparsedeploy.calibration.samples import default_length
+from sparsedeploy.checkpoint import masks as mask_file
+from sparsedeploy.checkpoint.manifest import RECIPE, load_manifest
+from sparsedeploy.errors import UserError
+from sparsedeploy.evaluation.perplexity import windows_of
+from sparsedeploy.export.artifact import (
+    Artifact,
+    Quantization,
+    Source,
+    Sparsity,
+    config_shapes,
+    hash_files,
+    write_artifact,
+)
+from sparsedeploy.export.companions import copy_companions
+from sparsedeploy.export.recorded_text import recorded_tokens
+from sparsedeploy.export.vllm import ENGINE
+from sparsedeploy.folders import check_writable, new_folder
+from sparsedeploy.models import low_rank
+from sparsedeploy.models.fingerprint import model_sha256
+from sparsedeploy.models.loading import load_config, load_tokenizer, resolve_model
+from sparsedeploy.models.tensor_files import TensorFiles
+from sparsedeploy.plan import SparsityPlan
+from sparsedeploy.runtimes import llmcompressor
+
+# Scheme -> the algorithm that ``auto`` takes. Rounding to 8 bits loses next to nothing; 4 bits profit from GPTQ.
+SCHEMES = {"fp8-dynamic": "round", "w8a8": "round", "w4a16": "gptq"}
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Options of a quantised export.
+
+    Attributes:
+        algorithm: ``round`` to the nearest value, or ``gptq``, which needs the calibration text; ``auto`` takes gptq
+            for 4 bits.
+        data: the calibration text; None takes the one that the checkpoint's manifest names.
+        field: text column of JSONL rows and data sets.
+        text: what to take the perplexity on, before and after (its test split); None takes the calibration text's.
+        windows: windows of it, each min(2048, the model's positions) long; 0 takes no perplexity.
+    """
+
+    algorithm: Literal["auto", "round", "gptq"] = "auto"
+    data: str | None = None
+    field: str = "text"
+    text: str | None = None
+    windows: int = 32
+
+    def __post_init__(self) -> None:
+        if self.windows < 0:
+            raise ValueError(f"windows is {self.windows}, it counts from 0")
+
+
+def export_quantized(
+    checkpoint: str | Path,
+    output: Path,
+    scheme: str,
+    options: QuantizeOptions | None = None,
+    *,
+    python: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Artifact:
+    """A quantised checkpoint for vLLM in the compressed-tensors format, its pruned weights still zero.
+
+    Args:
+        checkpoint: a folder that ``sparsedeploy prune`` wrote.
+        output: the folder to create.
+        scheme: ``fp8-dynamic`` (8-bit floats), ``w8a8`` (8-bit integers), both with activations quantised on the fly,
+            or ``w4a16`` (4-bit integer weights).
+        python: interpreter of an environment with llm-compressor; by default the managed one.
+
+    Raises:
+        UserError: an unknown scheme, a folder without a plan, an adapter that is not merged, no environment, or a
+            pruned weight that did not stay zero.
+    """
+    if scheme not in SCHEMES:
+        raise UserError(f"unknown quantisation scheme '{scheme}'", f"Known: {', '.join(SCHEMES)}.")
+    options = options or QuantizeOptions()
+    checkpoint, output = resolve_model(checkpoint), Path(output)
+    check_writable(output, overwrite)
+    if trust_remote_code:
+        raise UserError("--quantize does not run a model's own code", "Leave --trust-remote-code out.")
+    manifest = load_manifest(checkpoint)
+    if (checkpoint / low_rank.FOLDER).is_dir():
+        raise UserError(
+            f"{checkpoint} has an adapter that is not merged into its weights", "Merge it, then export the result."
+        )
+    where = llmcompressor.environment(python)
+    load_tokenizer(checkpoint)
+    algorithm = SCHEMES[scheme] if options.algorithm == "auto" else options.algorithm
+    plan = SparsityPlan.from_dict(manifest["plan"])
+    masks = mask_file.load_masks(checkpoint / mask_file.FILE, {t.name: t.columns for t in plan.targets})
+    tokens = None
+    if algorithm == "gptq":
+        tokens = recorded_tokens(checkpoint, manifest, data=options.data, field=options.field)
+    text, windows = _windows(checkpoint, manifest, options)
+    with new_folder(output, overwrite=overwrite) as folder:
+        found = llmcompressor.quantize_folder(where, checkpoint, folder, scheme, algorithm, masks, tokens, windows)
+        if found["revived"]:
+            raise UserError(
+                f"{found['revived']:,} of {found['pruned']:,} pruned weights are not zero after quantisation",
+                "Use --target-option algorithm=round, and report this as a bug.",
+            )
+        artifact = _complete(checkpoint, folder, scheme, algorithm, plan, found, text)
+        write_artifact(folder, artifact)
+    return artifact
+
+
+def _complete(
+    checkpoint: Path,
+    folder: Path,
+    scheme: str,
+    algorithm: str,
+    plan: SparsityPlan,
+    found: dict[str, Any],
+    text: str | None,
+) -> Artifact:
+    """Add the small files to the quantised folder and describe it."""
+    # llm-compressor's record of its steps names a modifier that only our worker knows.
+    (folder / RECIPE).unlink(missing_ok=True)
+    copy_companions(checkpoint, folder, without=("config.json",))
+    config = load_config(checkpoint)
+    stored = TensorFiles(checkpoint).locate(f"{plan.targets[0].name}.weight")
+    return Artifact(
+        target="vllm",
+        source=Source(name=checkpoint.resolve().name, sha256=model_sha256(checkpoint)),
+        model_type=config.model_type,
+        shapes=config_shapes(config),
+        dtype=str(stored.dtype).removeprefix("torch."),
+        opset=None,
+        files=hash_files(folder),
+        sparsity=Sparsity(weights=found["weights"], zeros=found["zeros"]),
+        engine=ENGINE,
+        quantization=Quantization(
+            scheme=scheme,
+            algorithm=algorithm,
+            group_size=found["group_size"],
+            pruned=found["pruned"],
+            revived=found["revived"],
+            perplexity_before=found["perplexity_before"],
+            perplexity_after=found["perplexity_after"],
+            text=text,
+        ),
+    )
+
+
+def _windows(
+    checkpoint: Path, manifest: dict[str, Any], options: QuantizeOptions
+) -> tuple[str | None, torch.Tensor | None]:
+    """The name of the text for the perplexity and its windows; None and None where there is none."""
+    recorded = manifest["calibration"]
+    text = options.text or options.data or (recorded and recorded["data"])
+    if options.windows == 0 or text is None:
+        return None, None
+    try:
+        documents = load_documents(text, field=options.field, split="test")
+        tokens = load_tokenizer(checkpoint)("\n\n".join(documents), verbose=False)["input_ids"]
+        length = default_length(load_config(checkpoint))
+        return text, windows_of(tokens, length, text)[: options.windows]
+    except UserError as error:
+        if options.text is not None:
+            raise
+        progress.note(f"no perplexity is taken: {error.message}; name a text with --target-option text=TEXT")
+        return None, None
