@@ -23,88 +23,42 @@ PROTOCOL = take_standard_output()
 import numpy as np  # noqa: E402 - imported only after standard output has been redirected
 import onnxruntime  # noqa: E402
 import torch  # noqa: E402
-from cached_model import check_product, generate, measure, save_logits  # noqa: E402
+from cached_model import check_product, generate, save_logits  # noqa: E402
+from hf_model import HfModel  # noqa: E402
 from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
 
 GRAPH = "model.onnx"
 _DISTRIBUTIONS = ("optimum-onnx", "onnxruntime", "transformers", "torch")
 
 
-class Model:
-    """An Optimum folder with its cache: a prompt is run whole, then one token at a time.
-
-    Args:
-        folder: holds ``model.onnx`` and ``config.json``.
-        cores: threads that an operator may use.
-        capacity: tokens that may be run at most; ONNX Runtime itself grows the cache as it goes.
-    """
-
-    def __init__(self, folder: Path, cores: int, capacity: int) -> None:
-        if not (folder / GRAPH).is_file():
-            raise BadRequest(f"{folder} has no {GRAPH}", "Export the checkpoint again with sparsedeploy export.")
-        torch.set_num_threads(cores)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = cores
-        options.inter_op_num_threads = 1
-        started = time.perf_counter()
-        self.model = ORTModelForCausalLM.from_pretrained(
-            folder, session_options=options, provider="CPUExecutionProvider", local_files_only=True
+def open_folder(folder: Path, cores: int) -> Any:
+    """An Optimum folder as its ``ORTModelForCausalLM``, with ``cores`` threads for an operator."""
+    if not (folder / GRAPH).is_file():
+        raise BadRequest(f"{folder} has no {GRAPH}", "Export the checkpoint again with sparsedeploy export.")
+    torch.set_num_threads(cores)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = cores
+    options.inter_op_num_threads = 1
+    model = ORTModelForCausalLM.from_pretrained(
+        folder, session_options=options, provider="CPUExecutionProvider", local_files_only=True
+    )
+    # Optimum 0.1.0 gives the empty cache of some models, such as Gemma 2, the wrong sizes.
+    shape = model.session.get_inputs()[model.input_names["past_key_values.0.key"]].shape
+    assumed = [model.num_key_value_heads, model.embed_size_per_head]
+    if [shape[1], shape[3]] != assumed:
+        raise BadRequest(
+            f"Optimum {version('optimum-onnx')} assumes {assumed[0]} key/value heads of size {assumed[1]} for a model "
+            f"of type {model.config.model_type}, its graph has {shape[1]} of size {shape[3]}",
+            "Use --target deepsparse, whose graph ONNX Runtime runs too, or a model that Optimum supports.",
         )
-        self.compile_seconds = time.perf_counter() - started
-        self._check_cache()
-        self.capacity = capacity
-        self.past: Any = None
-        self.seen = 0
-
-    def _check_cache(self) -> None:
-        """Refuse a model whose empty cache Optimum would give the wrong sizes, as 0.1.0 does for Gemma 2."""
-        shape = self.model.session.get_inputs()[self.model.input_names["past_key_values.0.key"]].shape
-        assumed = [self.model.num_key_value_heads, self.model.embed_size_per_head]
-        if [shape[1], shape[3]] != assumed:
-            raise BadRequest(
-                f"Optimum {version('optimum-onnx')} assumes {assumed[0]} key/value heads of size {assumed[1]} for a "
-                f"model of type {self.model.config.model_type}, its graph has {shape[1]} of size {shape[3]}",
-                "Use --target deepsparse, whose graph ONNX Runtime runs too, or a model that Optimum supports.",
-            )
-
-    def prefill(self, prompt: list[int]) -> np.ndarray:
-        """Start again with a prompt; returns the logits of all of it, [P, V]."""
-        if not prompt:
-            raise BadRequest("the prompt is empty", "Give at least one token.")
-        self.past, self.seen = None, 0
-        return self._run(prompt)
-
-    def decode(self, token: int) -> np.ndarray:
-        """Run one more token; returns its logits [V]."""
-        logits: np.ndarray = self._run([token])[0]
-        return logits
-
-    def _run(self, tokens: list[int]) -> np.ndarray:
-        self.seen += len(tokens)
-        output = self.model(
-            input_ids=torch.tensor([tokens]),
-            attention_mask=torch.ones(1, self.seen, dtype=torch.int64),
-            past_key_values=self.past,
-            use_cache=True,
-        )
-        self.past = output.past_key_values
-        logits: np.ndarray = output.logits[0].numpy()
-        return logits
-
-    def check_room(self, prompt: int, new_tokens: int) -> None:
-        """Refuse more tokens than the model was loaded for."""
-        if prompt + new_tokens > self.capacity:
-            raise BadRequest(
-                f"{prompt} prompt tokens and {new_tokens} new ones are more than the {self.capacity} asked for",
-                "Load the model for more tokens.",
-            )
+    return model
 
 
 class Server:
     """The operations; each takes the arguments of a request and returns its result."""
 
     def __init__(self) -> None:
-        self.models: dict[int, Model] = {}
+        self.models: dict[int, HfModel] = {}
 
     def info(self) -> dict[str, Any]:
         """Versions and the cores that this process may use."""
@@ -158,12 +112,16 @@ class Server:
         opset = max(entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx"))
         return {"opset": opset}
 
-    def load(self, folder: str, cores: int, prompt_length: int, new_tokens: int, chunk: int) -> dict[str, Any]:
+    def load(
+        self, folder: str, cores: int, prompt_length: int, new_tokens: int, chunk: int, batch: int = 1
+    ) -> dict[str, Any]:
         """Load a folder; the result's ``model`` names it later. A prompt is run whole, whatever ``chunk``."""
-        model = Model(Path(folder), cores, prompt_length + new_tokens)
+        started = time.perf_counter()
+        model = open_folder(Path(folder), cores)
+        seconds = time.perf_counter() - started
         number = len(self.models) + 1
-        self.models[number] = model
-        return {"model": number, "capacity": model.capacity, "compile_seconds": model.compile_seconds}
+        self.models[number] = HfModel(model, prompt_length + new_tokens)
+        return {"model": number, "capacity": prompt_length + new_tokens, "compile_seconds": seconds}
 
     def logits(self, model: int, prompt: list[int], tokens: list[int], folder: str) -> dict[str, Any]:
         return save_logits(self.models[model], prompt, tokens, folder)
@@ -171,8 +129,8 @@ class Server:
     def generate(self, model: int, **arguments: Any) -> Generator[dict[str, Any], None, dict[str, Any]]:
         return generate(self.models[model], **arguments)
 
-    def measure(self, model: int, prompt: list[int], decode_tokens: int) -> dict[str, Any]:
-        return measure(self.models[model], prompt, decode_tokens)
+    def measure(self, model: int, prompt: list[int], decode_tokens: int, batch: int = 1) -> dict[str, Any]:
+        return self.models[model].measure(prompt, decode_tokens, batch)
 
 
 if __name__ == "__main__":

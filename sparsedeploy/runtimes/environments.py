@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -117,6 +119,19 @@ def status(name: str) -> Status:
     home = _home(runtime.name)
     marker = _read_marker(home)
     reason = runtime.why_not_here(this_machine())
+    if not runtime.own_environment:
+        return Status(
+            name=runtime.name,
+            title=runtime.title,
+            summary=runtime.summary,
+            state="installed",
+            python=platform.python_version(),
+            versions={name: metadata.version(name) for name in runtime.versions},
+            path=sys.prefix,
+            bytes=0,
+            runnable=reason is None,
+            reason=reason,
+        )
     return Status(
         name=runtime.name,
         title=runtime.title,
@@ -148,6 +163,8 @@ def install(name: str, python: str | None = None) -> Status:
     if reason is not None:
         raise UserError(reason, "Use another runtime or another machine.")
     name = runtime.name
+    if not runtime.own_environment:
+        return status(name)
     home = _home(name)
     with _lock(name):
         if _state(runtime, home, _read_marker(home)) == "installed" and python is None:
@@ -170,7 +187,10 @@ def remove(name: str) -> int:
     Raises:
         UserError: no such runtime, or it is not installed.
     """
-    name = load_runtime(name).name
+    runtime = load_runtime(name)
+    name = runtime.name
+    if not runtime.own_environment:
+        raise UserError(f"runtime {name} is a part of sparsedeploy's own environment", "Uninstall sparsedeploy itself.")
     home = _home(name)
     with _lock(name):
         if not home.is_dir():
@@ -193,6 +213,8 @@ def require(name: str, python: str | None = None) -> Environment:
         raise UserError(reason, "Use another runtime or another machine.")
     if python is not None:
         return Environment(runtime, _named_python(runtime, python), managed=False)
+    if not runtime.own_environment:
+        return Environment(runtime, Path(sys.executable), managed=False)
     name = runtime.name
     home = _home(name)
     state = _state(runtime, home, _read_marker(home))

@@ -37,6 +37,7 @@ class Runtime:
         imports: modules that must import for the environment to count as working.
         environment: variables that its processes get.
         folder: where its requirements and its worker are.
+        own_environment: whether it has one; else it runs in the Python that runs sparsedeploy.
         max_batch: sequences that it can run at once.
         profile: whether its worker answers ``profile``, the time of every operator.
     """
@@ -54,6 +55,7 @@ class Runtime:
     folder: Path
     aliases: tuple[str, ...] = ()
     max_batch: int = 1
+    own_environment: bool = True
     profile: bool = False
 
     @property
@@ -128,19 +130,20 @@ def _read(folder: Path) -> Runtime:
         environment=dict(values["environment"]),
         folder=folder,
         aliases=tuple(values.get("aliases", ())),
+        own_environment=bool(values.get("own_environment", True)),
         max_batch=int(values.get("max_batch", 1)),
         profile=bool(values.get("profile", False)),
     )
 
 
 def runtime_for_target(target: str) -> Runtime:
-    """The runtime that runs artifacts of that export target.
+    """The runtime that runs artifacts of that export target: the one of the same name, else the first.
 
     Raises:
         UserError: none does.
     """
     runtimes = [_read(folder) for folder in _folders()]
-    for runtime in runtimes:
+    for runtime in sorted(runtimes, key=lambda runtime: runtime.name != target):
         if target in runtime.targets:
             return runtime
     known = ", ".join(target for runtime in runtimes for target in runtime.targets)

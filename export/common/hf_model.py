@@ -1,0 +1,81 @@
+"""A model with transformers' calling convention and its cache, whatever computes it: torch, or Optimum's ONNX Runtime.
+
+A prompt is run whole, then one token at a time. Logits of every position are computed, as in the graphs of the other
+runtimes.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from worker_protocol import BadRequest
+
+
+class HfModel:
+    """Runs one sequence, or in :meth:`measure` several equal ones.
+
+    Args:
+        model: called as ``model(input_ids=, attention_mask=, past_key_values=, use_cache=True)``.
+        capacity: tokens that a sequence may have at most.
+    """
+
+    def __init__(self, model: Any, capacity: int) -> None:
+        self.model = model
+        self.capacity = capacity
+        self.past: Any = None
+        self.seen = 0
+
+    def prefill(self, prompt: list[int]) -> np.ndarray:
+        """Start again with a prompt; returns the logits of all of it, [P, V]."""
+        if not prompt:
+            raise BadRequest("the prompt is empty", "Give at least one token.")
+        return self._numpy(self._start(torch.tensor([prompt])))[0]
+
+    def decode(self, token: int) -> np.ndarray:
+        """Run one more token; returns its logits [V]."""
+        return self._numpy(self._run(torch.tensor([[token]])))[0, 0]
+
+    def check_room(self, prompt: int, new_tokens: int) -> None:
+        """Refuse more tokens than the model was loaded for."""
+        if prompt + new_tokens > self.capacity:
+            raise BadRequest(
+                f"{prompt} prompt tokens and {new_tokens} new ones are more than the {self.capacity} asked for",
+                "Load the model for more tokens.",
+            )
+
+    def measure(self, prompt: list[int], decode_tokens: int, batch: int) -> dict[str, Any]:
+        """Seconds that ``batch`` copies of a prompt took, and each step of the tokens that follow them greedily."""
+        self.check_room(len(prompt), decode_tokens)
+        clock = time.perf_counter
+        ids = torch.tensor([prompt] * batch)
+        started = clock()
+        tokens = self._start(ids)[:, -1:].argmax(-1)
+        prefill = clock() - started
+        decode = []
+        for _ in range(decode_tokens):
+            started = clock()
+            tokens = self._run(tokens)[:, -1:].argmax(-1)
+            decode.append(clock() - started)
+        return {"prefill_seconds": prefill, "decode_seconds": decode}
+
+    def _start(self, ids: torch.Tensor) -> torch.Tensor:
+        self.past, self.seen = None, 0
+        return self._run(ids)
+
+    @torch.no_grad()
+    def _run(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, L, V] of the next tokens [B, L]."""
+        self.seen += ids.shape[1]
+        mask = torch.ones(len(ids), self.seen, dtype=torch.int64)
+        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=self.past, use_cache=True)
+        self.past = output.past_key_values
+        logits: torch.Tensor = output.logits
+        return logits
+
+    @staticmethod
+    def _numpy(logits: torch.Tensor) -> np.ndarray:
+        array: np.ndarray = logits.float().numpy()
+        return array
