@@ -31,6 +31,7 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 _NOTE = "<!-- Written by docs/generate.py (make docs): change the code, not this page. -->\n\n"
 _BLOCK = re.compile(r"<!-- generated: (?P<name>[^>]+?) -->\n.*?<!-- end -->", re.DOTALL)
+_EXPORTED_HERE = ("deepsparse", "vllm", "llmcompressor")  # targets that are written without their runtime's environment
 _NEEDS = {
     "none": "nothing: neither calibration text nor weights",
     "weights": "the weights only, no calibration text",
@@ -368,20 +369,14 @@ def _method_page(family: Family, method: Method[Any], formula: str | None) -> st
     if facts:
         parts.append("## Needs\n\n" + "".join(f"- {fact}\n" for fact in facts))
     example = family.example.format(name=method.name)
-    marker = _example_marker(family, method)
+    managed = family.folder == "target" and method.name not in _EXPORTED_HERE
+    marker = "<!-- test: skip needs its managed environment -->\n" if managed else ""
     parts.append(f"## Use\n\n{marker}```bash\n{example}\n```\n")
     parts.append(f"## Options\n\n{_options(method.options, family.option_flag)}")
     if method.traits.get("trains"):
         parts.append(f"## Training\n\n{_options(TrainingOptions, '--train-option')}")
     parts.append(f"Code: [{file}](../../../{file}).\n")
     return "\n".join(parts)
-
-
-def _example_marker(family: Family, method: Method[Any]) -> str:
-    """What keeps a method's example from being run by the tests, if anything."""
-    if family.folder == "target":
-        return "" if method.name in ("deepsparse", "vllm") else "<!-- test: skip needs its managed environment -->\n"
-    return "<!-- test: skip trains in several steps: a minute -->\n" if method.name == "losa" else ""
 
 
 def _facts(family: Family, method: Method[Any]) -> list[str]:

@@ -186,16 +186,61 @@ def test_data_that_is_neither_here_nor_reachable(tmp_path: Path, monkeypatch: py
     assert "HF_HOME" in str(refused.value)
 
 
-def test_the_papers_tasks_are_the_harness_s() -> None:
+# Rows of the form that the papers' data sets have; the data sets themselves need a network.
+_CHOICES = {"text": ["wood", "iron", "milk", "sand"], "label": ["A", "B", "C", "D"]}
+ROWS: dict[str, dict[str, object]] = {
+    "boolq": {"passage": "Iron is a metal.", "question": "is iron a metal", "label": 1, "idx": 0},
+    "rte": {"sentence1": "Iron is a metal.", "sentence2": "Iron is wood.", "label": 1, "idx": 0},
+    "hellaswag": {
+        "ind": 0,
+        "activity_label": "Baking",
+        "ctx_a": "A man mixes flour.",
+        "ctx_b": "he",
+        "ctx": "A man mixes flour. he",
+        "endings": ["bakes it.", "flies.", "is a lake.", "rains."],
+        "label": "0",
+    },
+    "winogrande": {
+        "sentence": "The cup broke the plate because _ was hard.",
+        "option1": "the cup",
+        "option2": "the plate",
+        "answer": "1",
+    },
+    "arc_easy": {"id": "a", "question": "Which is a metal?", "choices": _CHOICES, "answerKey": "B"},
+    "arc_challenge": {"id": "b", "question": "Which is drunk?", "choices": _CHOICES, "answerKey": "C"},
+    "openbookqa": {"id": "c", "question_stem": "Which is a metal?", "choices": _CHOICES, "answerKey": "B"},
+}
+FOLDERS = ("super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa")
+
+
+def test_the_papers_tasks_run_on_rows_of_their_form(random_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
     import lm_eval.tasks
 
-    root = Path(lm_eval.tasks.__file__).parent
-    folders = ["super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa"]
-    manager = lm_eval.tasks.TaskManager(include_path=[root / name for name in folders], include_defaults=False)
-    assert set(PAPER_TASKS) <= set(manager.all_subtasks)
-    assert all(
-        "acc" in [metric["metric"] for metric in manager.task_index[name].cfg["metric_list"]] for name in PAPER_TASKS
-    )
+    of_source = {
+        ("aps/super_glue", "boolq"): "boolq",
+        ("nyu-mll/glue", "rte"): "rte",
+        ("Rowan/hellaswag", None): "hellaswag",
+        ("allenai/winogrande", "winogrande_xl"): "winogrande",
+        ("allenai/ai2_arc", "ARC-Easy"): "arc_easy",
+        ("allenai/ai2_arc", "ARC-Challenge"): "arc_challenge",
+        ("allenai/openbookqa", "main"): "openbookqa",
+    }
+
+    def local(path: str, name: str | None = None, **_: object) -> datasets.DatasetDict:
+        rows = datasets.Dataset.from_list([ROWS[of_source[path, name]]] * 3)
+        return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    # The tasks' own folders are enough: the whole index takes ten seconds to read.
+    folders = tuple(Path(lm_eval.tasks.__file__).parent / folder for folder in FOLDERS)
+    result = evaluate(random_llama, None, tasks=TaskOptions(("papers",), folders, limit=2))
+    assert tuple(result["tasks"]) == PAPER_TASKS
+    for metrics in result["tasks"].values():
+        assert 0 <= metrics["acc"] <= 1
+    assert list(result["task_means"]) == ["acc"]
+    assert set(result["harness"]["documents"].values()) == {2}
+    assert set(result["harness"]["fewshot"].values()) == {0}
 
 
 def test_unknown_tasks_get_the_closest() -> None:
