@@ -1,6 +1,9 @@
 """Recovery on the reference model: perplexity, time and memory of LoSA, its ablations and its baselines.
 
-    python benchmarks/recovery.py [-o benchmarks/results] [--seeds 3] [--fresh] [--levels 0.7 ...] [--methods losa ...]
+    python benchmarks/recovery.py [--budget short|long] [--seeds 3] [--levels 0.7 ...] [--methods losa ...] [--fresh]
+
+The short budget is for the whole grid, 200 optimizer steps of 512 tokens; the long one, 200 steps of 2,048 tokens, is
+for what the first is too noisy to tell apart. Writes benchmarks/results/recovery.json and .md, or recovery_long.
 
 Every cell (method, level, seed) runs in a process of its own, on one thread, and is stored when it ends; run the
 script again to go on where it stopped. All trained methods see the same number of tokens, of texts that the seed
@@ -63,6 +66,8 @@ SETTINGS: dict[str, Any] = {
         "precision": "bfloat16",
     },
 }
+
+BUDGETS: dict[str, dict[str, Any]] = {"short": {}, "long": {"train_sequences": 1600, "batch_size": 8}}
 
 
 def run_cell(method: str, level: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -158,13 +163,13 @@ def _resident() -> int:
 class Bench:
     """The file of finished cells and the tables made from it."""
 
-    def __init__(self, output: Path, fresh: bool, changed: list[str]) -> None:
+    def __init__(self, path: Path, fresh: bool, changed: list[str]) -> None:
         from sparsedeploy.models.fingerprint import model_sha256
         from sparsedeploy.reference import reference_model
 
         self.folder = reference_model()
         self.changed = changed
-        self.path = output / "recovery.json"
+        self.path = path
         header = {
             "settings": SETTINGS,
             "model": {"name": self.folder.name, "sha256": model_sha256(self.folder)},
@@ -192,23 +197,25 @@ class Bench:
     def markdown(self) -> str:
         """The figures as tables: mean over the seeds, and how far the seeds are apart."""
         cells = list(self.content["cells"].values())
+        levels = [level for level in LEVELS if any(cell["level"] == level for cell in cells)]
         trained = next((cell["tokens"] for cell in cells if "tokens" in cell), 0)
         lines = [
             "# Recovery on the reference model",
             "",
             f"Model {self.content['model']['name']}; test perplexity at {SETTINGS['length']} tokens of context, lower "
-            f"is better; {trained:,} training tokens for every trained method. Mean over seeds ± half the range.",
+            f"is better; {trained:,} training tokens for every trained method, {SETTINGS['training']['batch_size']} "
+            f"sequences a step. Mean over seeds ± half the range.",
             "",
-            "| | " + " | ".join(_level_name(level) for level in LEVELS) + " |",
-            "|---|" + "---|" * len(LEVELS),
+            "| | " + " | ".join(_level_name(level) for level in levels) + " |",
+            "|---|" + "---|" * len(levels),
         ]
         dense = [cell["perplexity"] for cell in cells if cell["method"] == "dense"]
         if dense:
-            lines.append(f"| dense | {' | '.join([f'{dense[0]:.2f}'] * len(LEVELS))} |")
-        for method in METHODS:
+            lines.append(f"| dense | {' | '.join([f'{dense[0]:.2f}'] * len(levels))} |")
+        for method in (method for method in METHODS if any(cell["method"] == method for cell in cells)):
             row = [
                 _summary([c["perplexity"] for c in cells if (c["method"], c["level"]) == (method, level)])
-                for level in LEVELS
+                for level in levels
             ]
             lines.append(f"| {LABELS[method]} | {' | '.join(row)} |")
         lines += [
@@ -251,6 +258,7 @@ def _key(method: str, level: str, seed: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--budget", choices=list(BUDGETS), default="short", help="Training tokens and batch.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -258,7 +266,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="Change settings, to explore.")
     parser.add_argument("--cell", nargs=4, metavar=("METHOD", "LEVEL", "SEED", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    for pair in arguments.set:
+    changed = [f"{key}={json.dumps(value)}" for key, value in BUDGETS[arguments.budget].items()] + arguments.set
+    for pair in changed:
         key, _, value = pair.partition("=")
         where = SETTINGS["training"] if key in SETTINGS["training"] else SETTINGS
         where[key] = json.loads(value)
@@ -271,7 +280,8 @@ def main() -> None:
     cells += [
         (m, level, seed) for seed in range(arguments.seeds) for level in arguments.levels for m in arguments.methods
     ]
-    bench = Bench(arguments.output, arguments.fresh, arguments.set)
+    name = "recovery.json" if arguments.budget == "short" else f"recovery_{arguments.budget}.json"
+    bench = Bench(arguments.output / name, arguments.fresh, changed)
     bench.run(cells)
     print(bench.markdown())
 
