@@ -101,6 +101,7 @@ class Server:
         masks: str,
         windows: str | None,
         output: str,
+        dtype: str,
         device: str,
     ) -> Events:
         """Quantise a pruned model with its masks held, save it compressed, read it back and examine it.
@@ -109,6 +110,7 @@ class Server:
             tokens: .npy file of calibration sequences, for the algorithm that needs some.
             masks: safetensors file, module name -> bool ``[rows, columns]``, True where kept.
             windows: .npy file of int64 ``[windows, context]`` to take the perplexity on; None takes none.
+            dtype: of what is not quantised; ``auto`` keeps the model's own.
 
         Returns:
             See :func:`quantize.examine`.
@@ -118,7 +120,7 @@ class Server:
         sequences = None if tokens is None else torch.from_numpy(np.load(tokens))
         text = None if windows is None else torch.from_numpy(np.load(windows))
         before = None if text is None else quantize.perplexity(load(model), text)
-        loaded = load(model)
+        loaded = load(model, dtype)
         group_size = yield from _with_events(lambda: quantize.quantize(loaded, scheme, algorithm, sequences, kept))
         loaded.save_pretrained(output, save_compressed=True)
         return {"group_size": group_size, "perplexity_before": before, **quantize.examine(output, kept, text)}

@@ -2,6 +2,10 @@
 
 The result is a compressed-tensors checkpoint that vLLM loads without a plugin. It is read back and decompressed before
 the folder appears; a pruned weight that is not zero there is an error.
+
+vLLM 0.32 for CPUs runs all three schemes: w8a8 with its int8 kernel, w4a16 with its 4-bit kernel, which takes 16-bit
+activations only (a float32 checkpoint is therefore stored in bfloat16), fp8-dynamic with torch's product, which is
+right but no faster; fp8 pays on GPUs that compute in it (compute capability 8.9 or more).
 """
 
 from __future__ import annotations
@@ -107,18 +111,22 @@ def export_quantized(
     algorithm = SCHEMES[scheme] if options.algorithm == "auto" else options.algorithm
     plan = SparsityPlan.from_dict(manifest["plan"])
     masks = mask_file.load_masks(checkpoint / mask_file.FILE, {t.name: t.columns for t in plan.targets})
+    stored = TensorFiles(checkpoint).locate(f"{plan.targets[0].name}.weight").dtype
+    dtype = str(torch.bfloat16 if scheme == "w4a16" and stored == torch.float32 else stored).removeprefix("torch.")
     tokens = None
     if algorithm == "gptq":
         tokens = recorded_tokens(checkpoint, manifest, data=options.data, field=options.field)
     text, windows = _windows(checkpoint, manifest, options)
     with new_folder(output, overwrite=overwrite) as folder:
-        found = llmcompressor.quantize_folder(where, checkpoint, folder, scheme, algorithm, masks, tokens, windows)
+        found = llmcompressor.quantize_folder(
+            where, checkpoint, folder, scheme, algorithm, masks, tokens, windows, dtype=dtype
+        )
         if found["revived"]:
             raise UserError(
                 f"{found['revived']:,} of {found['pruned']:,} pruned weights are not zero after quantisation",
                 "Use --target-option algorithm=round, and report this as a bug.",
             )
-        artifact = _complete(checkpoint, folder, scheme, algorithm, plan, found, text)
+        artifact = _complete(checkpoint, folder, scheme, algorithm, dtype, found, text)
         write_artifact(folder, artifact)
     return artifact
 
@@ -128,7 +136,7 @@ def _complete(
     folder: Path,
     scheme: str,
     algorithm: str,
-    plan: SparsityPlan,
+    dtype: str,
     found: dict[str, Any],
     text: str | None,
 ) -> Artifact:
@@ -137,13 +145,12 @@ def _complete(
     (folder / RECIPE).unlink(missing_ok=True)
     copy_companions(checkpoint, folder, without=("config.json",))
     config = load_config(checkpoint)
-    stored = TensorFiles(checkpoint).locate(f"{plan.targets[0].name}.weight")
     return Artifact(
         target="vllm",
         source=Source(name=checkpoint.resolve().name, sha256=model_sha256(checkpoint)),
         model_type=config.model_type,
         shapes=config_shapes(config),
-        dtype=str(stored.dtype).removeprefix("torch."),
+        dtype=dtype,
         opset=None,
         files=hash_files(folder),
         sparsity=Sparsity(weights=found["weights"], zeros=found["zeros"]),

@@ -35,7 +35,7 @@ def recorded_tokens(
     if recorded is None:
         raise UserError(
             f"the checkpoint was pruned without calibration text ({manifest['method']})",
-            "Prune with --method wanda or sparsegpt.",
+            "Prune with --method wanda or sparsegpt, or quantise with --target-option algorithm=round.",
         )
     options = CalibrationOptions(
         data=data or recorded["data"],

@@ -130,6 +130,7 @@ def quantize_folder(
     tokens: torch.Tensor | None,
     windows: torch.Tensor | None,
     *,
+    dtype: str = "auto",
     device: str = "auto",
 ) -> dict[str, Any]:
     """Quantise a pruned model into the folder ``output`` and have it read back.
@@ -138,6 +139,7 @@ def quantize_folder(
         masks: bool ``[rows, columns]`` by module name, True where kept.
         tokens: calibration sequences, int64 ``[sequences, length]``, for GPTQ.
         windows: int64 ``[windows, context]`` to take the perplexity on.
+        dtype: of what is not quantised, such as ``bfloat16``; ``auto`` is the model's own.
 
     Returns:
         What ``export/llmcompressor/quantize.py`` found out, and the ``versions``.
@@ -162,6 +164,7 @@ def quantize_folder(
             algorithm=algorithm,
             masks=str(worker.folder / "masks.safetensors"),
             output=str(output.resolve()),
+            dtype=dtype,
             device=device,
             **paths,
         )
