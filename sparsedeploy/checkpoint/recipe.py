@@ -99,6 +99,9 @@ def _floor_safe_rate(target: ModuleTarget) -> float:
 
 def _one_less_rate(target: ModuleTarget) -> float:
     """The rate for which ``int(size * rate) + 1``, llm-compressor's SparseGPT count in a block of ``size`` weights, is
-    the plan's share of the block rounded up; far less below the share than one weight of the largest block.
+    the plan's share of the block rounded up.
+
+    The step below the plan's rate moves the product of a block's weights (a million or so) by more than its rounding
+    error and by less than the smallest fraction that a share can have, one in ``columns``.
     """
-    return target.zeros_per_row / target.columns - 1e-9
+    return target.zeros_per_row / target.columns - 1e-12
