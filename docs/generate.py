@@ -154,7 +154,12 @@ sparsedeploy generate pruned-ds "def main(" --max-new-tokens 16
 """,
     "bench": """<!-- test: needs deepsparse -->
 ```bash
-sparsedeploy bench pruned-ds --baseline dense-ds --rounds 3 --prompt-length 32 --decode-tokens 8 -o speed.json
+# Two rounds for this example; the default is ten.
+sparsedeploy bench pruned-ds --baseline dense-ds --rounds 2 --prompt-length 32 --decode-tokens 8 \\
+    -o speed.json --html speed.html
+
+# Against an earlier result: exit code 1 where something became slower by more than the threshold.
+sparsedeploy bench --compare speed.json speed.json --threshold 10%
 ```
 """,
 }
@@ -260,7 +265,9 @@ class Parameter:
     def word(self) -> str:
         """How an argument is written in the usage line."""
         word = str(self.info.metavar or self.name.upper())
-        return f"{word}..." if typing.get_origin(self.hint) is list and not word.endswith("...") else word
+        if _word(self.hint).endswith("repeatable") and not word.endswith("..."):
+            word += "..."
+        return word if self.required else f"[{word}]"
 
     @property
     def flags(self) -> list[str]:
@@ -271,13 +278,20 @@ class Parameter:
     @property
     def value(self) -> str:
         """What follows an option; nothing after a switch."""
-        arms = [arm for arm in typing.get_args(self.hint) if arm is not type(None)]
-        optional = typing.get_origin(self.hint) in (typing.Union, types.UnionType)
-        hint = arms[0] if optional else self.hint
-        repeated = typing.get_origin(hint) is list
-        hint = typing.get_args(hint)[0] if repeated else hint
-        word = {bool: "", int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}[hint]
-        return f"{word}, repeatable" if repeated else word
+        return _word(self.hint)
+
+
+def _word(hint: Any) -> str:
+    origin, arms = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _word(next(arm for arm in arms if arm is not type(None)))
+    if origin is list:
+        return f"{_word(arms[0])}, repeatable"
+    if origin is tuple:
+        return " ".join(_word(arm) for arm in arms)
+    if origin is typing.Literal:
+        return ", ".join(f"`{arm}`" for arm in arms)
+    return {bool: "", int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}[hint]
 
 
 def _parameters(function: Any) -> list[Parameter]:
@@ -325,11 +339,11 @@ def _usage(name: str, command: Command) -> str:
     if arguments:
         rows = [(f"`{item.word}`", _cell(item.info.help)) for item in arguments]
         text += _table(("argument", "meaning"), rows) + "\n"
-    rows = [
+    listed = [
         (", ".join(f"`{flag}`" for flag in item.flags), item.value, _default(item), _cell(item.info.help))
         for item in options
     ]
-    return text + (_table(("option", "value", "default", "meaning"), rows) + "\n" if rows else "")
+    return text + (_table(("option", "value", "default", "meaning"), listed) + "\n" if listed else "")
 
 
 def _default(item: Parameter) -> str:
@@ -350,11 +364,11 @@ def _method_index() -> str:
     recipes = [
         (file.stem, yaml.safe_load(file.read_text("utf-8"))) for file in sorted((ROOT / "recipes").glob("*.yaml"))
     ]
-    rows = [
+    listed = [
         (f"[{name}](../../recipes/{name}.yaml)", _cell(recipe["title"]), _cell(recipe["source"]))
         for name, recipe in recipes
     ]
-    parts.append(f"## Recipes (`--recipe`)\n\n{_table(('name', 'what it does', 'settings from'), rows)}")
+    parts.append(f"## Recipes (`--recipe`)\n\n{_table(('name', 'what it does', 'settings from'), listed)}")
     parts.append("Patterns, unstructured and N:M, are on [a page of their own](patterns.md).\n")
     return "\n".join(parts)
 
