@@ -81,16 +81,23 @@ class Server:
         Args:
             tokens: .npy file with int64 ``[sequences, length]``.
             device: ``cpu`` keeps llm-compressor off accelerators; anything else leaves the choice to it.
+
+        Returns:
+            ``seconds`` of pruning and ``runs``, how often the first module saw each sequence: a pass over the text runs
+            it twice, to calibrate and, pruned, for the layers behind it.
         """
         _choose_device(device)
         loaded = load(model, dtype)
         sequences = torch.from_numpy(np.load(tokens))
+        calls: list[None] = []
+        hook = loaded.get_submodule(modules[0]).register_forward_pre_hook(lambda *_: calls.append(None))
         started = time.perf_counter()
         yield from _with_events(lambda: replay(loaded, recipe, sequences, pipeline))
         seconds = time.perf_counter() - started
+        hook.remove()
         weights = {name: loaded.get_submodule(name).weight.detach().cpu().contiguous() for name in modules}
         save_file(weights, output)
-        return {"seconds": seconds}
+        return {"seconds": seconds, "runs": len(calls) / len(sequences)}
 
     def quantize(
         self,

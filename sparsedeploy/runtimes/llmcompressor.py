@@ -95,7 +95,8 @@ def prune_by_recipe(
         pipeline: ``sequential`` is one pass for all modifiers, ``independent`` one for each.
 
     Returns:
-        The weights by module name as llm-compressor left them, and facts: its versions and the ``seconds`` taken.
+        The weights by module name as llm-compressor left them, and facts: its ``versions``, the ``seconds`` taken and
+        the ``runs`` of the first module on each sequence (two for each pass over the text).
 
     Raises:
         UserError: the environment or llm-compressor fails.
@@ -117,7 +118,7 @@ def prune_by_recipe(
             device=device,
             pipeline=pipeline,
         )
-        return load_file(output), {"versions": worker.ready["versions"], "seconds": result["seconds"]}
+        return load_file(output), {"versions": worker.ready["versions"], **result}
 
 
 def quantize_folder(
