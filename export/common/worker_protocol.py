@@ -5,6 +5,10 @@ the replies go to the real standard output: any number of ``{"id": 1, "event": {
 ``{"id": 1, "result": {...}}`` or ``{"id": 1, "error": "...", "fix": "..."}``. The first line, with id 0, says that the
 engine was imported. Arrays travel as .npy files named in the arguments and results. Whatever native code prints goes to
 standard error.
+
+Operations: ``info``, ``check``, ``load``, ``logits``, ``generate``, ``measure``, as ``sparsedeploy/runtimes/engine.py``
+calls them. ``load`` and ``measure`` get ``batch`` only when it is more than 1, which a runtime allows by ``max_batch``
+in its ``runtime.yaml``; ``profile: true`` there says that it answers ``profile``.
 """
 
 from __future__ import annotations

@@ -55,8 +55,13 @@ class Server:
             raise BadRequest(f"the engine computes a packed product that is off by {difference:.3g}")
         return {**self.info(), "largest_difference": difference}
 
-    def load(self, folder: str, cores: int, capacity: int, chunk: int) -> dict[str, Any]:
-        """Load a packed folder; the result's ``model`` names it in later requests."""
+    def load(
+        self, folder: str, cores: int, prompt_length: int, new_tokens: int, chunk: int, batch: int = 1
+    ) -> dict[str, Any]:
+        """Load a packed or dense folder; the result's ``model`` names it in later requests.
+
+        Prompts are run whole, whatever ``chunk``. ``batch`` is how many sequences may run at once.
+        """
         if self.models:
             raise BadRequest("this process has a model already", "Start another worker.")
         allowed = sorted(os.sched_getaffinity(0))[:cores]
@@ -64,20 +69,21 @@ class Server:
         from vllm import LLM
 
         started = time.perf_counter()
+        capacity = prompt_length + new_tokens + 1  # measuring takes the prompt's own token besides
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         self.models[1] = LLM(
             str(Path(folder)),
             # The checkpoint's own: left alone, vLLM runs float32 checkpoints in 16 bits.
             dtype=config.get("dtype") or config.get("torch_dtype") or "auto",
             max_model_len=capacity,
-            max_num_seqs=1,
-            max_num_batched_tokens=max(chunk, capacity),
+            max_num_seqs=batch,
+            max_num_batched_tokens=batch * capacity,
             enforce_eager=True,
             enable_prefix_caching=False,
             gpu_memory_utilization=0.2,
             max_logprobs=-1,
         )
-        return {"model": 1, "compile_seconds": time.perf_counter() - started}
+        return {"model": 1, "capacity": capacity, "compile_seconds": time.perf_counter() - started}
 
     def logits(self, model: int, prompt: list[int], tokens: list[int], folder: str) -> dict[str, Any]:
         """Log-probabilities after every prompt token and after every following one, saved in ``folder``."""
@@ -108,10 +114,30 @@ class Server:
             yield {"token": token}
         return {"tokens": tokens, "stopped": bool(tokens) and tokens[-1] in stop}
 
-    def measure(self, model: int, prompt: list[int], decode_tokens: int) -> dict[str, Any]:
-        """Seconds that a prompt took, and each of the tokens that follow it greedily."""
-        times = [seconds for _, seconds in self._steps(self.models[model], prompt, decode_tokens + 1)]
-        return {"prefill_seconds": times[0], "decode_seconds": times[1:]}
+    def measure(self, model: int, prompt: list[int], decode_tokens: int, batch: int = 1) -> dict[str, Any]:
+        """Seconds that ``batch`` copies of a prompt took, and each step of the tokens that follow them greedily."""
+        from vllm import SamplingParams
+
+        core = self.models[model].llm_engine
+        parameters = SamplingParams(temperature=0, max_tokens=decode_tokens + 1, ignore_eos=True, detokenize=False)
+        clock = time.perf_counter
+        started = clock()
+        waiting = set()
+        for _ in range(batch):
+            self.requests += 1
+            name = f"request-{self.requests}"
+            core.add_request(name, {"prompt_token_ids": prompt}, parameters)
+            waiting.add(name)
+        while waiting:
+            waiting -= {output.request_id for output in core.step() if output.outputs[0].token_ids}
+        prefill = clock() - started
+        decode = []
+        started = clock()
+        while core.has_unfinished_requests():
+            if core.step():
+                decode.append(clock() - started)
+                started = clock()
+        return {"prefill_seconds": prefill, "decode_seconds": decode}
 
     def _run(self, engine: Any, prompt: list[int], new_tokens: int, **options: Any) -> list[Any]:
         from vllm import SamplingParams

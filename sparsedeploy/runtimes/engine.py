@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.export.artifact import Artifact, load_artifact
+from sparsedeploy.export.artifact import Artifact
+from sparsedeploy.export.checkpoint_folder import describe_folder
 from sparsedeploy.runtimes.environments import Environment, require
 from sparsedeploy.runtimes.machine import usable_cores
-from sparsedeploy.runtimes.specification import load_runtime, runtime_for_target
+from sparsedeploy.runtimes.specification import Runtime, load_runtime, runtime_for_target
 from sparsedeploy.runtimes.worker import Worker
 
 DEFAULT_CHUNK = 64
@@ -27,8 +28,8 @@ class Timing:
     """One measured run.
 
     Attributes:
-        prefill_seconds: for the whole prompt.
-        decode_seconds: for each token after it.
+        prefill_seconds: for the whole prompt up to the choice of the first new token, of every sequence.
+        decode_seconds: for each token after that (at a larger batch, one token of every sequence).
     """
 
     prefill_seconds: float
@@ -50,18 +51,31 @@ class LoadedModel(Protocol):
     ) -> Iterator[int]:
         """Tokens as they come, up to ``new_tokens`` or the first of ``stop``; greedy at temperature 0."""
 
-    def measure(self, prompt: Sequence[int], decode_tokens: int) -> Timing:
-        """Time one prefill and the greedy tokens after it."""
+    def measure(self, prompt: Sequence[int], decode_tokens: int, batch: int = 1) -> Timing:
+        """Time one prefill of ``batch`` copies of a prompt and the greedy tokens after it."""
+
+    def peak_memory(self) -> int | None:
+        """The most bytes of memory that its process ever held; None where the system does not tell."""
 
 
 class WorkerModel:
     """A :class:`LoadedModel` in a worker process of the runtime's own environment."""
 
     def __init__(
-        self, worker: Worker, folder: Path, *, cores: int, prompt_length: int, new_tokens: int, chunk: int
+        self,
+        worker: Worker,
+        folder: Path,
+        *,
+        cores: int,
+        prompt_length: int,
+        new_tokens: int,
+        chunk: int,
+        batch: int = 1,
     ) -> None:
         self._worker = worker
         options = {"cores": cores, "prompt_length": prompt_length, "new_tokens": new_tokens, "chunk": chunk}
+        if batch > 1:  # only runtimes with a ``max_batch`` know the argument
+            options["batch"] = batch
         loaded = worker.call("load", folder=str(folder.resolve()), **options)
         self._model = loaded.pop("model")
         self._facts = {**worker.ready, **loaded, **options}
@@ -93,10 +107,14 @@ class WorkerModel:
             if "token" in event:
                 yield event["token"]
 
-    def measure(self, prompt: Sequence[int], decode_tokens: int) -> Timing:
+    def measure(self, prompt: Sequence[int], decode_tokens: int, batch: int = 1) -> Timing:
+        more = {"batch": batch} if batch > 1 else {}
         return Timing(
-            **self._worker.call("measure", model=self._model, prompt=list(prompt), decode_tokens=decode_tokens)
+            **self._worker.call("measure", model=self._model, prompt=list(prompt), decode_tokens=decode_tokens, **more)
         )
+
+    def peak_memory(self) -> int | None:
+        return self._worker.peak_memory()
 
 
 @contextmanager
@@ -109,6 +127,7 @@ def open_model(
     python: str | None = None,
     cores: int | None = None,
     chunk: int | None = None,
+    batch: int = 1,
     timeout: float = 600.0,
 ) -> Iterator[LoadedModel]:
     """Load an artifact on its runtime, with a cache for a prompt and new tokens of these lengths.
@@ -118,20 +137,21 @@ def open_model(
         python: interpreter of an environment of the user's own that has the runtime.
         cores: threads to use; by default all cores that this process may use.
         chunk: prompt tokens that are run at once; by default the prompt's length, at most 64.
+        batch: sequences that :meth:`LoadedModel.measure` may run at once.
         timeout: seconds that one request may take.
 
     Raises:
         UserError: not an artifact, one for another target, lengths that do not fit it, or the runtime fails.
     """
-    artifact = load_artifact(folder)
+    artifact = describe_folder(folder)
     check_lengths(artifact, prompt_length, new_tokens)
     cores = check_cores(cores)
     chunk = chunk_for(prompt_length, chunk)
     environment = environment_for(artifact, folder, runtime, python)
+    check_batch(batch, environment.runtime)
+    lengths = {"prompt_length": prompt_length, "new_tokens": new_tokens, "chunk": chunk, "batch": batch}
     with environment.worker(timeout) as worker:
-        yield WorkerModel(
-            worker, Path(folder), cores=cores, prompt_length=prompt_length, new_tokens=new_tokens, chunk=chunk
-        )
+        yield WorkerModel(worker, Path(folder), cores=cores, **lengths)
 
 
 def environment_for(artifact: Artifact, folder: Path, runtime: str | None, python: str | None) -> Environment:
@@ -140,15 +160,24 @@ def environment_for(artifact: Artifact, folder: Path, runtime: str | None, pytho
     Raises:
         UserError: the named runtime does not run artifacts of this target, or is not installed.
     """
+    return require(runtime_for(artifact, folder, runtime).name, python)
+
+
+def runtime_for(artifact: Artifact, folder: Path, runtime: str | None) -> Runtime:
+    """The named runtime, or by default the one that the artifact was exported for.
+
+    Raises:
+        UserError: it does not run artifacts of this target.
+    """
     if runtime is None:
-        return require(runtime_for_target(artifact.target).name, python)
+        return runtime_for_target(artifact.target)
     specification = load_runtime(runtime)
     if artifact.target not in specification.targets:
         raise UserError(
             f"{folder} was exported for {artifact.target}, runtime {runtime} runs {', '.join(specification.targets)}",
             f"Export the checkpoint with --target {specification.targets[0]}.",
         )
-    return require(runtime, python)
+    return specification
 
 
 def check_lengths(artifact: Artifact, prompt_length: int, new_tokens: int) -> None:
@@ -167,6 +196,17 @@ def check_lengths(artifact: Artifact, prompt_length: int, new_tokens: int) -> No
             f"{prompt_length} prompt tokens and {new_tokens} new ones are more than the model's {limit} positions",
             "Use a shorter prompt or fewer new tokens.",
         )
+
+
+def check_batch(batch: int, runtime: Runtime) -> None:
+    """Refuse more sequences at once than a runtime takes.
+
+    Raises:
+        UserError: see above.
+    """
+    if not 1 <= batch <= runtime.max_batch:
+        most = "one sequence" if runtime.max_batch == 1 else f"at most {runtime.max_batch} sequences"
+        raise UserError(f"{runtime.title} runs {most} at once, {batch} were asked for", "Use another batch size.")
 
 
 def check_cores(cores: int | None) -> int:

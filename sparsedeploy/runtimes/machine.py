@@ -23,6 +23,7 @@ class Machine:
         cores: logical processors that this process may use.
         memory_bytes: of the whole machine; None where unknown.
         last_level_cache_bytes: the largest cache; None where unknown.
+        frequency_governor: of the first core, such as ``performance``; None where the system does not tell.
     """
 
     system: str
@@ -32,6 +33,7 @@ class Machine:
     cores: int
     memory_bytes: int | None
     last_level_cache_bytes: int | None
+    frequency_governor: str | None = None
 
 
 @cache
@@ -46,6 +48,7 @@ def this_machine() -> Machine:
         cores=usable_cores(),
         memory_bytes=_memory_bytes(),
         last_level_cache_bytes=_last_level_cache_bytes(),
+        frequency_governor=_frequency_governor(),
     )
 
 
@@ -72,6 +75,14 @@ def _memory_bytes() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _frequency_governor() -> str | None:
+    path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except OSError:
         return None
 
 

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import psutil
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.resources import cache_home
@@ -122,6 +123,16 @@ class Worker:
             os.unlink(path)
         return loaded
 
+    def peak_memory(self) -> int | None:
+        """The most bytes that the process and its children held, each at its own peak; None where unknown (Linux
+        and Windows tell).
+        """
+        with contextlib.suppress(psutil.Error, OSError):
+            process = psutil.Process(self._process.pid)
+            peaks = [_peak_memory(one) for one in (process, *process.children(recursive=True))]
+            return sum(peak for peak in peaks if peak is not None) or None
+        return None
+
     def close(self) -> None:
         """End the process: ask it by closing its input, kill it when it does not go within five seconds."""
         with contextlib.suppress(OSError):
@@ -215,6 +226,15 @@ class Worker:
                 self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
+
+
+def _peak_memory(process: psutil.Process) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak: int | None = getattr(process.memory_info(), "peak_wset", None)
+    return peak
 
 
 def telling_lines(log: Path, count: int = 2) -> str:

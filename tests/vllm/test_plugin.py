@@ -154,12 +154,25 @@ def test_two_ranks(
     assert tokens_of(done) == expected
 
 
+def test_ranks_that_cannot_cut_the_weights_are_refused(runtime: Environment, tmp_path: Path) -> None:
+    """Half of 200 columns is not whole bytes of mask bits."""
+    sizes = {"hidden_size": 128, "intermediate_size": 200, "num_attention_heads": 2, "num_key_value_heads": 2}
+    save_sparse_model(tmp_path / "dense", "llama", torch.float32, **sizes)
+    export_vllm(tmp_path / "dense", tmp_path / "packed")
+    core = min(os.sched_getaffinity(0))
+    done = run_offline(
+        runtime, tmp_path / "packed", CANDIDATES[:1], tmp_path, 2, VLLM_CPU_OMP_THREADS_BIND=f"{core}|{core}"
+    )
+    assert done.returncode != 0
+    assert "2 ranks would get 100 of 200 columns each" in done.stdout + done.stderr
+
+
 def test_worker(
     runtime: Environment, folders: tuple[Path, Path], prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     """The worker protocol: generated tokens, and log-probabilities whose best token is the one generated."""
     with runtime.worker(timeout=600) as worker:
-        worker.call("load", folder=str(folders[1]), cores=1, capacity=64, chunk=16)
+        worker.call("load", folder=str(folders[1]), cores=1, prompt_length=48, new_tokens=16, chunk=16)
         events = list(
             worker.stream(
                 "generate", model=1, prompt=prompts[0], new_tokens=NEW_TOKENS, temperature=0.0, seed=0, stop=[]
