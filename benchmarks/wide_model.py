@@ -71,8 +71,8 @@ def main() -> None:
                 result = benchmark(
                     folders[1:],
                     folders[0],
-                    cores=cores,
-                    prompt_length=prompt,
+                    cores=[cores],
+                    prompt_lengths=[prompt],
                     decode_tokens=DECODE_TOKENS,
                     rounds=options.rounds,
                     chunk=prompt,
@@ -132,8 +132,9 @@ def write_results(name: str, result: BenchmarkResult, checks: dict[str, dict[str
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     cases: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.is_file() else {}
-    key = f"{result.options.cores} cores, prompt {result.options.prompt_length}"
-    cases[key] = {"markdown": benchmark_markdown(result), **result.to_json()}
+    key = f"{result.options.cores[0]} cores, prompt {result.options.prompt_lengths[0]}"
+    values = result.to_json()
+    cases[key] = {"markdown": benchmark_markdown(values), **values}
     write_json(path, {"model": CONFIG.to_dict(), "checks": checks, "cases": cases})
     worst = max(check["largest_difference"] for check in checks.values())
     lines = [

@@ -39,6 +39,7 @@ class DemoOptions:
     Attributes:
         preset: the reference model's.
         sparsities: the checkpoints to make beside the dense model.
+        profile: also measure the time of each layer.
         cores: for the benchmark; None takes all.
     """
 
@@ -50,6 +51,7 @@ class DemoOptions:
     prompt_length: int = 128
     decode_tokens: int = 32
     rounds: int = 10
+    profile: bool = False
     cores: int | None = None
     python: str | None = None
 
@@ -87,11 +89,17 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
     measured = benchmark(
         [folder for name, folder in artifacts.items() if name != "dense"],
         artifacts["dense"],
-        cores=options.cores,
-        prompt_length=options.prompt_length,
+        cores=None if options.cores is None else [options.cores],
+        prompt_lengths=[options.prompt_length],
         decode_tokens=options.decode_tokens,
         rounds=options.rounds,
+        profile=options.profile,
     )
+    sparsity_of = dict(zip(list(checkpoints)[1:], options.sparsities, strict=True))
+    steps = {
+        name: _commands(dense, checkpoints[name], artifacts[name], sparsity_of.get(name), options)
+        for name in checkpoints
+    }
     report = {
         "format": FORMAT,
         "title": "sparsedeploy demo",
@@ -99,13 +107,14 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
         "command": command,
         "settings": {**asdict(options), "sparsities": list(options.sparsities), "data": _DATA},
         "models": [
-            {**_model(name, checkpoints[name], artifacts[name]), "quality": quality[name]} for name in checkpoints
+            {
+                **_model(name, checkpoints[name], artifacts[name]),
+                "quality": quality[name],
+                "commands": steps[name],
+            }
+            for name in checkpoints
         ],
-        "commands": [
-            line
-            for name, sparsity in zip(list(checkpoints)[1:], options.sparsities, strict=True)
-            for line in _commands(dense, checkpoints[name], artifacts[name], sparsity, options)
-        ],
+        "commands": [line for step in steps.values() for line in step.values()],
         "benchmark": measured.to_json(),
     }
     write_json(output / "report.json", report)
@@ -154,6 +163,7 @@ def _exported(checkpoint: Path, folder: Path) -> Path:
 
 def _model(name: str, checkpoint: Path, artifact: Path) -> dict[str, Any]:
     exported = load_artifact(artifact)
+    plan = None if name == "dense" else load_manifest(checkpoint)["plan"]
     return {
         "name": name,
         "checkpoint": str(checkpoint),
@@ -162,14 +172,23 @@ def _model(name: str, checkpoint: Path, artifact: Path) -> dict[str, Any]:
         "artifact_bytes": sum(path.stat().st_size for path in artifact.iterdir()),
         "prunable_weights": exported.sparsity.weights,
         "nonzero_weights": exported.sparsity.weights - exported.sparsity.zeros,
-        "layer_sparsity": None if name == "dense" else layer_sparsity(load_manifest(checkpoint)["plan"]),
+        "allocation": plan and plan["allocation"],
+        "layer_sparsity": plan and layer_sparsity(plan),
     }
 
 
-def _commands(dense: Path, checkpoint: Path, artifact: Path, sparsity: float, options: DemoOptions) -> list[str]:
-    return [
+def _commands(
+    dense: Path, checkpoint: Path, artifact: Path, sparsity: float | None, options: DemoOptions
+) -> dict[str, str]:
+    """Step -> the command that repeats it; the dense model (sparsity None) is not pruned."""
+    steps = {
+        "eval": f"sparsedeploy eval {checkpoint} --data {_DATA} --split {_SPLIT} --max-windows {_WINDOWS}",
+        "export": f"sparsedeploy export {checkpoint} --target {TARGET} -o {artifact}",
+    }
+    if sparsity is None:
+        return steps
+    prune_line = (
         f"sparsedeploy prune {dense} -o {checkpoint} --sparsity {sparsity:g} --method {options.method} "
-        f"--allocation {options.allocation} --data {_DATA} --samples {options.samples}",
-        f"sparsedeploy eval {checkpoint} --data {_DATA} --split {_SPLIT} --max-windows {_WINDOWS}",
-        f"sparsedeploy export {checkpoint} --target {TARGET} -o {artifact}",
-    ]
+        f"--allocation {options.allocation} --data {_DATA} --samples {options.samples}"
+    )
+    return {"prune": prune_line, **steps}

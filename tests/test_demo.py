@@ -43,15 +43,18 @@ def test_demo(deepsparse_runtime: object, tmp_path: Path) -> None:
     rows = report["benchmark"]["rows"]
     assert [row["baseline"] for row in rows] == [True, False, False]
     assert len(report["benchmark"]["samples"]) == 3 * OPTIONS.rounds
-    assert all(row["decode_speedup"]["median"] > 0 for row in rows[1:])
+    assert all(row["decode"]["speedup"]["median"] > 0 for row in rows[1:])
     table = Console(width=80, record=True)
     table.print(summary_table(report))
     assert all(len(line) <= 80 for line in table.export_text().splitlines())
     assert summary_markdown(report).count("\n") == 5
     page = Page()
     page.feed((tmp_path / "out" / "report.html").read_text())
-    assert page.tags.count("svg") == 3
-    assert page.tags.count("table") == 3
+    # Perplexity against speed, speedups, perplexity and sparsity, layers; summary, speed, perplexity, sizes, settings,
+    # environment.
+    assert page.tags.count("svg") == 4
+    assert page.tags.count("table") == 6
+    assert [list(model["commands"]) for model in report["models"]][1] == ["prune", "eval", "export"]
     # A second run keeps what is there and measures anew.
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
     demo(tmp_path / "out", OPTIONS)

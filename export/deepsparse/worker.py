@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -25,10 +26,11 @@ import numpy as np  # noqa: E402 - the engine is imported only after its output 
 import onnx  # noqa: E402
 from cached_model import check_product, generate, measure, save_logits  # noqa: E402
 from deepsparse.cpu import cpu_architecture  # noqa: E402
-from deepsparse.engine import LIB, Engine  # noqa: E402
+from deepsparse.engine import LIB, Engine, Scheduler  # noqa: E402
 from deepsparse.utils.onnx import overwrite_onnx_model_inputs_for_kv_cache_models  # noqa: E402
 
 GRAPH = "model.onnx"
+PROFILE_RUNS, PROFILE_WARMUP = 20, 5
 
 
 class CachedEngine:
@@ -120,7 +122,7 @@ class Model:
         """
         if not prompt:
             raise BadRequest("the prompt is empty", "Give at least one token.")
-        self.cache.reset()
+        self.cache = LIB.kv_cache(0, 0)
         self.seen = 0
         self.padding = -len(prompt) % self.chunk
         parts = []
@@ -202,8 +204,91 @@ class Server:
     def generate(self, model: int, **arguments: Any) -> Generator[dict[str, Any], None, dict[str, Any]]:
         return generate(self.models[model], **arguments)
 
+    def profile(
+        self, folder: str, phase: str, cores: int, prompt_length: int, new_tokens: int, chunk: int, seed: int
+    ) -> dict[str, Any]:
+        """The time of every operator, for the prompt's last chunk or for one token after it; only once in a process."""
+        length = 1 if phase == "decode" else chunk
+        padded = -(-prompt_length // chunk) * chunk
+        capacity = slots_needed(prompt_length, new_tokens, chunk)
+        cached = prompt_length if phase == "decode" else padded - chunk
+        operators = profile_graph(Path(folder), cores, capacity, cached, length, seed)
+        tokens = "1 token" if length == 1 else f"{length} tokens at once"
+        return {"what": f"{tokens} after {cached} in the cache", "operators": operators}
+
     def measure(self, model: int, prompt: list[int], decode_tokens: int) -> dict[str, Any]:
         return measure(self.models[model], prompt, decode_tokens)
+
+
+def profile_graph(folder: Path, cores: int, capacity: int, cached: int, length: int, seed: int) -> list[dict[str, Any]]:
+    """The engine's own time of every operator, for ``length`` tokens after ``cached`` ones; only once in a process.
+
+    With the internal cache a second run of the engine's profile in the same process ends in damaged memory (found by
+    running it), and so does a cache that grows from one iteration to the next, which NM_BENCHMARK_KV_TOKENS prevents.
+    """
+    os.environ["NM_BENCHMARK_KV_TOKENS"] = str(cached)
+    scratch = Path(tempfile.mkdtemp(prefix="graph-"))
+    try:
+        graph = copy_graph(folder, scratch)
+        weights = count_zeros(graph)
+        path, outputs, cache_type = overwrite_onnx_model_inputs_for_kv_cache_models(str(graph), capacity, length, 1)
+        flags = [bool(output) for output in outputs]
+        runs = (PROFILE_RUNS, PROFILE_WARMUP, 1, None, None)
+        engine = LIB.deepsparse_engine(path, 1, cores, 1, Scheduler.default.value, None, flags, "external", *runs)
+        inputs = profile_inputs(path, cache_type, cached, length, seed)
+        # The results hold memory of the engine: they must outlive it.
+        results = engine.benchmark_execute(inputs, LIB.kv_cache(0, 0))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    operators = []
+    for entry in results[1]["layer_info"]:
+        for layer in entry["sub_layer_info"] or [entry]:
+            node = "" if layer["canonical_name"] == "<none>" else layer["canonical_name"]
+            count, zeros = weights.get(node, (0, 0))
+            kind = re.sub(r"(-[0-9.]+%)?[_ ][0-9]+$", "", layer["name"])
+            operators.append(
+                {
+                    "node": node,
+                    "kind": kind,
+                    "ms": layer["average_run_time_in_ms"],
+                    "weights": count,
+                    "zeros": zeros,
+                    "sparse_kernel": kind.startswith("ks_"),
+                }
+            )
+    return operators
+
+
+def profile_inputs(path: str, cache_type: Any, cached: int, length: int, seed: int) -> list[np.ndarray]:
+    """Random tokens at their positions, nothing masked, and the cache's inputs with an empty batch."""
+    model = onnx.load(path, load_external_data=False)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = []
+    for entry in model.graph.input:
+        if entry.name in constants:
+            continue
+        shape = [dimension.dim_value for dimension in entry.type.tensor_type.shape.dim]
+        if entry.name.startswith("past_key_values"):
+            inputs.append(np.zeros((0, *shape[1:]), dtype=cache_type))
+        elif entry.name == "positions":
+            inputs.append(np.arange(cached, cached + length, dtype=np.int64)[None])
+        elif entry.name == "input_ids":
+            inputs.append(np.random.default_rng(seed).integers(0, 100, shape))
+        else:
+            inputs.append(np.ones(shape, dtype=np.int64))
+    return inputs
+
+
+def count_zeros(graph: Path) -> dict[str, tuple[int, int]]:
+    """Output of each product with a constant matrix -> weights and zeros of the matrix."""
+    model = onnx.load(str(graph), load_external_data=False)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in tensors:
+            matrix = onnx.numpy_helper.to_array(tensors[node.input[1]], str(graph.parent))
+            found[node.output[0]] = (matrix.size, matrix.size - int(np.count_nonzero(matrix)))
+    return found
 
 
 def copy_graph(folder: Path, scratch: Path) -> Path:

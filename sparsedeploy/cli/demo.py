@@ -21,6 +21,7 @@ def demo_command(
     allocation: Annotated[str, typer.Option("--allocation", "-a", help="How sparsity is spread.")] = "uniform",
     preset: Annotated[str, typer.Option("--preset", help="Reference model: default (minutes) or tiny.")] = "default",
     rounds: Annotated[int, typer.Option("--rounds", "-r", help="Benchmark rounds.")] = 10,
+    profile: Annotated[bool, typer.Option("--profile", help="Also measure the time of each layer.")] = False,
     cores: Annotated[int | None, typer.Option("--cores", "-c", help="Cores to measure on [default: all].")] = None,
     python: Annotated[
         str | None, typer.Option("--python", help="Python for DeepSparse's environment, 3.8 to 3.11.")
@@ -40,6 +41,7 @@ def demo_command(
         method=method,
         allocation=allocation,
         rounds=rounds,
+        profile=profile,
         cores=cores,
         python=python,
     )

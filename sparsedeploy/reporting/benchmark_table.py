@@ -1,86 +1,228 @@
-"""A benchmark's result for people: tables for the terminal and in Markdown, prefill and decode apart."""
+"""A benchmark's result for people: tables for the terminal and in Markdown.
+
+Everything here reads the result as plain data (``BenchmarkResult.to_json()``), so a saved file can be shown too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
 from rich.table import Table
 
-from sparsedeploy.evaluation.benchmark import BenchmarkResult, Row, Summary
-
-_PREFILL_HEADERS = ("artifact", "sparsity", "ms", "tokens/s", "speedup", "middle half")
-_DECODE_HEADERS = (*_PREFILL_HEADERS, "limit", "read ms")
-_LEGEND = (
-    "Medians of the rounds. speedup: median of the rounds' ratios to the baseline, and their middle half. "
-    "limit: the highest decode speedup that memory traffic alone would allow. "
-    "read ms: what reading the weights once takes at the measured bandwidth."
+PHASES = {"prefill": "prefill", "decode": "decode", "total": "end to end"}
+_HEADERS = ("", "sparse", "ms", "tokens/s", "speedup", "95 % interval", "limit")
+_SIZE_HEADERS = ("", "runtime", "on disk", "load", "peak memory", "read")
+_PROFILE_HEADERS = ("", "sparse", "ms", "share", "linear ms", "kernels", "speedup")
+LEGEND = (
+    "prefill: up to the first new token. decode: one token. end to end: the prompt and all new tokens. Times are "
+    "medians of the rounds. speedup: the median of the rounds' ratios to the baseline, with its 95 % bootstrap "
+    "interval; a question mark where that holds 1. *: rounds far from the median (outliers). limit: the highest decode "
+    "speedup that memory traffic alone would allow. read: reading the weights once at the measured bandwidth."
 )
 
 
-def benchmark_tables(result: BenchmarkResult) -> list[Table]:
-    """The tables that ``sparsedeploy bench`` prints, one for prefill and one for decode."""
+def settings(result: Mapping[str, Any]) -> list[dict[str, int]]:
+    """The settings in the order measured."""
+    found: list[dict[str, int]] = []
+    for row in result["rows"]:
+        if row["setting"] not in found:
+            found.append(row["setting"])
+    return found
+
+
+def rows_at(result: Mapping[str, Any], setting: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The rows of one setting."""
+    return [row for row in result["rows"] if row["setting"] == setting]
+
+
+def setting_title(setting: Mapping[str, int], result: Mapping[str, Any]) -> str:
+    cores = f"{setting['cores']} core{'s' if setting['cores'] > 1 else ''}"
+    new = result["options"]["decode_tokens"]
+    return f"prompt {setting['prompt_length']}, then {new} tokens, {cores}, batch {setting['batch']}"
+
+
+def label(row: Mapping[str, Any]) -> str:
+    return f"{row['name']} (baseline)" if row["baseline"] else str(row["name"])
+
+
+def times(speedup: Mapping[str, Any] | None) -> str:
+    """The median, with a question mark where the interval holds 1."""
+    if speedup is None:
+        return ""
+    return f"{speedup['median']:.2f}x" + ("?" if speedup["low"] <= 1 <= speedup["high"] else "")
+
+
+def interval(speedup: Mapping[str, Any] | None) -> str:
+    return "" if speedup is None else f"{speedup['low']:.2f}-{speedup['high']:.2f}"
+
+
+def benchmark_tables(result: Mapping[str, Any]) -> list[Table]:
+    """The tables that ``sparsedeploy bench`` prints: one for each setting, and one of sizes."""
     tables = []
-    for title, headers, rows in _parts(result):
-        table = Table(title=title, box=None, padding=(0, 2, 0, 0), title_justify="left", title_style="bold")
-        for at, header in enumerate(headers):
-            table.add_column(header, justify="left" if at == 0 else "right", no_wrap=at != 0, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
+    for title, sections in _parts(result):
+        table = _table(title, _HEADERS)
+        for phase, rows in sections:
+            table.add_row(f"[bold]{phase}[/bold]")
+            for row in rows:
+                table.add_row(f" {row[0]}", *row[1:])
         tables.append(table)
-    return tables
+    sizes = _table("sizes", _SIZE_HEADERS)
+    for row in size_rows(result):
+        sizes.add_row(*row)
+    return [*tables, sizes, *(profile_table(one, result) for one in result["profiles"] if one["reason"] is None)]
 
 
-def benchmark_heading(result: BenchmarkResult) -> str:
-    """One line: engine, cores, processor, lengths and memory bandwidth."""
-    options = result.options
-    version = next(iter(result.runtime.values()))["versions"].get(options.runtime, "")
-    cores = f"{options.cores} core{'s' if options.cores > 1 else ''}"
+def benchmark_heading(result: Mapping[str, Any]) -> str:
+    """Runtimes, processor, rounds and memory bandwidth."""
+    machine = result["machine"]
+    governor = machine.get("frequency_governor")
+    bandwidth = ", ".join(
+        f"{one['best']:.1f} GB/s with {cores} thread{'s' if int(cores) > 1 else ''}"
+        for cores, one in result["bandwidth"].items()
+    )
     return (
-        f"{options.runtime} {version}, {cores} of {result.machine.processor}, {options.rounds} rounds, "
-        f"memory bandwidth {result.bandwidth.best:.1f} GB/s"
+        f"{machine['processor']}{f' (governor {governor})' if governor else ''}, {result['options']['rounds']} "
+        f"interleaved rounds, memory {bandwidth}. {'; '.join(runtime_versions(result))}"
     )
 
 
-def benchmark_legend(result: BenchmarkResult) -> list[str]:
+def runtime_versions(result: Mapping[str, Any]) -> list[str]:
+    """Each runtime with the versions that it reported."""
+    found = {}
+    for row in result["rows"]:
+        facts = result["runtime"].get(row["name"])
+        if facts is not None:
+            versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+            found[row["runtime"]] = f"{row['runtime']}: {versions}"
+    return list(found.values())
+
+
+def benchmark_legend(result: Mapping[str, Any]) -> list[str]:
     """How to read the figures, then the notes of this result."""
-    return [_LEGEND, *(f"note: {note}" for note in result.notes)]
+    return [LEGEND, *(f"note: {note}" for note in result["notes"])]
 
 
-def benchmark_markdown(result: BenchmarkResult) -> str:
+def benchmark_markdown(result: Mapping[str, Any]) -> str:
     """Heading, tables and notes as Markdown."""
     lines = [benchmark_heading(result), ""]
-    for title, headers, rows in _parts(result):
-        lines.extend([f"**{title}**", "", f"| {' | '.join(headers)} |", "|---|" + "---:|" * (len(headers) - 1)])
-        lines.extend(f"| {' | '.join(row)} |" for row in rows)
+    for title, sections in _parts(result):
+        lines.extend([f"**{title}**", "", f"| {' | '.join(_HEADERS)} |", "|---|" + "---:|" * (len(_HEADERS) - 1)])
+        for phase, rows in sections:
+            lines.extend(f"| {phase}, {' | '.join(row)} |" for row in rows)
         lines.append("")
-    lines.extend([_LEGEND, ""])
-    lines.extend(f"- {note}" for note in result.notes)
+    lines.extend([f"| {' | '.join(_SIZE_HEADERS)} |", "|---|" + "---:|" * (len(_SIZE_HEADERS) - 1)])
+    lines.extend(f"| {' | '.join(row)} |" for row in size_rows(result))
+    lines.extend(["", LEGEND, ""])
+    lines.extend(f"- {note}" for note in result["notes"])
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _parts(result: BenchmarkResult) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-    options = result.options
-    prefill = f"Prefill of {options.prompt_length} tokens, {options.prompt_chunk} at once"
-    decode = f"Decode, one token at a time after {options.prompt_length} tokens"
-    return [
-        (prefill, _PREFILL_HEADERS, [_prefill_cells(row) for row in result.rows]),
-        (decode, _DECODE_HEADERS, [_decode_cells(row) for row in result.rows]),
-    ]
-
-
-def _prefill_cells(row: Row) -> tuple[str, ...]:
-    return _cells(row, row.prefill_ms, row.prefill_tokens_per_second, row.prefill_speedup)
-
-
-def _decode_cells(row: Row) -> tuple[str, ...]:
-    cells = _cells(row, row.decode_ms, row.decode_tokens_per_second, row.decode_speedup)
-    return (*cells, "" if row.baseline else f"{row.decode_limit:.2f}x", f"{row.read_ms:.2f}")
-
-
-def _cells(row: Row, time: Summary, rate: float, speedup: Summary | None) -> tuple[str, ...]:
+def phase_cells(row: Mapping[str, Any], phase: str) -> tuple[str, ...]:
+    """One line of a table: name, sparsity, time, rate, speedup, interval, limit; a failed row has its status."""
+    name, sparsity = label(row), f"{row['sparsity']:.0%}"
+    if row["status"] != "measured":
+        return (name, sparsity, row["status"], "", "", "", "")
+    figures = row[phase]
+    outliers = len(figures["ms"]["outliers"])
     return (
-        f"{row.name} (baseline)" if row.baseline else row.name,
-        f"{row.sparsity:.1%}",
-        f"{time.median:.2f}",
-        f"{rate:.1f}",
-        "" if speedup is None else f"{speedup.median:.2f}x",
-        "" if speedup is None else f"{speedup.low:.2f}-{speedup.high:.2f}",
+        name,
+        sparsity,
+        f"{figures['ms']['median']:.2f}{'*' if outliers else ''}",
+        f"{figures['tokens_per_second']:.0f}",
+        times(figures["speedup"]),
+        interval(figures["speedup"]),
+        f"{row['decode_limit']:.2f}x" if phase == "decode" and not row["baseline"] else "",
     )
+
+
+def size_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """One line for each contender: its first measured setting's load time, its highest peak of memory."""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        by_name.setdefault(row["name"], []).append(row)
+    for rows in by_name.values():
+        peaks = [row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"]]
+        loads = [row["load_seconds"] for row in rows if row["load_seconds"] is not None]
+        yield (
+            label(rows[0]),
+            rows[0]["runtime"],
+            f"{rows[0]['artifact_bytes'] / 1e6:.1f} MB",
+            f"{loads[0]:.1f} s" if loads else "",
+            f"{max(peaks) / 1e6:.0f} MB" if peaks else "",
+            f"{rows[0]['read_ms']:.2f} ms",
+        )
+
+
+def profile_title(profile: Mapping[str, Any]) -> str:
+    return f"{profile['name']}, {profile['phase']}: {profile['what']}, by {profile['runtime']}'s own profile"
+
+
+def profile_rows(profile: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """One line for each layer beside its sparsity: all operators, those with weights, sparse kernels, speedup.
+
+    The speedup is over the same part of the baseline's profile, where both have one.
+    """
+    base = _profile_of_baseline(profile, result)
+    for part in profile["parts"]:
+        sparsity = f"{part['zeros'] / part['weights']:.0%}" if part["weights"] else ""
+        dense = base.get(part["part"])
+        yield (
+            f"layer {part['part']}" if part["part"].isdigit() else "outside the layers",
+            sparsity,
+            f"{part['ms']:.3f}",
+            f"{part['ms'] / profile['total_ms']:.0%}" if profile["total_ms"] else "",
+            f"{part['linear_ms']:.3f}",
+            f"{part['sparse_kernels']} of {part['linears']}",
+            f"{dense / part['ms']:.2f}x" if dense is not None and part["ms"] > 0 else "",
+        )
+
+
+def profile_table(profile: Mapping[str, Any], result: Mapping[str, Any]) -> Table:
+    """Time by layer, then the three most expensive kinds of operators."""
+    table = _table(profile_title(profile), _PROFILE_HEADERS)
+    for row in profile_rows(profile, result):
+        table.add_row(*row)
+    table.add_row("all", "", f"{profile['total_ms']:.3f}")
+    for kind in profile["kinds"][:3]:
+        table.add_row(f"  {kind['count']} {kind['kind']}", "", f"{kind['ms']:.3f}")
+    return table
+
+
+def profile_headers() -> tuple[str, ...]:
+    return _PROFILE_HEADERS
+
+
+def size_headers() -> tuple[str, ...]:
+    return _SIZE_HEADERS
+
+
+def _profile_of_baseline(profile: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, float]:
+    """Part -> ms of the baseline in the same phase; empty for the baseline itself or without its profile."""
+    base = next(row["name"] for row in result["rows"] if row["baseline"])
+    if profile["name"] == base:
+        return {}
+    for other in result["profiles"]:
+        if other["name"] == base and other["phase"] == profile["phase"]:
+            return {part["part"]: part["ms"] for part in other["parts"]}
+    return {}
+
+
+def _table(title: str, headers: Sequence[str]) -> Table:
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0), title_justify="left", title_style="bold")
+    for at, header in enumerate(headers):
+        table.add_column(header, justify="left" if at == 0 else "right", no_wrap=at != 0, overflow="fold")
+    return table
+
+
+def _parts(result: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, list[tuple[str, ...]]]]]]:
+    """For each setting its title, and for each phase its name and lines; last, what was not measured."""
+    return [(setting_title(setting, result), sections(rows_at(result, setting))) for setting in settings(result)]
+
+
+def sections(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """Each phase's name with the cells of the rows that were measured; last, the others, whose reasons are notes."""
+    there = [row for row in rows if row["status"] == "measured"]
+    parts = [(title, [phase_cells(row, phase) for row in there]) for phase, title in PHASES.items() if there]
+    missing = [phase_cells(row, "total") for row in rows if row["status"] != "measured"]
+    return [*parts, ("not measured", missing)] if missing else parts

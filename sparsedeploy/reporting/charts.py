@@ -1,14 +1,18 @@
-"""Small line and bar charts as inline SVG: no script, no network; colours come from the page's style sheet."""
+"""Small line, bar and scatter charts as inline SVG: no script, no network; colours come from the page's style sheet."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 640, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 14, 74
+_COLOURS = 6
+# Of a letter, on average.
+_LETTER = 6.6
+_LARGEST_RADIUS = 22
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,17 @@ class Bar:
     limit: float | None = None
 
 
+@dataclass(frozen=True)
+class Disc:
+    """A point of a scatter chart; its area is proportional to ``area``, and ``note`` is added to its hover text."""
+
+    name: str
+    x: float
+    y: float
+    area: float
+    note: str = ""
+
+
 def line_chart(
     series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_y: bool = False, whole_x: bool = False
 ) -> str:
@@ -47,18 +62,24 @@ def line_chart(
     parts += [_y_tick(at(x_axis[0], y)[1], f"{y:g}") for y in y_axis]
     for number, line in enumerate(series):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in line.points))
-        parts.append(f'<polyline class="line c{number}" points="{path}"/>')
+        parts.append(f'<polyline class="line c{number % _COLOURS}" points="{path}"/>')
         for point in line.points:
             x, y = at(*point)
             label = escape(f"{line.name}: {point[0]:g}, {point[1]:.4g}")
             parts.append(
-                f'<circle class="dot c{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{label}</title></circle>'
+                f'<circle class="dot c{number % _COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
+                f"<title>{label}</title></circle>"
             )
     return _svg(parts, [line.name for line in series], title)
 
 
 def bar_chart(
-    groups: Sequence[str], series: dict[str, Sequence[Bar]], *, title: str, y_label: str, line_at: float | None = None
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[Bar]],
+    *,
+    title: str,
+    y_label: str,
+    line_at: float | None = None,
 ) -> str:
     """Grouped bars, one colour per series; ``line_at`` draws a level to compare with, such as 1x."""
     highest = max(max(bar.value, bar.high or 0, bar.limit or 0) for bars in series.values() for bar in bars)
@@ -68,7 +89,7 @@ def bar_chart(
     slot = 1 / len(groups)
     width = slot * 0.7 / len(series)
     for at, group in enumerate(groups):
-        parts.append(_x_tick(_x((at + 0.5) * slot), group))
+        parts.append(_x_tick(_x((at + 0.5) * slot), _shorten(group, slot)))
         for number, (name, bars) in enumerate(series.items()):
             bar = bars[at]
             left = _x((at + 0.15) * slot + number * width)
@@ -76,7 +97,7 @@ def bar_chart(
             middle, top = (left + right) / 2, _y(_share(bar.value, y_axis))
             label = escape(f"{group}, {name}: {bar.value:.3g}")
             parts.append(
-                f'<rect class="bar c{number}" x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
+                f'<rect class="bar c{number % _COLOURS}" x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
                 f'height="{_y(0) - top:.1f}"><title>{label}</title></rect>'
             )
             if bar.low is not None and bar.high is not None:
@@ -96,15 +117,60 @@ def bar_chart(
     return _svg(parts, list(series), title)
 
 
+def scatter_chart(
+    discs: Sequence[Disc], *, title: str, x_label: str, y_label: str, log_y: bool = False, lower_is_better: bool = True
+) -> str:
+    """Named discs, and a dashed line through those that no other one beats in both directions (more x is better)."""
+    x_axis = _ticks(min(0.0, *(disc.x for disc in discs)), max(disc.x for disc in discs))
+    ys = [disc.y for disc in discs]
+    y_axis = _log_ticks(min(ys), max(ys)) if log_y else _ticks(min(ys), max(ys))
+
+    def at(disc: Disc) -> tuple[float, float]:
+        height = (math.log(disc.y / y_axis[0]) / math.log(y_axis[-1] / y_axis[0])) if log_y else _share(disc.y, y_axis)
+        return _x(_share(disc.x, x_axis)), _y(height)
+
+    parts = [_frame(title, x_label, y_label)]
+    parts += [_x_tick(_x(_share(x, x_axis)), f"{x:g}") for x in x_axis]
+    for tick in y_axis:
+        share = math.log(tick / y_axis[0]) / math.log(y_axis[-1] / y_axis[0]) if log_y else _share(tick, y_axis)
+        parts.append(_y_tick(_y(share), f"{tick:g}"))
+    front = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(disc) for disc in pareto_front(discs, lower_is_better)))
+    parts.append(f'<polyline class="front" points="{front}"/>')
+    largest = max(disc.area for disc in discs)
+    for number, disc in enumerate(discs):
+        x, y = at(disc)
+        radius = max(4.0, _LARGEST_RADIUS * math.sqrt(disc.area / largest))
+        label = escape(f"{disc.name}: {disc.x:.3g}, {disc.y:.4g}{disc.note}")
+        parts.append(
+            f'<circle class="dot disc c{number % _COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">'
+            f"<title>{label}</title></circle>"
+        )
+    return _svg(parts, [disc.name for disc in discs], title)
+
+
+def pareto_front(discs: Sequence[Disc], lower_is_better: bool = True) -> list[Disc]:
+    """Those that no other one matches in x and y and beats in one of them, by x."""
+    sign = 1 if lower_is_better else -1
+
+    def beats(a: Disc, b: Disc) -> bool:
+        return a.x >= b.x and sign * a.y <= sign * b.y and (a.x, a.y) != (b.x, b.y)
+
+    best = [disc for disc in discs if not any(beats(other, disc) for other in discs)]
+    return sorted(best, key=lambda disc: disc.x)
+
+
 def _svg(parts: list[str], names: list[str], title: str) -> str:
     legend = []
-    x = float(_LEFT)
+    x, y = float(_LEFT), _HEIGHT - 18
     for number, name in enumerate(names):
-        legend.append(f'<rect class="bar c{number}" x="{x:.0f}" y="{_HEIGHT - 18}" width="12" height="12"/>')
-        legend.append(f'<text class="legend" x="{x + 17:.0f}" y="{_HEIGHT - 8}">{escape(name)}</text>')
-        x += 34 + 7.2 * len(name)
+        width = 34 + _LETTER * len(name)
+        if x > _LEFT and x + width > _WIDTH:
+            x, y = float(_LEFT), y + 18
+        legend.append(f'<rect class="bar c{number % _COLOURS}" x="{x:.0f}" y="{y}" width="12" height="12"/>')
+        legend.append(f'<text class="legend" x="{x + 17:.0f}" y="{y + 10}">{escape(name)}</text>')
+        x += width
     body = "".join(parts + legend)
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">{body}</svg>'
+    return f'<svg viewBox="0 0 {_WIDTH} {y + 18}" role="img" aria-label="{escape(title, quote=True)}">{body}</svg>'
 
 
 def _frame(title: str, x_label: str, y_label: str) -> str:
@@ -127,6 +193,12 @@ def _y_tick(y: float, label: str) -> str:
         f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text class="tick" x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>'
     )
+
+
+def _shorten(text: str, slot: float) -> str:
+    """Cut to the width of a group; the whole name is in its bars' hover texts and in the table beside."""
+    room = max(3, int(slot * (_WIDTH - _LEFT - _RIGHT) / _LETTER))
+    return text if len(text) <= room else f"{text[: room - 1]}\u2026"
 
 
 def _x(share: float) -> float:

@@ -1,16 +1,32 @@
-"""The report of a pipeline run: one dictionary, shown as a terminal table and as one self-contained HTML file."""
+"""The report of a pipeline run: one dictionary, shown as a terminal table and as one self-contained HTML file.
+
+``models`` is a list with, for each model, ``name``, ``sparsity``, ``quality`` (``perplexity`` and, when tasks were run,
+``tasks``: name -> metrics, each with its ``_stderr``), sizes, ``layer_sparsity``, ``allocation`` and ``commands`` (step
+-> command line); ``benchmark`` is the result of ``sparsedeploy bench`` under the same names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from sparsedeploy.reporting.charts import Bar, Series, bar_chart, line_chart
+from sparsedeploy.reporting.benchmark_page import (
+    environment,
+    notes_section,
+    profile_sections,
+    repeat_command,
+    sizes_section,
+    speed_sections,
+)
+from sparsedeploy.reporting.benchmark_table import rows_at, setting_title, settings, times
+from sparsedeploy.reporting.charts import Disc, Series, line_chart, scatter_chart
+from sparsedeploy.reporting.page import commands_block, figure, note, page, pairs, section, table
 
-FORMAT = 1
+FORMAT = 2
+# The first of these that a task has is its score.
+_METRICS = ("acc_norm", "acc", "exact_match")
 
 
 def layer_sparsity(plan: Mapping[str, Any]) -> list[float]:
@@ -25,26 +41,49 @@ def layer_sparsity(plan: Mapping[str, Any]) -> list[float]:
 
 
 def summary_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row a model: quality, size and speed side by side, as plain figures."""
-    speed = {row["name"]: row for row in report["benchmark"]["rows"]}
+    """One row a model: quality, size and speed side by side, as plain figures, in the benchmark's first setting.
+
+    Speeds are None for a model that was not measured.
+    """
+    measured = report["benchmark"]
+    speed = {row["name"]: row for row in rows_at(measured, settings(measured)[0])}
     rows = []
     for model in report["models"]:
-        measured = speed[model["name"]]
+        row = speed.get(model["name"])
+        there = row is not None and row["status"] == "measured"
         rows.append(
             {
                 "model": model["name"],
                 "sparsity": model["sparsity"],
                 "perplexity": model["quality"]["perplexity"],
+                "accuracy": accuracy(model["quality"].get("tasks")),
                 "nonzero_millions": model["nonzero_weights"] / 1e6,
                 "size_mb": model["artifact_bytes"] / 1e6,
-                "prefill_ms": measured["prefill_ms"]["median"],
-                "prefill_speedup": measured["prefill_speedup"],
-                "decode_ms": measured["decode_ms"]["median"],
-                "decode_speedup": measured["decode_speedup"],
-                "decode_limit": None if measured["baseline"] else measured["decode_limit"],
+                "baseline": row is not None and row["baseline"],
+                "prefill_ms": row["prefill"]["ms"]["median"] if row and there else None,
+                "prefill_speedup": row["prefill"]["speedup"] if row and there else None,
+                "decode_ms": row["decode"]["ms"]["median"] if row and there else None,
+                "decode_speedup": row["decode"]["speedup"] if row and there else None,
+                "decode_limit": row["decode_limit"] if row and not row["baseline"] else None,
             }
         )
     return rows
+
+
+def score(metrics: Mapping[str, Any]) -> tuple[str, float, float | None] | None:
+    """The metric that stands for a task, its value and its standard error (None where unknown)."""
+    names = [name for name in metrics if "stderr" not in name]
+    names.sort(key=lambda name: _METRICS.index(name) if name in _METRICS else len(_METRICS))
+    if not names:
+        return None
+    error = metrics.get(f"{names[0]}_stderr", metrics.get("stderr"))
+    return names[0], metrics[names[0]], error
+
+
+def accuracy(tasks: Mapping[str, Mapping[str, Any]] | None) -> float | None:
+    """The plain mean of the tasks' scores."""
+    found = [one[1] for one in map(score, (tasks or {}).values()) if one is not None]
+    return sum(found) / len(found) if found else None
 
 
 _HEADERS = ("model", "sparsity", "perplexity", "size", "non-zero", "prefill", "ms", "decode", "ms", "limit")
@@ -59,30 +98,27 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['perplexity']:.2f}",
         f"{row['size_mb']:.1f} MB",
         f"{row['nonzero_millions']:.2f} M",
-        _times(row["prefill_speedup"]),
-        f"{row['prefill_ms']:.2f}",
-        _times(row["decode_speedup"]),
-        f"{row['decode_ms']:.2f}",
+        *_speed_cells(row, "prefill"),
+        *_speed_cells(row, "decode"),
         "" if row["decode_limit"] is None else f"{row['decode_limit']:.2f}x",
     )
 
 
-def _times(speedup: Mapping[str, float] | None) -> str:
-    """The median, with a question mark where the middle half of the rounds lies on both sides of 1."""
-    if speedup is None:
-        return "1x"
-    return f"{speedup['median']:.2f}x" + ("?" if speedup["low"] <= 1 <= speedup["high"] else "")
+def _speed_cells(row: Mapping[str, Any], phase: str) -> tuple[str, str]:
+    if row[f"{phase}_ms"] is None:
+        return "failed", ""
+    return "1x" if row["baseline"] else times(row[f"{phase}_speedup"]), f"{row[f'{phase}_ms']:.2f}"
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:
     """The table that the terminal shows: prefill and decode as speedups over the dense model."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for at, header in enumerate(_NARROW):
-        table.add_column(header, justify="left" if at == 0 else "right", no_wrap=True)
+        shown.add_column(header, justify="left" if at == 0 else "right", no_wrap=True)
     for row in summary_rows(report):
         cells = dict(zip(_HEADERS, _cells(row), strict=True))
-        table.add_row(*(cells[header] for header in _NARROW))
-    return table
+        shown.add_row(*(cells[header] for header in _NARROW))
+    return shown
 
 
 def summary_markdown(report: Mapping[str, Any]) -> str:
@@ -95,162 +131,167 @@ def summary_markdown(report: Mapping[str, Any]) -> str:
 def heading(report: Mapping[str, Any]) -> str:
     """One line: where and how the speed was measured."""
     measured = report["benchmark"]
-    options = measured["options"]
+    setting = settings(measured)[0]
+    runtimes = ", ".join(dict.fromkeys(row["runtime"] for row in measured["rows"]))
     return (
-        f"{options['runtime']} on {options['cores']} cores of {measured['machine']['processor']}, "
-        f"{options['rounds']} interleaved rounds, prompt {options['prompt_length']} tokens, "
-        f"memory bandwidth {measured['bandwidth']['best']:.1f} GB/s"
+        f"{runtimes} on {measured['machine']['processor']}: {setting_title(setting, measured)}, "
+        f"{measured['options']['rounds']} interleaved rounds, "
+        f"memory bandwidth {measured['bandwidth'][str(setting['cores'])]['best']:.1f} GB/s"
     )
 
 
 def html_report(report: Mapping[str, Any]) -> str:
     """The report as one HTML file without scripts or links to anything outside it."""
+    measured = report["benchmark"]
     quality = report["models"][0]["quality"]
-    sections = [
-        _section(
-            "Quality, size and speed",
-            _table(_HEADERS, [_cells(row) for row in summary_rows(report)])
-            + _note(
-                f"{heading(report)}. Perplexity: {quality['data']} ({quality['split']} split), {quality['windows']} "
-                f"windows of {quality['context']} tokens. Prefill and decode: speedup over dense, the median of "
-                "the rounds' ratios; a question mark where the rounds disagree on which is faster. "
-                "Limit: the highest decode speedup that memory traffic alone would allow. Size: the exported folder; "
-                "the engine compresses zeros when it loads the graph, not on disk."
-            ),
+    summary = section(
+        "Quality, size and speed",
+        table(_HEADERS, [_cells(row) for row in summary_rows(report)]),
+        note(
+            f"{heading(report)}. Perplexity: {quality['data']} ({quality['split']} split), {quality['windows']} "
+            f"windows of {quality['context']} tokens. Prefill and decode: speedup over dense, the median of the "
+            "rounds' ratios; a question mark where its 95 % interval holds 1. Limit: the highest decode speedup that "
+            "memory traffic alone would allow. Size: the exported folder; some engines compress zeros when they load "
+            "the graph, not on disk."
         ),
-        _section("Speedup over the dense model", _speed_chart(report) + _note(_WHISKERS)),
-        _section("Perplexity and sparsity", _quality_chart(report)),
-        _layers_section(report),
-        _section("Notes on the measurement", _list(report["benchmark"]["notes"] or ["None."])),
-        _section("Settings", _pairs(report["settings"])),
-        _section("Machine", _pairs(_environment(report))),
-        _section("Repeat it", _commands(report)),
-    ]
-    body = "\n".join(section for section in sections if section)
-    title = escape(report["title"])
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n"
-        f"{body}\n</main>\n</body>\n</html>\n"
+        commands_block([report["command"]]),
+    )
+    return page(
+        report["title"],
+        [
+            summary,
+            *_pareto_sections(report),
+            *speed_sections(measured),
+            _quality_section(report),
+            _tasks_section(report),
+            _layers_section(report),
+            *_allocation_sections(report),
+            *profile_sections(measured),
+            sizes_section(measured),
+            notes_section(measured),
+            section("Settings", pairs(report["settings"])),
+            section("Environment", pairs({**environment(measured), "sparsedeploy": report["sparsedeploy"]})),
+            section(
+                "Repeat it",
+                commands_block([report["command"], *report["commands"], repeat_command(measured)]),
+                note("Every figure is in report.json beside this file."),
+            ),
+        ],
     )
 
 
-_WHISKERS = "Thin lines: the middle half of the rounds. Dashes: the byte limit of decoding. Line at 1: the dense model."
-
-
-def _speed_chart(report: Mapping[str, Any]) -> str:
-    rows = [row for row in report["benchmark"]["rows"] if not row["baseline"]]
-
-    def bars(phase: str) -> list[Bar]:
-        return [
-            Bar(
-                row[f"{phase}_speedup"]["median"],
-                row[f"{phase}_speedup"]["low"],
-                row[f"{phase}_speedup"]["high"],
-                row["decode_limit"] if phase == "decode" else None,
+def _pareto_sections(report: Mapping[str, Any]) -> Iterator[str]:
+    """Quality against decode speedup, the area of a mark for the size on disk: by perplexity, and by accuracy."""
+    rows = [row for row in summary_rows(report) if row["baseline"] or row["decode_speedup"] is not None]
+    for key, title, lower in (("perplexity", "perplexity", True), ("accuracy", "mean accuracy of the tasks", False)):
+        discs = [
+            Disc(
+                row["model"],
+                1.0 if row["baseline"] else row["decode_speedup"]["median"],
+                row[key],
+                row["size_mb"],
+                f", {row['size_mb']:.1f} MB",
             )
             for row in rows
+            if row[key] is not None
         ]
+        if len(discs) < 2:
+            continue
+        chart = scatter_chart(
+            discs,
+            title=f"{title.capitalize()} against decode speedup",
+            x_label="decode speedup over the dense model",
+            y_label=f"{title}{', log scale' if lower else ''}",
+            log_y=lower,
+            lower_is_better=lower,
+        )
+        caption = (
+            f"Right and {'down' if lower else 'up'} is better. Dashed: what no other model beats in both. "
+            "The area of a mark is the size on disk."
+        )
+        again = [*_step(report, "eval"), repeat_command(report["benchmark"])]
+        yield section(f"{title.capitalize()} against speed", figure(chart, caption, again))
 
-    return bar_chart(
-        [row["name"] for row in rows],
-        {"prefill": bars("prefill"), "decode": bars("decode")},
-        title="Speedup over the dense model, prefill and decode",
-        y_label="speedup",
-        line_at=1.0,
-    )
 
-
-def _quality_chart(report: Mapping[str, Any]) -> str:
+def _quality_section(report: Mapping[str, Any]) -> str:
     points = sorted((model["sparsity"], model["quality"]["perplexity"]) for model in report["models"])
-    return line_chart(
+    chart = line_chart(
         [Series("perplexity (lower is better)", points)],
         title="Perplexity against sparsity",
         x_label="sparsity",
         y_label="perplexity, log scale",
         log_y=True,
     )
+    rows = [
+        (model["name"], f"{model['sparsity']:.1%}", f"{model['quality']['perplexity']:.3f}")
+        for model in report["models"]
+    ]
+    shown = figure(chart, "Perplexity on text that no calibration saw.", _step(report, "eval"))
+    return section("Perplexity and sparsity", shown, table(("model", "sparsity", "perplexity"), rows))
+
+
+def _tasks_section(report: Mapping[str, Any]) -> str:
+    """Scores with their standard errors; empty when no model was run on tasks."""
+    names = list(dict.fromkeys(name for model in report["models"] for name in model["quality"].get("tasks") or {}))
+    if not names:
+        return ""
+    rows = []
+    for model in report["models"]:
+        tasks = model["quality"].get("tasks") or {}
+        mean = accuracy(tasks)
+        rows.append((model["name"], *(_score_cell(tasks.get(name)) for name in names), _percent(mean)))
+    text = "Percent, with the standard error; normalised accuracy where a task has it."
+    return section("Tasks", table(("model", *names, "mean"), rows), note(text), commands_block(_step(report, "eval")))
+
+
+def _score_cell(metrics: Mapping[str, Any] | None) -> str:
+    found = score(metrics) if metrics else None
+    if found is None:
+        return ""
+    _, value, error = found
+    return _percent(value) + (f" ± {100 * error:.1f}" if isinstance(error, float) else "")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
 
 
 def _layers_section(report: Mapping[str, Any]) -> str:
-    lines = [
-        Series(model["name"], list(enumerate(model["layer_sparsity"])))
-        for model in report["models"]
-        if model["layer_sparsity"]
-    ]
-    if not lines:
+    models = [model for model in report["models"] if model["layer_sparsity"]]
+    if not models:
         return ""
-    chart = line_chart(
-        lines, title="Sparsity by decoder layer", x_label="decoder layer", y_label="sparsity", whole_x=True
-    )
-    return _section("Where the zeros are", chart)
+    return section("Where the zeros are", _layers_figure(models, "Sparsity by decoder layer", _step(report, "prune")))
 
 
-def _environment(report: Mapping[str, Any]) -> dict[str, Any]:
-    measured = report["benchmark"]
-    facts = dict(measured["machine"])
-    facts.pop("flags", None)
-    runtime = next(iter(measured["runtime"].values()))
-    return {
-        **facts,
-        "measured bandwidth": f"{measured['bandwidth']['best']:.1f} GB/s",
-        "runtime versions": ", ".join(f"{name} {version}" for name, version in runtime["versions"].items()),
-        "sparsedeploy": report["sparsedeploy"],
-        "started": measured["started"],
-    }
+def _layers_figure(models: Sequence[Mapping[str, Any]], title: str, commands: Sequence[str]) -> str:
+    lines = [Series(model["name"], list(enumerate(model["layer_sparsity"]))) for model in models]
+    chart = line_chart(lines, title=title, x_label="decoder layer", y_label="sparsity", whole_x=True)
+    return figure(chart, "Each layer's share of zeros among its prunable weights.", commands)
 
 
-def _commands(report: Mapping[str, Any]) -> str:
-    lines = [report["command"], *report["commands"]]
-    return f"<pre>{escape(chr(10).join(lines))}</pre>" + _note("Every figure is in report.json beside this file.")
+def _allocation_sections(report: Mapping[str, Any]) -> Iterator[str]:
+    """For each sparsity that several allocations spread differently: their layers, quality and speed."""
+    summary = {row["model"]: row for row in summary_rows(report)}
+    groups: dict[int, list[Mapping[str, Any]]] = {}
+    for model in report["models"]:
+        if model["layer_sparsity"] and model.get("allocation"):
+            groups.setdefault(round(100 * model["sparsity"]), []).append(model)
+    for percent, models in sorted(groups.items()):
+        if len({model["allocation"] for model in models}) < 2:
+            continue
+        rows = []
+        for model in models:
+            row = summary[model["name"]]
+            lowest, highest = min(model["layer_sparsity"]), max(model["layer_sparsity"])
+            cells = (model["allocation"], f"{lowest:.1%}", f"{highest:.1%}", f"{row['perplexity']:.2f}")
+            speed = (_speed_cells(row, "prefill")[0], _speed_cells(row, "decode")[0])
+            rows.append((model["name"], *cells, *speed))
+        headers = ("model", "allocation", "lowest layer", "highest layer", "perplexity", "prefill", "decode")
+        title = f"Allocations at {percent}% sparsity"
+        commands = [model["commands"]["prune"] for model in models if "prune" in model.get("commands", {})]
+        yield section(title, _layers_figure(models, title, commands), table(headers, rows))
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>"
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
-
-
-def _list(items: list[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    return _table(("setting", "value"), [(str(key), str(value)) for key, value in values.items()], numbers=False)
-
-
-def _table(headers: tuple[str, ...], rows: list[tuple[str, ...]], *, numbers: bool = True) -> str:
-    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    kind = "numbers" if numbers else "pairs"
-    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --dim: #5b6570; --page: #fff; --line: #d9dee3; --soft: #f4f6f8;
-  --c0: #2563b8; --c1: #d0651d; --c2: #2a8a4a; --c3: #8a3fa0; --c4: #b08900; --c5: #c0304f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --dim: #9aa4ae; --page: #14171a; --line: #333a41;
-  --soft: #1d2226; --c0: #6ea8f0; --c1: #f0975a; --c2: #63c585; --c3: #c58ad8; --c4: #e0bd45; --c5: #f07a93; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; margin: 0 0 1rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { color: var(--dim); font-weight: 600; font-size: .85rem; }
-.numbers td, .numbers th { white-space: nowrap; }
-.numbers td + td, .numbers th + th { text-align: right; } .pairs td + td { overflow-wrap: anywhere; }
-.note { color: var(--dim); font-size: .87rem; } svg { display: block; width: 100%; max-width: 44rem; height: auto; }
-pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .85rem; }
-svg text { fill: var(--ink); font-size: 12px; } svg .tick, svg .axis { fill: var(--dim); }
-.grid { stroke: var(--line); } .line { fill: none; stroke-width: 2; }
-.whisker { stroke: var(--ink); stroke-width: 1.5; }
-.level { stroke: var(--ink); stroke-width: 1; } .limit { stroke: var(--ink); stroke-width: 2; stroke-dasharray: 4 3; }
-.line.c0 { stroke: var(--c0); } .line.c1 { stroke: var(--c1); } .line.c2 { stroke: var(--c2); }
-.line.c3 { stroke: var(--c3); } .line.c4 { stroke: var(--c4); } .line.c5 { stroke: var(--c5); }
-.dot.c0, .bar.c0 { fill: var(--c0); } .dot.c1, .bar.c1 { fill: var(--c1); } .dot.c2, .bar.c2 { fill: var(--c2); }
-.dot.c3, .bar.c3 { fill: var(--c3); } .dot.c4, .bar.c4 { fill: var(--c4); } .dot.c5, .bar.c5 { fill: var(--c5); }
-"""
+def _step(report: Mapping[str, Any], step: str) -> list[str]:
+    """The command lines of one step, of every model that has it."""
+    return [model["commands"][step] for model in report["models"] if step in model.get("commands", {})]
