@@ -125,20 +125,22 @@ def scatter_chart(
     ys = [disc.y for disc in discs]
     y_axis = _log_ticks(min(ys), max(ys)) if log_y else _ticks(min(ys), max(ys))
 
-    def at(disc: Disc) -> tuple[float, float]:
-        height = (math.log(disc.y / y_axis[0]) / math.log(y_axis[-1] / y_axis[0])) if log_y else _share(disc.y, y_axis)
-        return _x(_share(disc.x, x_axis)), _y(height)
+    def x_of(value: float) -> float:
+        return _x(_inset(_share(value, x_axis), _WIDTH - _LEFT - _RIGHT))
+
+    def y_of(value: float) -> float:
+        share = math.log(value / y_axis[0]) / math.log(y_axis[-1] / y_axis[0]) if log_y else _share(value, y_axis)
+        return _y(_inset(share, _HEIGHT - _TOP - _BOTTOM))
 
     parts = [_frame(title, x_label, y_label)]
-    parts += [_x_tick(_x(_share(x, x_axis)), f"{x:g}") for x in x_axis]
-    for tick in y_axis:
-        share = math.log(tick / y_axis[0]) / math.log(y_axis[-1] / y_axis[0]) if log_y else _share(tick, y_axis)
-        parts.append(_y_tick(_y(share), f"{tick:g}"))
-    front = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(disc) for disc in pareto_front(discs, lower_is_better)))
+    parts += [_x_tick(x_of(tick), f"{tick:g}") for tick in x_axis]
+    parts += [_y_tick(y_of(tick), f"{tick:g}") for tick in y_axis]
+    best = pareto_front(discs, lower_is_better)
+    front = " ".join(f"{x_of(disc.x):.1f},{y_of(disc.y):.1f}" for disc in best)
     parts.append(f'<polyline class="front" points="{front}"/>')
     largest = max(disc.area for disc in discs)
     for number, disc in enumerate(discs):
-        x, y = at(disc)
+        x, y = x_of(disc.x), y_of(disc.y)
         radius = max(4.0, _LARGEST_RADIUS * math.sqrt(disc.area / largest))
         label = escape(f"{disc.name}: {disc.x:.3g}, {disc.y:.4g}{disc.note}")
         parts.append(
@@ -146,6 +148,12 @@ def scatter_chart(
             f"<title>{label}</title></circle>"
         )
     return _svg(parts, [disc.name for disc in discs], title)
+
+
+def _inset(share: float, length: float) -> float:
+    """Leave room for a disc on either side."""
+    margin = _LARGEST_RADIUS / length
+    return margin + share * (1 - 2 * margin)
 
 
 def pareto_front(discs: Sequence[Disc], lower_is_better: bool = True) -> list[Disc]:
