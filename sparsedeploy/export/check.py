@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +36,11 @@ def reference_logits(model: PreTrainedModel, vocabulary: int) -> tuple[np.ndarra
     return tokens.numpy(), logits
 
 
-def check_graph(path: Path, tokens: np.ndarray, expected: np.ndarray) -> Check | None:
+def check_graph(path: Path, tokens: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE) -> Check | None:
     """Run the graph with ONNX Runtime, prompt and then token by token with its cache, and compare the logits.
+
+    Args:
+        tolerance: the largest difference allowed, as a part of the largest logit.
 
     Returns:
         The differences found; None when onnxruntime is not installed.
@@ -43,19 +48,11 @@ def check_graph(path: Path, tokens: np.ndarray, expected: np.ndarray) -> Check |
     Raises:
         UserError: the logits differ by more than rounding.
     """
-    try:
-        import onnxruntime
-    except ImportError:
+    session = _open(path)
+    if session is None:
         progress.note("onnxruntime is not installed: the exported graph is not checked against the model")
         return None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    cache = {
-        entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
-        for entry in session.get_inputs()
-        if entry.name.startswith("past_key_values")
-    }
+    cache = _empty_cache(session)
     names = [entry.name for entry in session.get_outputs()]
     total = tokens.shape[1]
     starts = [0, *range(_PROMPT, total)]
@@ -67,7 +64,41 @@ def check_graph(path: Path, tokens: np.ndarray, expected: np.ndarray) -> Check |
             name.replace("present", "past_key_values"): value
             for name, value in zip(names[1:], outputs[1:], strict=True)
         }
-    return compare_logits(np.concatenate(logits, axis=1), expected)
+    return compare_logits(np.concatenate(logits, axis=1), expected, tolerance)
+
+
+def graph_perplexity(path: Path, windows: np.ndarray) -> float | None:
+    """Perplexity of a graph over token windows [N, T] in ONNX Runtime; None when that is not installed."""
+    session = _open(path)
+    if session is None:
+        return None
+    cache = _empty_cache(session)
+    losses = []
+    for window in progress.track(windows, f"perplexity of {path.parent.name}", total=len(windows)):
+        tokens = window[None]
+        logits = session.run(["logits"], {**step_inputs(tokens, 0, tokens.shape[1]), **cache})[0][0, :-1]
+        scores = torch.from_numpy(logits)
+        losses.append(float(torch.nn.functional.cross_entropy(scores, torch.from_numpy(window[1:]))))
+    return math.exp(min(sum(losses) / len(losses), 700))
+
+
+def _open(path: Path) -> Any:
+    """An ONNX Runtime session; None when it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _empty_cache(session: Any) -> dict[str, np.ndarray]:
+    return {
+        entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+        for entry in session.get_inputs()
+        if entry.name.startswith("past_key_values")
+    }
 
 
 def split_prompt(tokens: np.ndarray) -> tuple[list[int], list[int]]:
@@ -76,7 +107,7 @@ def split_prompt(tokens: np.ndarray) -> tuple[list[int], list[int]]:
     return ids[:_PROMPT], ids[_PROMPT:]
 
 
-def compare_logits(found: np.ndarray, expected: np.ndarray) -> Check:
+def compare_logits(found: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE) -> Check:
     """Differences between an exported model's logits and the model's own, both [1, T, V].
 
     Raises:
@@ -84,7 +115,7 @@ def compare_logits(found: np.ndarray, expected: np.ndarray) -> Check:
     """
     difference = float(np.abs(found - expected).max())
     largest = float(np.abs(expected).max())
-    if not difference <= TOLERANCE * max(largest, 1e-6):
+    if not difference <= tolerance * max(largest, 1e-6):
         raise UserError(
             f"the exported graph does not compute what the model computes (logits differ by {difference:.3g}, "
             f"the largest is {largest:.3g})",

@@ -1,30 +1,59 @@
-"""Export for DeepSparse 1.8.0: a float32 ONNX graph with a key/value cache, and the files around it.
+"""Export for DeepSparse 1.8.0: an ONNX graph with a key/value cache, and the files around it.
 
-DeepSparse sparsifies constant matrices by itself when it compiles the graph, so pruned weights go in as they are.
+DeepSparse sparsifies constant matrices by itself when it compiles the graph, so pruned weights go in as they are. The
+option ``int8`` computes the pruned linears in 8-bit integers as well, see ``sparsedeploy/export/int8_graph.py``.
 """
 
 from __future__ import annotations
 
 import gc
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
+from sparsedeploy.calibration.documents import load_documents
+from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.errors import UserError
-from sparsedeploy.export.artifact import Artifact, Engine, Shapes, Source, Sparsity, hash_files, write_artifact
-from sparsedeploy.export.check import check_graph, reference_logits
+from sparsedeploy.evaluation.perplexity import windows_of
+from sparsedeploy.export.artifact import (
+    Artifact,
+    Engine,
+    Quantization,
+    Shapes,
+    Source,
+    Sparsity,
+    hash_files,
+    write_artifact,
+)
+from sparsedeploy.export.check import check_graph, graph_perplexity, reference_logits
 from sparsedeploy.export.companions import copy_companions
+from sparsedeploy.export.int8_graph import Range, activation_ranges, write_int8
 from sparsedeploy.export.kv_graph import KVCacheGraph
-from sparsedeploy.export.onnx_file import LARGEST_SINGLE_FILE, MODEL_FILE, OPSET, count_weights, import_onnx, write_onnx
+from sparsedeploy.export.onnx_file import (
+    DATA_FILE,
+    LARGEST_SINGLE_FILE,
+    MODEL_FILE,
+    OPSET,
+    count_weights,
+    import_onnx,
+    write_onnx,
+)
+from sparsedeploy.export.recorded_text import recorded_tokens
 from sparsedeploy.export.targets import TARGETS
 from sparsedeploy.folders import check_writable, new_folder
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_model
 from sparsedeploy.models.structure import check_finite, find_decoder_stack
+from sparsedeploy.pipeline import CalibrationOptions, calibration_set
 
 ENGINE = Engine(name="deepsparse", version="1.8.0")
+# int8 moves logits; a graph that is wrong moves them by as much as they are large. The perplexities tell the quality.
+INT8_TOLERANCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -33,9 +62,23 @@ class DeepSparseOptions:
 
     Attributes:
         largest_single_file: bytes of weights above which they go to ``model.data`` beside ``model.onnx``.
+        int8: compute the pruned linears in 8-bit integers, with ranges from the calibration text.
+        int8_keep: linears to keep in float32, by the ends of their names, separated by commas, such as ``down_proj``.
+        data: the calibration text; None takes the one that the checkpoint's manifest names, again.
+        sequences: sequences of that text to take the ranges from.
+        windows: windows of the text's test split to take the perplexity on, before and after; 0 takes none.
     """
 
     largest_single_file: int = LARGEST_SINGLE_FILE
+    int8: bool = False
+    int8_keep: str | None = None
+    data: str | None = None
+    sequences: int = 16
+    windows: int = 16
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1 or self.windows < 0:
+            raise ValueError("sequences must be 1 or more, windows 0 or more")
 
 
 @TARGETS.register("deepsparse", DeepSparseOptions)
@@ -76,6 +119,7 @@ def export_deepsparse(
     graph = KVCacheGraph(model)
     shapes = _shapes(graph)
     tokens, expected = reference_logits(model, shapes.vocab)
+    ranges, windows = _calibrate(checkpoint, model, linears, options) if options.int8 else ({}, None)
     with new_folder(output, overwrite=overwrite) as folder:
         write_onnx(graph, folder, largest_single_file=options.largest_single_file)
         counted = count_weights(folder / MODEL_FILE, linears)
@@ -83,21 +127,81 @@ def export_deepsparse(
         del graph, model, linears
         gc.collect()
         check = check_graph(folder / MODEL_FILE, tokens, expected)
+        quantization, new_zeros = None, 0
+        if options.int8:
+            quantization, new_zeros = _quantize(folder, ranges, windows, options)
+            check = check_graph(folder / MODEL_FILE, tokens, expected, INT8_TOLERANCE)
         copy_companions(checkpoint, folder)
         artifact = Artifact(
             target="deepsparse",
             source=source,
             model_type=config.model_type,
             shapes=shapes,
-            dtype="float32",
+            dtype="int8" if options.int8 else "float32",
             opset=OPSET,
             files=hash_files(folder),
-            sparsity=Sparsity(weights=counted.weights, zeros=counted.zeros),
+            sparsity=Sparsity(weights=counted.weights, zeros=counted.zeros + new_zeros),
             engine=ENGINE,
             check=check,
+            quantization=quantization,
         )
         write_artifact(folder, artifact)
     return artifact
+
+
+def _calibrate(
+    checkpoint: Path, model: Any, linears: dict[str, nn.Linear], options: DeepSparseOptions
+) -> tuple[dict[str, Range], np.ndarray | None]:
+    """Ranges of the inputs of the linears that become integers, and windows [N, T] of the test text."""
+    ends = tuple(end.strip() for end in (options.int8_keep or "").split(",") if end.strip())
+    chosen = {name: linear for name, linear in linears.items() if not (ends and name.endswith(ends))}
+    if not chosen:
+        raise UserError("int8_keep leaves no linear to compute in integers", "Name fewer, or leave int8 out.")
+    if any(isinstance(child, nn.Linear) for linear in chosen.values() for child in linear.modules() if child != linear):
+        raise UserError("an adapter that is not merged cannot be computed in integers", "Merge it first.")
+    manifest = load_manifest(checkpoint) if (checkpoint / MANIFEST).is_file() else None
+    recorded = manifest["calibration"] if manifest else None
+    data = options.data or (recorded and recorded["data"])
+    if data is None:
+        raise UserError(f"{checkpoint} names no calibration text", "Name one: --target-option data=TEXT.")
+    if manifest is not None and options.data is None:
+        tokens = recorded_tokens(checkpoint, manifest)
+    else:
+        wish = CalibrationOptions(data=data, sequences=options.sequences)
+        tokens = calibration_set(checkpoint, model.config, wish).tokens
+    ranges = activation_ranges(model, chosen, tokens[: options.sequences])
+    if options.windows == 0:
+        return ranges, None
+    text = load_tokenizer(checkpoint)("\n\n".join(load_documents(data, split="test")), verbose=False)["input_ids"]
+    return ranges, windows_of(text, tokens.shape[1], data)[: options.windows].numpy()
+
+
+def _quantize(
+    folder: Path, ranges: dict[str, Range], windows: np.ndarray | None, options: DeepSparseOptions
+) -> tuple[Quantization, int]:
+    """Replace the folder's float32 graph by the one in integers; also returns how many small weights became zero."""
+    before = None if windows is None else graph_perplexity(folder / MODEL_FILE, windows)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".float-") as scratch:
+        for name in (MODEL_FILE, DATA_FILE):
+            if (folder / name).is_file():
+                (folder / name).rename(Path(scratch) / name)
+        counted = write_int8(
+            Path(scratch) / MODEL_FILE, folder, ranges, largest_single_file=options.largest_single_file
+        )
+    after = None if windows is None else graph_perplexity(folder / MODEL_FILE, windows)
+    if counted.zeros < counted.float_zeros:
+        raise UserError("a pruned weight is not zero after quantisation", "Please report this as a bug.")
+    quantization = Quantization(
+        scheme="w8a8-static",
+        algorithm="round",
+        group_size=None,
+        pruned=counted.float_zeros,
+        revived=0,
+        perplexity_before=before,
+        perplexity_after=after,
+        text=options.data or "the calibration text",
+    )
+    return quantization, counted.zeros - counted.float_zeros
 
 
 def _shapes(graph: KVCacheGraph) -> Shapes:

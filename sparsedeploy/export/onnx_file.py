@@ -27,7 +27,7 @@ DATA_FILE = "model.data"
 LARGEST_SINGLE_FILE = 2_000_000_000
 _ALIGNMENT = 64
 _WRAPPER = "model."  # the attribute of KVCacheGraph that holds the model: the exporter's names start with it
-_TRANSPOSED = ".T"  # ends the name of a constant that is the transpose of the model's weight
+TRANSPOSED = ".T"  # ends the name of a constant that is the transpose of the model's weight
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def write_onnx(graph: KVCacheGraph, folder: Path, *, largest_single_file: int = 
             files.append(DATA_FILE)
             data = stack.enter_context(open(folder / DATA_FILE, "wb"))
         for name, tensor in progress.track(constants.items(), "write the weights", total=len(constants)):
-            _add_constant(model, name.removeprefix(_WRAPPER), tensor.numpy(), data)
+            add_constant(model, name.removeprefix(_WRAPPER), tensor.numpy(), data)
     for node in model.graph.node:
         for at, name in enumerate(node.input):
             if name in constants:
@@ -100,8 +100,8 @@ def count_weights(path: Path, linears: dict[str, nn.Linear]) -> WeightCount:
         weight = linear.weight.detach().float().numpy()
         if f"{name}.weight" in constants:
             tensor, wanted = constants[f"{name}.weight"], weight
-        elif f"{name}.weight{_TRANSPOSED}" in constants:
-            tensor, wanted = constants[f"{name}.weight{_TRANSPOSED}"], weight.T
+        elif f"{name}.weight{TRANSPOSED}" in constants:
+            tensor, wanted = constants[f"{name}.weight{TRANSPOSED}"], weight.T
         else:
             raise UserError(
                 f"{name} is not one constant matrix of the exported graph",
@@ -208,8 +208,8 @@ def _take_constants(graph: KVCacheGraph, model: Any) -> dict[str, torch.Tensor]:
         if node.op_type == "Identity" and source is not None:
             constants[node.output[0]] = weights.get(node.output[0], source).detach()
         elif node.op_type == "Transpose" and source is not None and source.dim() == 2:
-            renamed[node.output[0]] = node.input[0] + _TRANSPOSED
-            constants[node.input[0] + _TRANSPOSED] = source.T
+            renamed[node.output[0]] = node.input[0] + TRANSPOSED
+            constants[node.input[0] + TRANSPOSED] = source.T
         else:
             nodes.append(_copy(node))
     entries = [_copy(entry) for entry in model.graph.input if entry.name in inputs]
@@ -220,7 +220,7 @@ def _take_constants(graph: KVCacheGraph, model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in constants.items() if name in used}
 
 
-def _add_constant(model: Any, name: str, array: np.ndarray, data: BinaryIO | None) -> None:
+def add_constant(model: Any, name: str, array: np.ndarray, data: BinaryIO | None) -> None:
     """Add an initializer with its contents, or append them to the data file and point the initializer there."""
     onnx = import_onnx()
     tensor = model.graph.initializer.add()
