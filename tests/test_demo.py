@@ -52,7 +52,7 @@ def test_demo(deepsparse_runtime: object, tmp_path: Path) -> None:
     page.feed((tmp_path / "out" / "report.html").read_text())
     # Perplexity against speed, speedups, perplexity and sparsity, layers; summary, speed, perplexity, sizes, settings,
     # environment.
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("figure") == 4
     assert page.tags.count("table") == 6
     assert [list(model["commands"]) for model in report["models"]][1] == ["prune", "eval", "export"]
     # A second run keeps what is there and measures anew.

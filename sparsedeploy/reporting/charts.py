@@ -1,4 +1,7 @@
-"""Small line, bar and scatter charts as inline SVG: no script, no network; colours come from the page's style sheet."""
+"""Small line, bar and scatter charts as inline SVG with a key in HTML.
+
+No script, no network; colours come from the style sheet of the page.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 640, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 14, 74
+_LEFT, _RIGHT, _TOP, _BOTTOM = 92, 24, 14, 52
 _COLOURS = 6
-# Of a letter, on average.
-_LETTER = 6.6
+# Of a letter, on average, at the size that it has on a narrow screen.
+_LETTER = 9.0
 _LARGEST_RADIUS = 22
 
 
@@ -168,26 +171,26 @@ def pareto_front(discs: Sequence[Disc], lower_is_better: bool = True) -> list[Di
 
 
 def _svg(parts: list[str], names: list[str], title: str) -> str:
-    legend = []
-    x, y = float(_LEFT), _HEIGHT - 18
-    for number, name in enumerate(names):
-        width = 34 + _LETTER * len(name)
-        if x > _LEFT and x + width > _WIDTH:
-            x, y = float(_LEFT), y + 18
-        legend.append(f'<rect class="bar c{number % _COLOURS}" x="{x:.0f}" y="{y}" width="12" height="12"/>')
-        legend.append(f'<text class="legend" x="{x + 17:.0f}" y="{y + 10}">{escape(name)}</text>')
-        x += width
-    body = "".join(parts + legend)
-    return f'<svg viewBox="0 0 {_WIDTH} {y + 18}" role="img" aria-label="{escape(title, quote=True)}">{body}</svg>'
+    """The picture, and below it the key in HTML, which wraps and keeps its size on a narrow screen."""
+    key = "".join(
+        f'<span><svg class="swatch" viewBox="0 0 12 12"><rect class="bar c{number % _COLOURS}" width="12" height="12"/>'
+        f"</svg>{escape(name)}</span> "
+        for number, name in enumerate(names)
+    )
+    picture = (
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">'
+        f"{''.join(parts)}</svg>"
+    )
+    return f'{picture}<p class="key">{key}</p>'
 
 
 def _frame(title: str, x_label: str, y_label: str) -> str:
     middle = (_TOP + _HEIGHT - _BOTTOM) / 2
     return (
         f"<title>{escape(title)}</title>"
-        f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 34}" text-anchor="middle">'
+        f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
-        f'<text class="axis" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
+        f'<text class="axis" x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">'
         f"{escape(y_label)}</text>"
     )
 

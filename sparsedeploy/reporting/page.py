@@ -32,10 +32,10 @@ def items(texts: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>"
 
 
-def figure(svg: str, caption: str, commands: Sequence[str] = ()) -> str:
+def figure(chart: str, caption: str, commands: Sequence[str] = ()) -> str:
     """A chart with its caption and the commands that repeat it."""
     again = commands_block(commands) if commands else ""
-    return f'<figure><div class="wide">{svg}</div><figcaption>{escape(caption)}</figcaption>{again}</figure>'
+    return f"<figure>{chart}<figcaption>{escape(caption)}</figcaption>{again}</figure>"
 
 
 def commands_block(commands: Sequence[str]) -> str:
@@ -90,10 +90,14 @@ th { color: var(--dim); font-weight: 600; font-size: .85rem; }
 .numbers td, .numbers th { white-space: nowrap; }
 .numbers td + td, .numbers th + th { text-align: right; } .pairs td + td { overflow-wrap: anywhere; }
 .note, figcaption { color: var(--dim); font-size: .87rem; }
-figure { margin: 1rem 0; } svg { display: block; width: 100%; min-width: 28rem; max-width: 46rem; height: auto; }
+figure { margin: 1rem 0; } .chart { display: block; width: 100%; max-width: 46rem; height: auto; }
+.key { font-size: .85rem; margin: .2rem 0 .5rem; } .key span { margin-right: 1rem; overflow-wrap: anywhere; }
+.swatch { width: .75rem; height: .75rem; margin-right: .35rem; }
 pre { background: var(--soft); padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
   font-size: .8rem; margin: .5rem 0; }
-svg text { fill: var(--ink); font-size: 12px; } svg .tick, svg .axis { fill: var(--dim); }
+svg text { fill: var(--ink); font-size: 12px; }
+@media (max-width: 40rem) { svg text { font-size: 17px; } }
+ svg .tick, svg .axis { fill: var(--dim); }
 .grid { stroke: var(--line); } .line { fill: none; stroke-width: 2; }
 .whisker { stroke: var(--ink); stroke-width: 1.5; }
 .level { stroke: var(--ink); stroke-width: 1; } .limit { stroke: var(--ink); stroke-width: 2; stroke-dasharray: 4 3; }

@@ -214,9 +214,13 @@ def _pareto_sections(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _quality_section(report: Mapping[str, Any]) -> str:
-    points = sorted((model["sparsity"], model["quality"]["perplexity"]) for model in report["models"])
+    points: dict[str | None, list[tuple[float, float]]] = {}
+    for model in report["models"]:
+        points.setdefault(model.get("allocation"), []).append((model["sparsity"], model["quality"]["perplexity"]))
+    dense = points.pop(None, [])
+    lines = [Series(f"{name} allocation", sorted(dense + found)) for name, found in points.items()]
     chart = line_chart(
-        [Series("perplexity (lower is better)", points)],
+        lines or [Series("perplexity", sorted(dense))],
         title="Perplexity against sparsity",
         x_label="sparsity",
         y_label="perplexity, log scale",
@@ -226,7 +230,7 @@ def _quality_section(report: Mapping[str, Any]) -> str:
         (model["name"], f"{model['sparsity']:.1%}", f"{model['quality']['perplexity']:.3f}")
         for model in report["models"]
     ]
-    shown = figure(chart, "Perplexity on text that no calibration saw.", _step(report, "eval"))
+    shown = figure(chart, "Perplexity on text that no calibration saw; lower is better.", _step(report, "eval"))
     return section("Perplexity and sparsity", shown, table(("model", "sparsity", "perplexity"), rows))
 
 

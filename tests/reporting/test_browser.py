@@ -38,9 +38,9 @@ const inside = (node, box) => {
 };
 const outside = all("main *").filter(node => !node.closest(".wide")
   && node.getBoundingClientRect().right > root.clientWidth + 1).map(node => node.tagName);
-const cut = all("svg").flatMap(svg => all("text, circle, rect, polyline", svg)
+const cut = all(".chart").flatMap(svg => all("text, circle, rect, polyline", svg)
   .filter(node => !inside(node, svg.getBoundingClientRect())).map(node => node.outerHTML));
-const drawn = all("svg").map(svg => svg.getBoundingClientRect().height);
+const drawn = all(".chart").map(svg => svg.getBoundingClientRect().height);
 const found = {width: root.clientWidth, scroll: root.scrollWidth, outside, cut, drawn,
   headings: all("h2").map(node => node.textContent),
   tables: all("table").map(table => table.rows.length),
