@@ -44,3 +44,13 @@ def test_links_lead_somewhere() -> None:
             if path and "://" not in path and not (page.parent / path).exists():
                 broken.append(f"{page.relative_to(ROOT)}: {target}")
     assert not broken
+
+
+def test_every_benchmark_and_result_has_its_line() -> None:
+    """A published figure without a command that repeats it, or a script without a line, is an omission."""
+    folder = ROOT / "benchmarks"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    for result in (folder / "results").glob("*.md"):
+        assert f"(results/{result.name})" in page, f"benchmarks/README.md lacks {result.name}"
+    for script in folder.glob("*.py"):
+        assert f"benchmarks/{script.name}" in page, f"benchmarks/README.md lacks {script.name}"
