@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsedeploy.cli.common import JsonOption, OutputOption, OverwriteOption, TrustOption, console, print_json
+from sparsedeploy.errors import UserError
 
 if TYPE_CHECKING:
     from sparsedeploy.export.artifact import Artifact, Quantization
@@ -23,6 +24,13 @@ def export_command(
         str | None,
         typer.Option("--quantize", help="For vllm: quantise the pruned weights too: fp8-dynamic, w8a8 or w4a16."),
     ] = None,
+    vllm_format: Annotated[
+        str | None,
+        typer.Option(
+            "--vllm-format",
+            help="For vllm: auto or bitmask (with our plugin), or sparse24 (2:4, for vLLM 0.8 to 0.18).",
+        ),
+    ] = None,
     target_option: Annotated[
         list[str] | None, typer.Option("--target-option", help="NAME=VALUE for the target. Repeatable.")
     ] = None,
@@ -34,11 +42,16 @@ def export_command(
     from sparsedeploy.export.targets import export_checkpoint
     from sparsedeploy.registry import parse_options
 
+    options = parse_options(target_option or [])
+    if vllm_format is not None:
+        if target != "vllm" or quantize is not None:
+            raise UserError("--vllm-format goes only with --target vllm and without --quantize", "Leave it out.")
+        options["format"] = vllm_format
     artifact = export_checkpoint(
         model,
         target,
         output,
-        parse_options(target_option or []),
+        options,
         quantize=quantize,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,

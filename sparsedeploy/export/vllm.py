@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
+from sparsedeploy.export import sparse24
 from sparsedeploy.export.artifact import Artifact, Engine, Source, Sparsity, config_shapes, hash_files, write_artifact
 from sparsedeploy.export.targets import TARGETS
 from sparsedeploy.folders import check_writable, new_folder, write_json
@@ -44,14 +45,15 @@ class VllmOptions:
 
     Attributes:
         format: ``auto`` takes for each module the format in which it is smallest (N:M where its weights follow one);
-            ``bitmask`` takes only that.
+            ``bitmask`` takes only that; ``sparse24`` is compressed-tensors' 2:4 format for vLLM 0.8 to 0.18 without
+            a plugin, see ``sparsedeploy/export/sparse24.py``.
     """
 
     format: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.format not in ("auto", BITMASK):
-            raise ValueError(f"format is '{self.format}', known are auto and {BITMASK}")
+        if self.format not in ("auto", BITMASK, sparse24.FORMAT):
+            raise ValueError(f"format is '{self.format}', known are auto, {BITMASK} and {sparse24.FORMAT}")
 
 
 @TARGETS.register("vllm", VllmOptions)
@@ -93,18 +95,23 @@ def export_vllm(
         packer = _Packer(options, set(module_of))
         for shard in progress.track(files.shards, "pack weights"):
             packer.write_shard(shard, folder / shard.name)
-        if not packer.modules:
+        if not packer.packed:
             raise UserError(
                 f"no linear of {checkpoint} is smaller packed than dense", "Prune the model first: sparsedeploy prune."
             )
         left = sorted(set(module_of) - {f"{module}.weight" for module in packer.modules})
         ignored = [tensor.removesuffix(".weight") for tensor in left] + outside
-        _write_configuration(checkpoint, folder, PackedConfig(packer.modules, tuple(ignored)))
+        native = options.format == sparse24.FORMAT
+        if native:
+            quantization = sparse24.configuration(packer.zeros / packer.weights, outside)
+        else:
+            quantization = PackedConfig(packer.modules, tuple(ignored)).to_dict()
+        _write_configuration(checkpoint, folder, quantization)
         if len(files.shards) > 1:
             metadata = {"total_size": packer.bytes}
             write_json(folder / INDEX, {"metadata": metadata, "weight_map": packer.weight_map})
         artifact = Artifact(
-            target="vllm",
+            target=sparse24.TARGET if native else "vllm",
             source=source,
             model_type=config.model_type,
             shapes=config_shapes(config),
@@ -112,11 +119,15 @@ def export_vllm(
             opset=None,
             files=hash_files(folder),
             sparsity=Sparsity(weights=packer.weights, zeros=packer.zeros),
-            engine=ENGINE,
+            engine=Engine(name="vllm", version=sparse24.VERSIONS) if native else ENGINE,
         )
         write_artifact(folder, artifact)
+    if native:
+        progress.note(
+            f"for vLLM {sparse24.VERSIONS} on GPUs of compute capability 9.0; later versions refuse this format"
+        )
     progress.note(
-        f"packed {len(packer.modules)} linears: {packer.packed_bytes / 1e6:.1f} MB instead of "
+        f"packed {packer.packed} linears: {packer.packed_bytes / 1e6:.1f} MB instead of "
         f"{packer.dense_bytes / 1e6:.1f} MB ({packer.packed_bytes / packer.dense_bytes:.3f} of dense)"
     )
     return artifact
@@ -131,7 +142,7 @@ class _Packer:
         self.modules: dict[str, ModuleFormat] = {}
         self.weight_map: dict[str, str] = {}
         self.dtype = "float32"
-        self.weights = self.zeros = self.bytes = self.packed_bytes = self.dense_bytes = 0
+        self.packed = self.weights = self.zeros = self.bytes = self.packed_bytes = self.dense_bytes = 0
 
     def write_shard(self, source: Path, target: Path) -> None:
         tensors: dict[str, torch.Tensor] = {}
@@ -149,6 +160,8 @@ class _Packer:
         self.weights += weight.numel()
         self.zeros += weight.numel() - int(weight.count_nonzero())
         self.dtype = str(weight.dtype).removeprefix("torch.")
+        if self.options.format == sparse24.FORMAT:
+            return self._compress(module, weight)
         kind = packing.smallest_kind(weight)
         if kind is None:
             return {name: weight}
@@ -157,9 +170,18 @@ class _Packer:
         if not torch.equal(packing.unpack(packed), weight):
             raise UserError(f"{module} did not come back equal from its packed form", "Report this as a bug.")
         self.modules[module] = packing.describe(packed)
-        self.packed_bytes += packing.size(packed)
-        self.dense_bytes += weight.numel() * weight.element_size()
+        self._count(weight, packing.size(packed))
         return {f"{module}.{part}": tensor.contiguous() for part, tensor in packed.tensors().items()}
+
+    def _compress(self, module: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        tensors = sparse24.compress(module, weight)
+        self._count(weight, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+        return {f"{module}.{part}": tensor for part, tensor in tensors.items()}
+
+    def _count(self, weight: torch.Tensor, packed_bytes: int) -> None:
+        self.packed += 1
+        self.packed_bytes += packed_bytes
+        self.dense_bytes += weight.numel() * weight.element_size()
 
 
 def _linears(checkpoint: Path, config: Any, trust_remote_code: bool) -> tuple[list[str], list[str]]:
@@ -175,10 +197,10 @@ def _linears(checkpoint: Path, config: Any, trust_remote_code: bool) -> tuple[li
     return inside, [name for name in every if name not in set(inside)]
 
 
-def _write_configuration(checkpoint: Path, folder: Path, packed: PackedConfig) -> None:
+def _write_configuration(checkpoint: Path, folder: Path, quantization: dict[str, Any]) -> None:
     """Copy the small files and write ``config.json`` with the ``quantization_config``."""
     for path in sorted(checkpoint.iterdir()):
         if path.is_file() and path.suffix in _COPIED and path.name not in _NOT_COPIED:
             shutil.copyfile(path, folder / path.name)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    write_json(folder / "config.json", {**config, "quantization_config": packed.to_dict()})
+    write_json(folder / "config.json", {**config, "quantization_config": quantization})
