@@ -50,7 +50,10 @@ def export_checkpoint(
         from sparsedeploy.export.quantize import QuantizeOptions, export_quantized
 
         if target != "vllm":
-            raise UserError(f"--quantize does not go with --target {target}", "Use --target vllm.")
+            raise UserError(
+                f"--quantize does not go with --target {target}",
+                "Use --target vllm; for DeepSparse it is --target-option int8=true.",
+            )
         quantize_options = build_options("--quantize", QuantizeOptions, options or {})
         return export_quantized(
             checkpoint, output, quantize, quantize_options, trust_remote_code=trust_remote_code, overwrite=overwrite

@@ -172,6 +172,8 @@ def runtime_for(artifact: Artifact, folder: Path, runtime: str | None) -> Runtim
     if runtime is None:
         return runtime_for_target(artifact.target)
     specification = load_runtime(runtime)
+    if not specification.targets:
+        raise UserError(f"runtime {runtime} runs no exported models", "Leave --runtime out, or name another.")
     if artifact.target not in specification.targets:
         raise UserError(
             f"{folder} was exported for {artifact.target}, runtime {runtime} runs {', '.join(specification.targets)}",
