@@ -1,0 +1,47 @@
+"""vLLM as it is, without the plugin's formats, runs what ``export --quantize`` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.export.quantize import SCHEMES, QuantizeOptions, export_quantized
+from sparsedeploy.models.loading import load_config, load_model
+from sparsedeploy.pipeline import CalibrationOptions, PruneOptions, calibration_set, prune
+from sparsedeploy.reference import reference_model
+from sparsedeploy.runtimes.engine import open_model
+from sparsedeploy.runtimes.environments import require
+
+TEXT = CalibrationOptions(data="stdlib", sequences=4, length=96)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for name in ("vllm", "llmcompressor"):
+        try:
+            require(name)
+        except UserError as error:
+            pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("pruned") / "model"
+    prune(str(reference_model("tiny")), folder, PruneOptions(sparsity=0.5, calibration=TEXT), device="cpu")
+    return folder
+
+
+@pytest.mark.vllm
+@pytest.mark.llmcompressor
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_vllm_predicts_what_the_pruned_model_predicts(scheme: str, pruned: Path, tmp_path: Path) -> None:
+    export_quantized(pruned, tmp_path / "out", scheme, QuantizeOptions(windows=0))
+    tokens = calibration_set(pruned, load_config(pruned), TEXT).tokens[0]
+    with torch.no_grad():
+        expected = load_model(pruned)(tokens[None]).logits[0, :-1].log_softmax(dim=-1).numpy()
+    with open_model(tmp_path / "out", prompt_length=len(tokens), new_tokens=1) as model:
+        found, _ = model.logits(tokens[:-1].tolist(), tokens[-1:].tolist())
+    chosen = np.arange(len(tokens) - 1), tokens[1:].numpy()
+    # Cross-entropy in nats: quantisation moves it a little, a wrong scale or packing by far more.
+    assert -found[chosen].mean() == pytest.approx(-expected[chosen].mean(), abs=0.05)
+    assert (found.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.9
