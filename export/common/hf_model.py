@@ -38,6 +38,10 @@ class HfModel:
         """Run one more token; returns its logits [V]."""
         return self._numpy(self._run(torch.tensor([[token]])))[0, 0]
 
+    def extend(self, tokens: list[int]) -> None:
+        """Run more tokens at once."""
+        self._run(torch.tensor([tokens]))
+
     def check_room(self, prompt: int, new_tokens: int) -> None:
         """Refuse more tokens than the model was loaded for."""
         if prompt + new_tokens > self.capacity:

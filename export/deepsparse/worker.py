@@ -28,6 +28,7 @@ from cached_model import check_product, generate, measure, save_logits  # noqa: 
 from deepsparse.cpu import cpu_architecture  # noqa: E402
 from deepsparse.engine import LIB, Engine, Scheduler  # noqa: E402
 from deepsparse.utils.onnx import overwrite_onnx_model_inputs_for_kv_cache_models  # noqa: E402
+from graph_zeros import count_zeros  # noqa: E402
 
 GRAPH = "model.onnx"
 PROFILE_RUNS, PROFILE_WARMUP = 20, 5
@@ -122,7 +123,7 @@ class Model:
         """
         if not prompt:
             raise BadRequest("the prompt is empty", "Give at least one token.")
-        self.cache = LIB.kv_cache(0, 0)
+        self.cache.reset()
         self.seen = 0
         self.padding = -len(prompt) % self.chunk
         parts = []
@@ -277,18 +278,6 @@ def profile_inputs(path: str, cache_type: Any, cached: int, length: int, seed: i
         else:
             inputs.append(np.ones(shape, dtype=np.int64))
     return inputs
-
-
-def count_zeros(graph: Path) -> dict[str, tuple[int, int]]:
-    """Output of each product with a constant matrix -> weights and zeros of the matrix."""
-    model = onnx.load(str(graph), load_external_data=False)
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    found = {}
-    for node in model.graph.node:
-        if node.op_type in ("MatMul", "Gemm") and node.input[1] in tensors:
-            matrix = onnx.numpy_helper.to_array(tensors[node.input[1]], str(graph.parent))
-            found[node.output[0]] = (matrix.size, matrix.size - int(np.count_nonzero(matrix)))
-    return found
 
 
 def copy_graph(folder: Path, scratch: Path) -> Path:

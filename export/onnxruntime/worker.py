@@ -25,18 +25,23 @@ import onnxruntime  # noqa: E402
 import torch  # noqa: E402
 from cached_model import check_product, generate, save_logits  # noqa: E402
 from hf_model import HfModel  # noqa: E402
+from operator_profile import profile_graph  # noqa: E402
 from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
 
 GRAPH = "model.onnx"
 _DISTRIBUTIONS = ("optimum-onnx", "onnxruntime", "transformers", "torch")
 
 
-def open_folder(folder: Path, cores: int) -> Any:
-    """An Optimum folder as its ``ORTModelForCausalLM``, with ``cores`` threads for an operator."""
+def open_folder(folder: Path, cores: int, options: Any = None) -> Any:
+    """An Optimum folder as its ``ORTModelForCausalLM``, with ``cores`` threads for an operator.
+
+    Args:
+        options: ``onnxruntime.SessionOptions`` to start from.
+    """
     if not (folder / GRAPH).is_file():
         raise BadRequest(f"{folder} has no {GRAPH}", "Export the checkpoint again with sparsedeploy export.")
     torch.set_num_threads(cores)
-    options = onnxruntime.SessionOptions()
+    options = options or onnxruntime.SessionOptions()
     options.intra_op_num_threads = cores
     options.inter_op_num_threads = 1
     model = ORTModelForCausalLM.from_pretrained(
@@ -131,6 +136,15 @@ class Server:
 
     def measure(self, model: int, prompt: list[int], decode_tokens: int, batch: int = 1) -> dict[str, Any]:
         return self.models[model].measure(prompt, decode_tokens, batch)
+
+    def profile(
+        self, folder: str, phase: str, cores: int, prompt_length: int, new_tokens: int, chunk: int, seed: int
+    ) -> dict[str, Any]:
+        """The time of every operator, for the whole prompt or for one token after it."""
+        length, cached = (1, prompt_length) if phase == "decode" else (prompt_length, 0)
+        operators = profile_graph(open_folder, Path(folder), cores, cached, length, seed)
+        tokens = "1 token" if length == 1 else f"{length} tokens at once"
+        return {"what": f"{tokens} after {cached} in the cache", "operators": operators}
 
 
 if __name__ == "__main__":

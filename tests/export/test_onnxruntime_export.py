@@ -124,14 +124,14 @@ def test_benchmark_runs_it(tmp_path: Path) -> None:
         [tmp_path / "other-out"],
         tmp_path / "dense-out",
         runtime="onnxruntime",
-        cores=1,
-        prompt_length=8,
+        cores=[1],
+        prompt_lengths=[8],
         decode_tokens=2,
         rounds=1,
         warmup_rounds=0,
     )
     assert result.options.runtime == "onnxruntime"
-    assert all(row.decode_ms.median > 0 for row in result.rows)
+    assert all(row.phase("decode").ms.median > 0 for row in result.rows)
 
 
 @pytest.mark.optimum
