@@ -20,6 +20,7 @@ from sparsedeploy.cli.inspect import inspect_command
 from sparsedeploy.cli.prune import prune_command
 from sparsedeploy.cli.recover import recover_command
 from sparsedeploy.cli.runtime import runtime_app
+from sparsedeploy.cli.serve import serve_command
 from sparsedeploy.errors import UserError
 from sparsedeploy.version import __version__
 
@@ -69,6 +70,7 @@ app.command("eval", rich_help_panel=_CHECK)(eval_command)
 app.command("export", rich_help_panel=_SHIP)(export_command)
 app.add_typer(runtime_app, name="runtime", rich_help_panel=_SHIP)
 app.command("generate", rich_help_panel=_SHIP)(generate_command)
+app.command("serve", rich_help_panel=_SHIP)(serve_command)
 app.command("bench", rich_help_panel=_SHIP)(bench_command)
 
 

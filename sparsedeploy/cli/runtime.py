@@ -45,10 +45,13 @@ def install_command(
     python: Annotated[
         str | None, typer.Option("--python", help="Python to make the environment from [default: one that fits].")
     ] = None,
+    extra: Annotated[
+        str | None, typer.Option("--with", help="What to add: server, for the web server of deepsparse.")
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Make the runtime's environment; does nothing when it is there and complete."""
-    status = environments.install(name, python)
+    status = environments.install(name, python, extra)
     if json_output:
         print_json(status.to_json())
         return

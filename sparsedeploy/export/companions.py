@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -26,3 +28,12 @@ def copy_companions(checkpoint: Path, folder: Path, *, without: tuple[str, ...] 
     for name in COMPANIONS:
         if name not in without and (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
+
+
+def older_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's settings for transformers 4, which does not know the class that transformers 5 writes for a plain
+    ``tokenizer.json``.
+    """
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        return {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+    return settings

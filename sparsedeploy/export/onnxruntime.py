@@ -22,7 +22,7 @@ from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.export.artifact import Artifact, Engine, Source, Sparsity, config_shapes, hash_files, write_artifact
 from sparsedeploy.export.check import compare_logits, reference_logits, split_prompt
-from sparsedeploy.export.companions import copy_companions
+from sparsedeploy.export.companions import TOKENIZER_CONFIG, copy_companions, older_tokenizer
 from sparsedeploy.export.onnx_file import MODEL_FILE, import_onnx
 from sparsedeploy.export.targets import TARGETS
 from sparsedeploy.folders import check_writable, new_folder, write_json
@@ -128,7 +128,7 @@ def stage_for_transformers_4(checkpoint: Path, folder: Path) -> Path:
     for path in checkpoint.iterdir():
         if path.is_file():
             (folder / path.name).symlink_to(path.resolve())
-    for name, translate in (("config.json", _older_config), ("tokenizer_config.json", _older_tokenizer)):
+    for name, translate in (("config.json", _older_config), (TOKENIZER_CONFIG, older_tokenizer)):
         if (checkpoint / name).is_file():
             (folder / name).unlink()
             write_json(folder / name, translate(json.loads((checkpoint / name).read_text(encoding="utf-8"))))
@@ -150,13 +150,6 @@ def _older_config(config: dict[str, Any]) -> dict[str, Any]:
     if "sliding_attention" in by_layer:
         older["rope_local_base_freq"] = by_layer["sliding_attention"].get("rope_theta", 10000.0)
     return {**older, **config}
-
-
-def _older_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
-    """transformers 4 does not know the class that transformers 5 writes for a plain tokenizer.json."""
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        return {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
-    return settings
 
 
 def _weight_digests(linears: dict[str, nn.Linear]) -> dict[str, tuple[str, str]]:

@@ -146,7 +146,7 @@ def status(name: str) -> Status:
     )
 
 
-def install(name: str, python: str | None = None) -> Status:
+def install(name: str, python: str | None = None, extra: str | None = None) -> Status:
     """Make the environment of a runtime, or leave it as it is when it is complete and its pins are unchanged.
 
     An interrupted installation is done again from the start. The environment is made with ``venv`` and filled by its
@@ -154,20 +154,26 @@ def install(name: str, python: str | None = None) -> Status:
 
     Args:
         python: the Python to make it from; by default the running one if it fits, else one that is found.
+        extra: also install what ``requirements-EXTRA.txt`` beside the runtime's requirements pins.
 
     Raises:
-        UserError: this machine cannot run it, no fitting Python, or the installation failed.
+        UserError: this machine cannot run it, no such extra, no fitting Python, or the installation failed.
     """
     runtime = load_runtime(name)
     reason = runtime.why_not_here(this_machine())
     if reason is not None:
         raise UserError(reason, "Use another runtime or another machine.")
     name = runtime.name
+    more = None if extra is None else runtime.folder / f"requirements-{extra}.txt"
+    if more is not None and not more.is_file():
+        raise UserError(f"runtime {name} has no extra '{extra}'", "Leave --with out.")
     if not runtime.own_environment:
         return status(name)
     home = _home(name)
     with _lock(name):
         if _state(runtime, home, _read_marker(home)) == "installed" and python is None:
+            if more is not None:
+                _add(runtime, home, more)
             return status(name)
         base = find_python(runtime, python)
         home.mkdir(parents=True, exist_ok=True)
@@ -178,6 +184,8 @@ def install(name: str, python: str | None = None) -> Status:
             _fill(runtime, base, home / "env", file, log)
         marker = _describe(runtime, home / "env", log)
         write_json(home / MARKER_FILE, {"requirements_sha256": runtime.requirements_sha256, **marker})
+        if more is not None:
+            _add(runtime, home, more)
     return status(name)
 
 
@@ -376,6 +384,16 @@ def _fill(runtime: Runtime, base: Path, env: Path, file: TextIO, log: Path) -> N
             folders = [str(Path(__file__).resolve().parents[1]), str(runtime.folder / f"sparsedeploy_{runtime.name}")]
             command = [str(_python_of(env)), str(runtime.after_install), *folders]
             _run(command, variables, file, log, lambda line: None)
+
+
+def _add(runtime: Runtime, home: Path, more: Path) -> None:
+    """Install more pinned requirements into a complete environment, whose own pins stay as they are."""
+    pip = [str(_python_of(home / "env")), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+    variables = {**process_environment(runtime), "PIP_USER": "0"}
+    log = home / "install.log"
+    with open(log, "a", encoding="utf-8") as file, progress.bar(f"add to {runtime.title}", None) as advance:
+        files = ["-r", str(runtime.requirements), "-r", str(more)]
+        _run([*pip, *files], variables, file, log, lambda line: advance(1, line[:40]))
 
 
 def _run(command: list[str], variables: dict[str, str], file: TextIO, log: Path, show: Callable[[str], None]) -> None:

@@ -59,7 +59,7 @@ class Worker:
     ) -> None:
         self.name = name
         self.timeout = timeout
-        self.log = _new_log(name)
+        self.log = new_log(name)
         self.folder = Path(tempfile.mkdtemp(prefix=f"sparsedeploy-{name}-"))
         self._number = 0
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -260,7 +260,7 @@ def _parse(line: str) -> dict[str, Any] | None:
     return reply if {"event", "result", "error"} & reply.keys() else None
 
 
-def _new_log(name: str) -> Path:
+def new_log(name: str) -> Path:
     """A new log file; only the newest of a runtime's logs are kept."""
     folder = cache_home() / "logs"
     try:

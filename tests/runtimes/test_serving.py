@@ -1,0 +1,118 @@
+"""An exported folder served by the engine's own server: a real request, and what goes wrong in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.export.artifact import load_artifact
+from sparsedeploy.runtimes.environments import Environment, process_environment
+from sparsedeploy.runtimes.serving import serve
+from tests.runtimes.artifacts import describe, write_folder
+from tests.runtimes.exported import Exported, export_small
+from tests.small_models import byte_tokenizer
+
+PROMPT = "def main("
+NEW_TOKENS = 12
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free: int = probe.getsockname()[1]
+    return free
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return export_small(tmp_path_factory.mktemp("served"), "llama", 0.5)
+
+
+@pytest.fixture(scope="module")
+def with_server(deepsparse_runtime: Environment) -> Environment:
+    done = subprocess.run(
+        [str(deepsparse_runtime.python), "-c", "import fastapi, uvicorn, datasets, transformers"],
+        env=process_environment(deepsparse_runtime.runtime),
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        pytest.skip("needs: sparsedeploy runtime install deepsparse --with server (350 MB)")
+    return deepsparse_runtime
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_server")
+def test_a_request_gets_the_text_of_transformers(llama: Exported, port: int) -> None:
+    ids = byte_tokenizer()(PROMPT, return_tensors="pt")["input_ids"]
+    settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": 257, "pad_token_id": 258}
+    expected = llama.model.generate(ids, **settings)[0, ids.shape[1] :]
+    with serve(llama.folder, port=port, length=64, cores=1) as served:
+        body = json.dumps({"sequences": PROMPT, "max_new_tokens": NEW_TOKENS, "do_sample": False}).encode()
+        request = urllib.request.Request(served.url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            answer = json.load(reply)
+        assert served.process.poll() is None
+    # The engine's pipeline gives one token more than it is asked for.
+    text = answer["generations"][0]["text"]
+    assert text.startswith(byte_tokenizer().decode(expected, skip_special_tokens=True))
+    assert len(text) <= NEW_TOKENS + 1
+    assert served.process.poll() is not None
+    load_artifact(llama.folder, verify=True)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_server")
+def test_a_server_that_dies_shows_its_last_words(llama: Exported, port: int, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama.folder, tmp_path / "broken")
+    (folder / "model.onnx").write_bytes(b"no graph")
+    with (
+        pytest.raises(
+            UserError, match=r"the deepsparse server ended with exit code 1 during its start: .*Error"
+        ) as caught,
+        serve(folder, port=port, length=64, cores=1),
+    ):
+        pass
+    log = Path(str(caught.value).rsplit("log: ", 1)[1].rstrip("."))
+    assert "Error" in log.read_text()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("deepsparse_runtime")
+def test_port_in_use(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "artifact", describe())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*Use another --port"),
+            serve(folder, port=port, length=32),
+        ):
+            pass
+
+
+def test_what_cannot_be_served(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "artifact", describe())
+    with (
+        pytest.raises(UserError, match="65 tokens does not fit the model's 64 positions"),
+        serve(folder, port=port, length=65),
+    ):
+        pass
+    monkeypatch.setenv("SPARSEDEPLOY_HOME", str(tmp_path / "home"))
+    with pytest.raises(UserError, match="runtime install deepsparse"), serve(folder, port=port, length=32):
+        pass
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(UserError, match="not an exported artifact"), serve(tmp_path / "plain", port=port):
+        pass
