@@ -25,7 +25,7 @@ import onnxruntime  # noqa: E402
 import torch  # noqa: E402
 from cached_model import check_product, generate, save_logits  # noqa: E402
 from hf_model import HfModel  # noqa: E402
-from operator_profile import profile_graph  # noqa: E402
+from onnxruntime_profile import profile_graph  # noqa: E402
 from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
 
 GRAPH = "model.onnx"

@@ -172,7 +172,7 @@ def test_worker(
 ) -> None:
     """The worker protocol: generated tokens, and log-probabilities whose best token is the one generated."""
     with runtime.worker(timeout=600) as worker:
-        worker.call("load", folder=str(folders[1]), cores=1, prompt_length=48, new_tokens=16, chunk=16)
+        worker.call("load", folder=str(folders[1]), cores=1, prompt_length=48, new_tokens=16, chunk=16, batch=2)
         events = list(
             worker.stream(
                 "generate", model=1, prompt=prompts[0], new_tokens=NEW_TOKENS, temperature=0.0, seed=0, stop=[]
@@ -180,6 +180,8 @@ def test_worker(
         )
         assert [event["token"] for event in events if "token" in event] == expected[0]
         timing = worker.call("measure", model=1, prompt=prompts[0], decode_tokens=3)
+        assert len(timing["decode_seconds"]) == 3
+        timing = worker.call("measure", model=1, prompt=prompts[0], decode_tokens=3, batch=2)
         assert len(timing["decode_seconds"]) == 3
         reply = worker.call("logits", model=1, prompt=prompts[0], tokens=expected[0][:4], folder=str(worker.folder))
         arrays = worker.arrays(reply)

@@ -21,12 +21,11 @@ from tests.small_models import byte_tokenizer
 @pytest.fixture
 def profile_module(monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("onnxruntime")
-    for folder in ("common", "onnxruntime"):
-        monkeypatch.syspath_prepend(str(shipped("export") / folder))
-    import operator_profile
+    monkeypatch.syspath_prepend(str(shipped("export") / "common"))
+    import onnxruntime_profile
 
-    yield operator_profile
-    for name in ("operator_profile", "graph_zeros", "hf_model", "worker_protocol"):
+    yield onnxruntime_profile
+    for name in ("onnxruntime_profile", "graph_zeros", "hf_model", "worker_protocol"):
         sys.modules.pop(name, None)
 
 
