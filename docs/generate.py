@@ -152,6 +152,12 @@ sparsedeploy runtime remove deepsparse
 sparsedeploy generate pruned-ds "def main(" --max-new-tokens 16
 ```
 """,
+    "serve": """<!-- test: skip runs until Ctrl-C -->
+```bash
+sparsedeploy runtime install deepsparse --with server
+sparsedeploy serve pruned-ds --port 8000
+```
+""",
     "bench": """<!-- test: needs deepsparse -->
 ```bash
 # Two rounds for this example; the default is ten.
