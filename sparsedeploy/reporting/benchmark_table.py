@@ -15,7 +15,7 @@ _HEADERS = ("", "sparse", "ms", "tokens/s", "speedup", "95 % interval", "limit")
 _SIZE_HEADERS = ("", "runtime", "on disk", "load", "peak memory", "read")
 _PROFILE_HEADERS = ("", "sparse", "ms", "share", "linear ms", "kernels", "speedup")
 LEGEND = (
-    "prefill: up to the first new token. decode: one token. end to end: the prompt and all new tokens. Times are "
+    "prefill: the time to the first new token. decode: one token. end to end: the prompt and all new tokens. Times are "
     "medians of the rounds. speedup: the median of the rounds' ratios to the baseline, with its 95 % bootstrap "
     "interval; a question mark where that holds 1. *: rounds far from the median (outliers). limit: the highest decode "
     "speedup that memory traffic alone would allow. read: reading the weights once at the measured bandwidth."
