@@ -11,7 +11,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import ConstantPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from replay import calibration_loader
+from replay import calibration_loader, same_activations
 from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
@@ -63,9 +63,11 @@ def quantize(
     held = HeldMasks(targets=list(masks), start=0)
     # In this order the masks go on after the quantiser has changed a layer.
     recipe = [quantizer, held]
-    data = None if tokens is None else calibration_loader(tokens)
-    pipeline = "datafree" if data is None else "sequential"
-    oneshot(model=model, recipe=recipe, dataset=data, pipeline=pipeline)
+    if tokens is None:
+        oneshot(model=model, recipe=recipe, pipeline="datafree")
+    else:
+        with same_activations(model, tokens):
+            oneshot(model=model, recipe=recipe, dataset=calibration_loader(tokens), pipeline="sequential")
     size = groups["group_0"].weights.group_size
     return int(size) if size else None
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).resolve().parent
+# Names whose first number is 0.
+FIRST_LAYER = re.compile(r"\D*\.0\.")
+# Relative; 16-bit activations differ by less than this when operations run in another order.
+ROUNDING = 0.05
 
 
 def replay(model: Any, recipe: str, tokens: torch.Tensor, pipeline: str = "sequential") -> None:
@@ -31,8 +38,61 @@ def replay(model: Any, recipe: str, tokens: torch.Tensor, pipeline: str = "seque
         tokens: calibration sequences, int64 ``[sequences, length]``, used one by one in this order.
         pipeline: ``sequential`` runs all modifiers in one pass over the layers, as the plan was made for;
             ``independent``, llm-compressor's default, makes a pass for each modifier.
+
+    Raises:
+        OtherActivations: see :func:`same_activations`.
     """
-    oneshot(model=model, recipe=recipe, dataset=calibration_loader(tokens), pipeline=pipeline)
+    with same_activations(model, tokens):
+        oneshot(model=model, recipe=recipe, dataset=calibration_loader(tokens), pipeline=pipeline)
+
+
+class OtherActivations(Exception):
+    """llm-compressor calibrated on activations that the model does not compute."""
+
+
+@contextmanager
+def same_activations(model: Any, tokens: torch.Tensor) -> Iterator[None]:
+    """Make sure that what runs inside calibrates on the model's own activations.
+
+    The sequential pipeline runs a trace of the model, and in llm-compressor 0.14 the trace of some architectures
+    (Mistral) lacks the causal mask, without a word. So the inputs that the first layer's linears get from the first
+    sequence are compared with those of the model itself.
+
+    Raises:
+        OtherActivations: they differ by more than rounding.
+    """
+    row = tokens[:1].to(model.device)
+    with _first_inputs(model) as expected, torch.no_grad():
+        model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False)
+    with _first_inputs(model) as found:
+        yield
+    for name, inputs in expected.items():
+        if name in found and found[name].shape == inputs.shape:  # a mixture's experts are shown more than their tokens
+            difference = float((found[name] - inputs).abs().max() / inputs.abs().max().clamp(min=1e-6))
+            if not difference < ROUNDING:
+                kind = type(model).__name__
+                raise OtherActivations(
+                    f"llm-compressor traces {kind} wrongly: the inputs of {name} are off by {difference:.0%}"
+                )
+
+
+@contextmanager
+def _first_inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Collect the first input, in float32, that each linear of the first layer gets."""
+    inputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, given: tuple[torch.Tensor, ...]) -> None:
+        if name not in inputs:
+            inputs[name] = given[0].detach().float().cpu().clone()
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, name=name: keep(name, given))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and FIRST_LAYER.match(name)
+    ]
+    yield inputs
+    for hook in hooks:
+        hook.remove()
 
 
 def calibration_loader(tokens: torch.Tensor) -> Any:
@@ -67,7 +127,10 @@ def main() -> None:
     options = parser.parse_args()
     check_same(Path(options.model), dense["files"])
     model = load(options.model)
-    replay(model, str(HERE / "recipe.yaml"), load_file(HERE / "calibration.safetensors")["tokens"])
+    try:
+        replay(model, str(HERE / "recipe.yaml"), load_file(HERE / "calibration.safetensors")["tokens"])
+    except OtherActivations as error:
+        sys.exit(str(error))
     model.save_pretrained(options.output, save_compressed=False)
     print(f"{options.output}: pruned")
 

@@ -24,7 +24,7 @@ import quantize  # noqa: E402
 import torch  # noqa: E402
 from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import sparsify_weight  # noqa: E402
 from loguru import logger  # noqa: E402
-from replay import load, replay  # noqa: E402
+from replay import OtherActivations, load, replay  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 VERSIONS = ("llmcompressor", "compressed-tensors", "torch", "transformers")
@@ -149,7 +149,11 @@ def _with_events(work: Callable[[], T]) -> Generator[dict[str, Any], None, T]:
             while (line := lines.get()) is not None:
                 if found := _STARTS.match(line):
                     yield {"modules": int(found[1] or 1)}
-            return future.result()
+            try:
+                return future.result()
+            except OtherActivations as error:
+                fix = "Prune with the built-in engine; quantise with --target-option algorithm=round."
+                raise BadRequest(str(error), fix) from error
     finally:
         logger.remove(sink)
 

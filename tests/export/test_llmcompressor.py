@@ -172,6 +172,16 @@ def test_pruned_weights_stay_zero_when_quantised(
 
 
 @pytest.mark.llmcompressor
+def test_a_model_that_llmcompressor_traces_wrongly_is_refused(environment: Environment, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "dense", "mistral")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    text = CalibrationOptions(data=str(tmp_path / "text.txt"), sequences=2, length=16)
+    with pytest.raises(UserError, match="traces MistralForCausalLM wrongly: the inputs of .*o_proj are off"):
+        prune_with_llmcompressor(str(model), tmp_path / "out", PruneOptions(sparsity=0.5, calibration=text))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.llmcompressor
 def test_another_version_is_refused(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmcompressor, "pinned_version", lambda: "9.9")
     message = r"has llm-compressor 0\.14\.0\.1, this sparsedeploy works with 9\.9\. Run: sparsedeploy runtime install"
