@@ -9,8 +9,9 @@ from typing import Any
 from sparsedeploy.reporting.benchmark_table import (
     LEGEND,
     PHASES,
+    PROFILE_HEADERS,
+    SIZE_HEADERS,
     benchmark_heading,
-    profile_headers,
     profile_rows,
     profile_title,
     rows_at,
@@ -18,7 +19,6 @@ from sparsedeploy.reporting.benchmark_table import (
     sections,
     setting_title,
     settings,
-    size_headers,
     size_rows,
 )
 from sparsedeploy.reporting.charts import Bar, Series, bar_chart, line_chart
@@ -88,7 +88,7 @@ def speed_sections(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def sizes_section(result: Mapping[str, Any]) -> str:
-    return section("Size, loading and memory", table(size_headers(), size_rows(result)))
+    return section("Size, loading and memory", table(SIZE_HEADERS, size_rows(result)))
 
 
 def profile_sections(result: Mapping[str, Any]) -> Iterator[str]:
@@ -105,9 +105,7 @@ def profile_sections(result: Mapping[str, Any]) -> Iterator[str]:
             lines, title=f"Time by decoder layer, {phase}", x_label="decoder layer", y_label="ms", whole_x=True
         )
         caption = f"The engine's own times: {found[0]['what']}. The least of several runs of its profile."
-        tables = "".join(
-            note(profile_title(one)) + table(profile_headers(), profile_rows(one, result)) for one in found
-        )
+        tables = "".join(note(profile_title(one)) + table(PROFILE_HEADERS, profile_rows(one, result)) for one in found)
         kinds = "".join(
             note(f"{one['name']}: most expensive kinds of operators")
             + table(

@@ -12,8 +12,8 @@ from rich.table import Table
 
 PHASES = {"prefill": "prefill", "decode": "decode", "total": "end to end"}
 _HEADERS = ("", "sparse", "ms", "tokens/s", "speedup", "95 % interval", "limit")
-_SIZE_HEADERS = ("", "runtime", "on disk", "load", "peak memory", "read")
-_PROFILE_HEADERS = ("", "sparse", "ms", "share", "linear ms", "kernels", "speedup")
+SIZE_HEADERS = ("", "runtime", "on disk", "load", "peak memory", "read")
+PROFILE_HEADERS = ("", "sparse", "ms", "share", "linear ms", "kernels", "speedup")
 LEGEND = (
     "prefill: the time to the first new token. decode: one token. end to end: the prompt and all new tokens. Times are "
     "medians of the rounds. speedup: the median of the rounds' ratios to the baseline, with its 95 % bootstrap "
@@ -67,7 +67,7 @@ def benchmark_tables(result: Mapping[str, Any]) -> list[Table]:
             for row in rows:
                 table.add_row(f" {row[0]}", *row[1:])
         tables.append(table)
-    sizes = _table("sizes", _SIZE_HEADERS)
+    sizes = _table("sizes", SIZE_HEADERS)
     for row in size_rows(result):
         sizes.add_row(*row)
     return [*tables, sizes, *(profile_table(one, result) for one in result["profiles"] if one["reason"] is None)]
@@ -111,7 +111,7 @@ def benchmark_markdown(result: Mapping[str, Any]) -> str:
         for phase, rows in sections:
             lines.extend(f"| {phase}, {' | '.join(row)} |" for row in rows)
         lines.append("")
-    lines.extend([f"| {' | '.join(_SIZE_HEADERS)} |", "|---|" + "---:|" * (len(_SIZE_HEADERS) - 1)])
+    lines.extend([f"| {' | '.join(SIZE_HEADERS)} |", "|---|" + "---:|" * (len(SIZE_HEADERS) - 1)])
     lines.extend(f"| {' | '.join(row)} |" for row in size_rows(result))
     lines.extend(["", LEGEND, ""])
     lines.extend(f"- {note}" for note in result["notes"])
@@ -180,21 +180,13 @@ def profile_rows(profile: Mapping[str, Any], result: Mapping[str, Any]) -> Itera
 
 def profile_table(profile: Mapping[str, Any], result: Mapping[str, Any]) -> Table:
     """Time by layer, then the three most expensive kinds of operators."""
-    table = _table(profile_title(profile), _PROFILE_HEADERS)
+    table = _table(profile_title(profile), PROFILE_HEADERS)
     for row in profile_rows(profile, result):
         table.add_row(*row)
     table.add_row("all", "", f"{profile['total_ms']:.3f}")
     for kind in profile["kinds"][:3]:
         table.add_row(f"  {kind['count']} {kind['kind']}", "", f"{kind['ms']:.3f}")
     return table
-
-
-def profile_headers() -> tuple[str, ...]:
-    return _PROFILE_HEADERS
-
-
-def size_headers() -> tuple[str, ...]:
-    return _SIZE_HEADERS
 
 
 def _profile_of_baseline(profile: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, float]:
