@@ -6,6 +6,7 @@ embeddings, masks and mixed layer types are the model's business and none of our
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ _NOT_REPLAYED = ("hidden_states", "past_key_values", "past_key_value")
 
 
 class _StopForward(Exception):
-    """Raised by our own hook to leave the model after its embeddings; private, so no real error is swallowed."""
+    """Raised by our own hooks to leave a forward pass early; private, so no real error is swallowed."""
 
 
 def _pass_through(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -142,8 +143,7 @@ class LayerDriver:
                 outputs = spare
                 statistics: dict[str, InputStatistics] = {}
                 if kind != "none":
-                    groups = self._input_groups(layer, linears, hidden, arguments[index])
-                    statistics = self._gather(layer, linears, groups, kind, hidden, arguments[index], outputs)
+                    statistics = self._gather(layer, linears, kind, hidden, arguments[index], outputs)
                 elif outputs is not None:
                     self._run(layer, hidden, arguments[index], outputs)
                 yield LayerView(index, linears, statistics, hidden, outputs)
@@ -229,63 +229,64 @@ class LayerDriver:
         """Run a layer over all sequences, batch by batch; ``outputs`` may be ``hidden`` itself."""
         for start in range(0, len(hidden), self.batch_size):
             batch = hidden[start : start + self.batch_size].to(self.device, non_blocking=True)
-            result = layer(batch, *arguments.positional, **arguments.named)
+            try:
+                result = layer(batch, *arguments.positional, **arguments.named)
+            except _StopForward:
+                continue
             if outputs is not None:
                 outputs[start : start + self.batch_size] = result[0] if isinstance(result, tuple) else result
-
-    def _input_groups(
-        self, layer: nn.Module, linears: dict[str, nn.Linear], hidden: torch.Tensor, arguments: LayerArguments
-    ) -> dict[str, str]:
-        """Module -> the first module that reads the very same input tensor (q, k, v; gate, up), from one sequence."""
-        leader_of: dict[int, str] = {}
-        groups: dict[str, str] = {}
-        alive: list[torch.Tensor] = []  # an identity is only unique while its tensor lives
-
-        def note(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                alive.append(args[0])
-                groups.setdefault(name, leader_of.setdefault(id(args[0]), name))
-
-            return hook
-
-        handles = [linear.register_forward_pre_hook(note(name)) for name, linear in linears.items()]
-        try:
-            self._run(layer, hidden[:1], arguments, None)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {name: groups.get(name, name) for name in linears}
 
     def _gather(
         self,
         layer: nn.Module,
         linears: dict[str, nn.Linear],
-        groups: dict[str, str],
         kind: Kind,
         hidden: torch.Tensor,
         arguments: LayerArguments,
         outputs: torch.Tensor | None,
     ) -> dict[str, InputStatistics]:
-        by_leader = {
-            leader: InputStatistics(linears[leader].in_features, kind, self.device, self.accumulate)
-            for leader in dict.fromkeys(groups.values())
-        }
+        """Statistics of each linear's input; those that read the very same tensor (q, k, v; gate, up) share theirs.
 
-        def feed(statistics: InputStatistics) -> Any:
+        Without ``outputs`` a batch ends when it has reached its last linear: nobody needs what that would compute.
+        """
+        leaders: dict[str, str] = {}
+        by_leader: dict[str, InputStatistics] = {}
+        # An identity is only unique while its tensor lives.
+        seen: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
+        reached: set[str] = set()
+
+        def new(leader: str) -> InputStatistics:
+            return InputStatistics(linears[leader].in_features, kind, self.device, self.accumulate)
+
+        def feed(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                # Some layers (OPT's) flatten [batch, tokens] before a linear; statistics go sequence by sequence.
-                sequences = min(self.batch_size, len(hidden) - statistics.sequences)
-                statistics.add(args[0], sequences)
+                inputs = args[0]
+                first = seen.get(id(inputs))
+                if first is None or first[0]() is not inputs:
+                    first = seen[id(inputs)] = weakref.ref(inputs), name
+                if leaders.setdefault(name, first[1]) == name:
+                    statistics = by_leader[name] = by_leader.get(name) or new(name)
+                    # Some layers (OPT's) flatten [batch, tokens] before a linear; statistics go sequence by sequence.
+                    statistics.add(inputs, min(self.batch_size, len(hidden) - statistics.sequences))
+                reached.add(name)
+                if outputs is None and len(reached) == len(linears):
+                    raise _StopForward
 
             return hook
 
-        handles = [linears[leader].register_forward_pre_hook(feed(stats)) for leader, stats in by_leader.items()]
+        handles = [layer.register_forward_pre_hook(lambda *_: reached.clear())]
+        handles += [linear.register_forward_pre_hook(feed(name)) for name, linear in linears.items()]
         try:
             self._run(layer, hidden, arguments, outputs)
         finally:
             for handle in handles:
                 handle.remove()
-        for leader, stats in by_leader.items():
-            stats.combine(self.ranks)
-            stats.check(leader)
-        return {name: by_leader[groups[name]] for name in linears}
+        # A routed expert may have been reached on some processes only.
+        for rank in range(self.ranks.count):
+            leaders = {**self.ranks.tell(leaders, rank), **leaders}
+        leaders = {name: leaders.get(name, name) for name in linears}
+        for leader in dict.fromkeys(leaders.values()):
+            statistics = by_leader[leader] = by_leader.get(leader) or new(leader)
+            statistics.combine(self.ranks)
+            statistics.check(leader)
+        return {name: by_leader[leader] for name, leader in leaders.items()}

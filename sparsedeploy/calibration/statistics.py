@@ -12,6 +12,9 @@ from sparsedeploy.ranks import Ranks
 Kind = Literal["none", "sum_squares", "hessian"]
 _RANK: dict[str, int] = {"none": 0, "sum_squares": 1, "hessian": 2}
 
+# Columns of a Hessian that are added to at once.
+_PANEL = 256
+
 
 def richest(*kinds: Kind) -> Kind:
     """The kind that answers for all: the Hessian's diagonal holds the sums of squares."""
@@ -46,7 +49,9 @@ class InputStatistics:
         for part in rows.chunk(sequences) if len(rows) % sequences == 0 else (rows,):
             x = part.to(self._sum.dtype)
             if self.kind == "hessian":
-                self._sum.addmm_(x.T, x)
+                # X^T X is symmetric: only what is right of each panel's diagonal is computed.
+                for start in range(0, self.columns, _PANEL):
+                    self._sum[start : start + _PANEL, start:].addmm_(x[:, start : start + _PANEL].T, x[:, start:])
             else:
                 self._sum += x.square().sum(dim=0)
         self.sequences += sequences
@@ -69,8 +74,8 @@ class InputStatistics:
         """H = (2/sequences) X^T X, fp32 ``[columns, columns]``, exactly symmetric (methods 1.5)."""
         if self.kind != "hessian":
             raise ValueError("no Hessian was accumulated")
-        scaled = self._sum * (2 / self.sequences)
-        return ((scaled + scaled.T) / 2).to(torch.float32)
+        upper = self._sum.triu()
+        return (upper + upper.triu(1).T).mul_(2 / self.sequences).to(torch.float32)
 
     def check(self, name: str) -> None:
         """Refuse statistics that are not finite or were never fed.

@@ -76,7 +76,8 @@ def check_finite(name: str, weight: torch.Tensor) -> None:
     Raises:
         UserError: naming the module.
     """
-    if not torch.isfinite(weight).all():
+    # The extremes carry any NaN or infinity, and are many times cheaper than a test of each value.
+    if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
         raise UserError(f"{name}.weight holds NaN or infinite values", "Get a sound copy of the checkpoint.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.plan import NM, ModuleTarget
 from sparsedeploy.pruning.base import PRUNERS, Pruned, apply_mask
 from sparsedeploy.pruning.patterns import keep_all_but_smallest, keep_largest
+from sparsedeploy.pruning.products import subtract_product, triangular_inverse
 
 _RETRIES = 3
 # Columns that are updated one by one before a matrix product takes over.
@@ -73,8 +75,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> tuple[to
         # inverse, where factorising the inverse itself would cost three such steps and some digits.
         lower, failed = torch.linalg.cholesky_ex(attempt.flip(0, 1))
         if not failed:
-            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            upper = triangular_inverse(lower).flip(0, 1)
             if torch.isfinite(upper).all():
                 return upper, dead
         step *= 10
@@ -110,24 +111,22 @@ def solve(
     new = weight.T.contiguous()
     new[dead] = 0
     mask = torch.ones_like(new, dtype=torch.bool)
-    squared_error = 0.0
+    errors = torch.zeros_like(new)
     # A group of M is chosen as a whole, so no leaf may cut one.
     leaf = _LEAF if pattern is None else max(_LEAF // pattern.m, 1) * pattern.m
-    for start in range(0, columns, block):
-        end = min(start + block, columns)
-        errors = torch.zeros_like(new[start:end])
+
+    def sweep(start: int, end: int) -> None:
+        _sweep(new, mask, errors, factor, dead, start, end, pattern)
+
+    def solve_block(start: int, end: int) -> None:
         if pattern is None:
             # The plan's exact count, spread over the blocks so that every prefix is within one weight of its share.
             count = target.zeros * end // columns - target.zeros * start // columns
             mask[start:end] = _select_block(new[start:end], factor.diagonal()[start:end], dead[start:end], count)
-        for first in range(start, end, leaf):
-            last = min(first + leaf, end)
-            _sweep(new, mask, errors[first - start : last - start], factor, dead, first, last, pattern)
-            # What the leaf's errors owe to the rest of the block, in one product.
-            owed = factor[first:last, last:end].T
-            new[last:end].addmm_(owed, errors[first - start : last - start], alpha=-1)
-        new[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-        squared_error += errors.double().square().sum().item()
+        _in_order(_bounds(start, end, leaf), sweep, new, errors, factor)
+
+    _in_order(_bounds(0, columns, block), solve_block, new, errors, factor)
+    squared_error = errors.square_().sum(dtype=torch.float64).item()
     return new.T.contiguous(), mask.T.contiguous(), squared_error / 2
 
 
@@ -144,6 +143,32 @@ def check_block(pattern: NM | None, block: int) -> None:
         )
 
 
+def _bounds(start: int, end: int, step: int) -> list[int]:
+    """Where the parts of ``step`` columns begin, and the end."""
+    return [*range(start, end, step), end]
+
+
+def _in_order(
+    bounds: list[int],
+    visit: Callable[[int, int], None],
+    new: torch.Tensor,
+    errors: torch.Tensor,
+    factor: torch.Tensor,
+) -> None:
+    """Visit the parts from left to right, each when everything before it has been taken off its columns.
+
+    By halves: what the errors of the left half owe to the right one is one product, as large as it can be.
+    """
+    if len(bounds) == 2:
+        visit(bounds[0], bounds[1])
+        return
+    half = len(bounds) // 2
+    start, middle, end = bounds[0], bounds[half], bounds[-1]
+    _in_order(bounds[: half + 1], visit, new, errors, factor)
+    subtract_product(new[middle:end], factor[start:middle, middle:end].T, errors[start:middle])
+    _in_order(bounds[half:], visit, new, errors, factor)
+
+
 def _sweep(
     new: torch.Tensor,
     mask: torch.Tensor,
@@ -154,18 +179,18 @@ def _sweep(
     last: int,
     pattern: NM | None,
 ) -> None:
-    """Go through columns ``first`` to ``last`` one by one; fills ``errors [last - first, rows]``."""
-    for j in range(first, last):
-        if pattern is not None and j % pattern.m == 0:
-            group = slice(j, j + pattern.m)
-            scores = _scores(new[group], factor.diagonal()[group], dead[group])
-            mask[group] = keep_largest(scores, pattern.n)
-        column = new[j]
-        error = errors[j - first]
-        torch.div(column, factor[j, j], out=error)
-        error.masked_fill_(mask[j], 0)
-        column.masked_fill_(~mask[j], 0)
-        new[j + 1 : last].addr_(factor[j, j + 1 : last], error, alpha=-1)
+    """Go through columns ``first`` to ``last`` one by one; fills their rows of ``errors``."""
+    step = last - first if pattern is None else pattern.m
+    for start in range(first, last, step):
+        group = slice(start, start + step)
+        if pattern is not None:
+            mask[group] = keep_largest(_scores(new[group], factor.diagonal()[group], dead[group]), pattern.n)
+        # Where a weight goes 1 / U_jj, where it stays 0: what turns a column into its error.
+        scale = (~mask[group]).to(new.dtype).div_(factor.diagonal()[group, None])
+        for j in range(start, start + step):
+            error = torch.mul(new[j], scale[j - start], out=errors[j])
+            new[j + 1 : last].addr_(factor[j, j + 1 : last], error, alpha=-1)
+    new[first:last].masked_fill_(~mask[first:last], 0)
 
 
 def _select_block(new: torch.Tensor, diagonal: torch.Tensor, dead: torch.Tensor, count: int) -> torch.Tensor:
