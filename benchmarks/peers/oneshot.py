@@ -6,13 +6,13 @@ Prints one JSON line: seconds of loading, pruning and saving, and peak memory in
 """
 
 import json
-import resource
 import sys
 import time
 
 import numpy as np
 from datasets import Dataset
 from llmcompressor import oneshot
+from peak import peak_bytes
 from transformers import AutoModelForCausalLM
 
 
@@ -33,8 +33,7 @@ def main() -> None:
     pruned = time.perf_counter()
     model.save_pretrained(output)
     times = {"load": loaded - started, "prune": pruned - loaded, "save": time.perf_counter() - pruned}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": times, "peak_bytes": peak}))
+    print(json.dumps({"seconds": times, "peak_bytes": peak_bytes()}))
 
 
 if __name__ == "__main__":

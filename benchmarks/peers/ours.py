@@ -8,7 +8,6 @@ Prints one JSON line: seconds of forward passes, statistics, solving, and readin
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peak import peak_bytes
 
 from sparsedeploy import pipeline
 from sparsedeploy.calibration.driver import LayerDriver
@@ -70,8 +70,7 @@ def main() -> None:
     pipeline.prune(model, Path(output), pipeline.PruneOptions(sparsity=float(sparsity), method=method), device="cpu")
     total = time.perf_counter() - start
     seconds["rest"] = total - sum(seconds.values())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from replay import load
 
 def main() -> None:
     folder, scheme, algorithm, tokens, masks, output = sys.argv[1:]
-    quantize.HeldMasks = ConstantPruningModifier  # type: ignore[misc]
+    quantize.HeldMasks = ConstantPruningModifier
     model = load(folder)
     kept = load_file(masks)
     quantize.quantize(model, scheme, algorithm, torch.from_numpy(np.load(tokens)), kept)

@@ -9,13 +9,13 @@ Prints one JSON line: seconds of loading, pruning and saving, and peak memory in
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from typing import Any
 
 import numpy as np
 import torch
+from peak import peak_bytes
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -99,8 +99,7 @@ def main() -> None:
     pruned = time.perf_counter()
     model.save_pretrained(output)
     times = {"load": loaded - started, "prune": pruned - loaded, "save": time.perf_counter() - pruned}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": times, "peak_bytes": peak}))
+    print(json.dumps({"seconds": times, "peak_bytes": peak_bytes()}))
 
 
 if __name__ == "__main__":
