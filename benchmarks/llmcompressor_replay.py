@@ -44,6 +44,7 @@ TEXT = CalibrationOptions(data="stdlib", sequences=16, length=256)
 CASES = {
     "Wanda 60 %, OWL": PruneOptions(sparsity=0.6, method="wanda", allocation="owl", calibration=TEXT),
     "SparseGPT 60 %, OWL": PruneOptions(sparsity=0.6, method="sparsegpt", allocation="owl", calibration=TEXT),
+    "SparseGPT 50 %": PruneOptions(sparsity=0.5, method="sparsegpt", calibration=TEXT),
     "Wanda 2:8": PruneOptions(pattern="2:8", method="wanda", calibration=TEXT),
     "SparseGPT 2:4": PruneOptions(pattern="2:4", method="sparsegpt", calibration=TEXT),
     "SparseGPT mixed-4:8, OWL": PruneOptions(
@@ -57,10 +58,15 @@ VLLM_WINDOWS = 8
 _WHY_MASKS = """\
 Agreement is the fraction of weights that both keep or both prune. Where it is below 100 %:
 
-- SparseGPT without a pattern compares scores that depend on every weight it has changed before. The two engines
-  factorise the Hessian in a different order of operations, so scores differ in the last digits of float32 and near-ties
-  turn; each turned weight changes the updates of later columns and the inputs of later layers. The built-in engine with
-  its sums in float64 instead of float32 agrees with itself to {noise}.
+- SparseGPT's scores depend on every weight it has changed before: one weight that only one engine prunes changes the
+  updates of later columns in its row, and the inputs of all later layers. So a difference grows with depth.
+- It starts where a block's share of the zeros is no whole number (here in `down_proj`, whose {inputs} inputs are not a
+  multiple of 128 and whose rates leave fractions): there the two engines prune one weight more or less in a block. The
+  modules before the first such one agree to the last weight.
+- It also starts where two scores are closer than float32 rounds: the N:M cases and `SparseGPT 50 %` have the same counts
+  in every block and begin with a pair of weights or so. First module that differs: {first}. The engines run the text in
+  other batches, so activations differ in their last digits; exact sums on our side alone change nothing (the built-in
+  engine with float64 sums agrees with itself to {noise}).
 - Zeros above the plan: llm-compressor selects in blocks of 128 columns and can only prune a whole number of weights in
   each; the recipe rounds a block's share up, the built-in engine spreads the exact count."""
 _WHY_PASSES = """\
@@ -69,9 +75,10 @@ zeros that the modifiers before it have made in later layers, which moves its ma
 in one pass, layer by layer, as the plan was measured. So the recipe uses one modifier with a list of rates wherever it
 can, and what we run and write down asks for `sequential`."""
 _WHY_ZEROS = """\
-Perplexity of the {case} checkpoint before and after, decompressed, in torch, on 32 windows of the text's test split;
-in vLLM on {windows} of the calibration sequences, where the checkpoint without quantisation has {dense}. Every grid is
-symmetric, so rounding keeps zeros by itself. GPTQ moves rounding errors on to later columns, pruned ones among them.
+Perplexity of the checkpoint ({case}) before and after, decompressed, in torch, on 32 windows of the text's test split;
+in vLLM for CPUs on {windows} of the calibration sequences, where the checkpoint without quantisation has {dense}. Every
+grid is symmetric, so rounding keeps zeros by itself. GPTQ moves rounding errors on to later columns, pruned ones among
+them; masking its result costs part of what it gains, so with little text rounding can be the better choice.
 llm-compressor's ConstantPruningModifier multiplies by its masks after optimizer steps, of which `oneshot` takes none:
 its masks change nothing (last row). Ours are applied after each layer."""
 
@@ -206,7 +213,7 @@ def unheld(environment: Environment, case: Pruned) -> dict[str, Any]:
 def vllm_perplexity(folder: Path, windows: torch.Tensor) -> float:
     """exp of the mean cross-entropy of the windows' tokens, from the log-probabilities that vLLM computes."""
     losses = []
-    with open_model(folder, prompt_length=windows.shape[1], new_tokens=1) as model:
+    with open_model(folder, prompt_length=windows.shape[1], new_tokens=1, runtime="vllm") as model:
         for window in windows.tolist():
             table, _ = model.logits(window[:-1], window[-1:])
             losses.append(-table[np.arange(len(window) - 1), window[1:]].mean())
@@ -242,7 +249,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             ),
         ),
         "",
-        _WHY_MASKS.format(noise=f"{noise:.4%}"),
+        _WHY_MASKS.format(noise=f"{noise:.4%}", inputs=result["down_proj_inputs"], first=first_differences(replays)),
         "",
         f"By module, {SPARSEGPT}:",
         "",
@@ -290,6 +297,16 @@ def markdown(result: Mapping[str, Any]) -> str:
         _WHY_ZEROS.format(case=SPARSEGPT, windows=VLLM_WINDOWS, dense=dense_figure(result)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def first_differences(replays: Mapping[str, Any]) -> str:
+    """For each SparseGPT case the first module whose masks differ."""
+    found = []
+    for name, row in replays.items():
+        if name.startswith("SparseGPT"):
+            modules = [module for module, figures in row["modules"].items() if figures["agreement"] < 1]
+            found.append(f"{name}: {f'`{modules[0]}`' if modules else 'none'}")
+    return "; ".join(found)
 
 
 def dense_figure(result: Mapping[str, Any]) -> str:
@@ -351,6 +368,7 @@ def main() -> None:
             "versions": versions,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "preset": arguments.preset,
+            "down_proj_inputs": plan.targets[-1].columns,
             "sparsegpt_float64_agreement": agreement(plan, cases[SPARSEGPT].masks, masks_of(exact, plan)),
             "replays": {case: replay(environment, dense, pruned) for case, pruned in cases.items()},
             "costs": costs(environment, dense, cases, folder),

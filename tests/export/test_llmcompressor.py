@@ -176,7 +176,7 @@ def test_a_model_that_llmcompressor_traces_wrongly_is_refused(environment: Envir
     model = save_model(tmp_path / "dense", "mistral")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
     text = CalibrationOptions(data=str(tmp_path / "text.txt"), sequences=2, length=16)
-    with pytest.raises(UserError, match="traces MistralForCausalLM wrongly: the inputs of .*o_proj are off"):
+    with pytest.raises(UserError, match=r"traces MistralForCausalLM wrongly: the inputs of .*o_proj are off"):
         prune_with_llmcompressor(str(model), tmp_path / "out", PruneOptions(sparsity=0.5, calibration=text))
     assert not (tmp_path / "out").exists()
 
