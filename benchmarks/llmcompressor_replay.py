@@ -63,10 +63,10 @@ Agreement is the fraction of weights that both keep or both prune. Where it is b
 - It starts where a block's share of the zeros is no whole number (here in `down_proj`, whose {inputs} inputs are not a
   multiple of 128 and whose rates leave fractions): there the two engines prune one weight more or less in a block. The
   modules before the first such one agree to the last weight.
-- It also starts where two scores are closer than float32 rounds: the N:M cases and `SparseGPT 50 %` have the same counts
-  in every block and begin with a pair of weights or so. First module that differs: {first}. The engines run the text in
-  other batches, so activations differ in their last digits; exact sums on our side alone change nothing (the built-in
-  engine with float64 sums agrees with itself to {noise}).
+- It also starts where two scores are closer than float32 rounds. The engines run the text in other batches, so
+  activations differ in their last digits: the N:M cases and `SparseGPT 50 %`, whose blocks have the same counts, begin
+  with a pair of weights or so. Exact sums on our side alone change nothing (the built-in engine with float64 sums
+  agrees with itself to {noise}). First module that differs: {first}.
 - Zeros above the plan: llm-compressor selects in blocks of 128 columns and can only prune a whole number of weights in
   each; the recipe rounds a block's share up, the built-in engine spreads the exact count."""
 _WHY_PASSES = """\
