@@ -81,11 +81,11 @@ class CachedEngine:
 def slots_needed(prompt: int, new_tokens: int, chunk: int) -> int:
     """Slots of the cache for a prompt, its padding to whole chunks and new tokens.
 
-    With fewer the engine answers wrongly without a word: it needs one slot more than there are tokens, and more than
-    one chunk beside the chunk that it runs (found by trying all sizes around it against torch).
+    With fewer the engine answers wrongly or damages its memory, without a word: it needs one slot more than there are
+    tokens, and a whole chunk beside them (found by trying sizes against torch).
     """
     padded = -(-prompt // chunk) * chunk
-    return max(padded + new_tokens + 1, 2 * chunk + 1)
+    return padded + new_tokens + chunk + 1
 
 
 class Model:

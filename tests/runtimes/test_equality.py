@@ -51,6 +51,7 @@ def torch_greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> 
         (16, 3, 16),  # one whole chunk, and a cache as small as the chunk allows
         (3, 30, 16),  # a prompt shorter than its chunk
         (7, 5, 1),  # token by token
+        (48, 8, 16),  # several whole chunks and few tokens after them
         (33, 9, None),  # the chunk that is chosen without being asked for
     ],
 )
@@ -125,7 +126,7 @@ def test_sampling_and_stop_tokens(llama: Exported) -> None:
         drawn = [list(model.generate(prompt, 12, 1.5, seed, [])) for seed in (1, 1, 2)]
         assert drawn[0] == drawn[1] != drawn[2]
         assert list(model.generate(prompt, 12, 1e-4, 3, [])) == greedy
-        with pytest.raises(UserError, match="8 prompt tokens and 13 new ones do not fit into a cache of 21 slots"):
+        with pytest.raises(UserError, match="8 prompt tokens and 13 new ones do not fit into a cache of 29 slots"):
             list(model.generate(prompt, 13, 0.0, 0, []))
         with pytest.raises(UserError, match="the prompt is empty"):
             model.logits([], [1])
