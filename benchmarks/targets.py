@@ -86,7 +86,7 @@ def run(work: Path, cores: int, rounds: int) -> None:
         "prompt_tokens": PROMPT,
         "rounds": rounds,
         "runtimes": [
-            {**status.to_json(), "install_seconds": install_seconds(status.path)}
+            {**status.to_json(), "path": None, "install_seconds": install_seconds(status.path)}
             for status in list_runtimes()
             if status.state == "installed"
         ],
@@ -108,7 +108,7 @@ def run(work: Path, cores: int, rounds: int) -> None:
                 row = measure(folder, runtime, windows, expected, cores, rounds)
                 result["rows"].append({"model": name, "target": case, **row})
             except UserError as error:
-                result["left_out"][f"{name}, {case}"] = str(error)
+                result["left_out"][f"{name}, {case}"] = str(error).replace(str(checkpoint), name)
                 progress.note(f"{name}, {case}: {error}")
             write_json(RESULTS / "targets.json", result)
             write_text(RESULTS / "targets.md", markdown(result))
