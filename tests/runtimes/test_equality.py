@@ -52,6 +52,8 @@ def torch_greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> 
         (3, 30, 16),  # a prompt shorter than its chunk
         (7, 5, 1),  # token by token
         (48, 8, 16),  # several whole chunks and few tokens after them
+        (56, 12, 8),  # past the engine's first block of the cache while decoding
+        (60, 70, 16),  # and past its second
         (33, 9, None),  # the chunk that is chosen without being asked for
     ],
 )
