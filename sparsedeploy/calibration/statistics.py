@@ -74,8 +74,9 @@ class InputStatistics:
         """H = (2/sequences) X^T X, fp32 ``[columns, columns]``, exactly symmetric (methods 1.5)."""
         if self.kind != "hessian":
             raise ValueError("no Hessian was accumulated")
-        upper = self._sum.triu()
-        return (upper + upper.triu(1).T).mul_(2 / self.sequences).to(torch.float32)
+        whole = self._sum.triu()
+        whole += whole.triu(1).T
+        return whole.mul_(2 / self.sequences).to(torch.float32)
 
     def check(self, name: str) -> None:
         """Refuse statistics that are not finite or were never fed.

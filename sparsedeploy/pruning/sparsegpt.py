@@ -63,17 +63,16 @@ def inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> tuple[to
         UserError: the Hessian is not positive definite even with 1000 times the damping.
     """
     dead = hessian.diagonal() == 0
-    damped = hessian.clone()
-    diagonal = damped.diagonal()
-    diagonal[dead] = 1
-    mean = diagonal.mean().item()
+    # With J the reversal: J H J = L L^T gives H^-1 = U^T U for U = J L^-1 J. One factorisation and one triangular
+    # inverse, where factorising the inverse itself would cost three such steps and some digits.
+    reversed_diagonal = hessian.diagonal().masked_fill(dead, 1).flip(0)
+    mean = reversed_diagonal.mean().item()
     step = damping
     for _ in range(_RETRIES + 1):
-        attempt = damped.clone()
-        attempt.diagonal().add_(step * mean)
-        # With J the reversal: J H J = L L^T gives H^-1 = U^T U for U = J L^-1 J. One factorisation and one triangular
-        # inverse, where factorising the inverse itself would cost three such steps and some digits.
-        lower, failed = torch.linalg.cholesky_ex(attempt.flip(0, 1))
+        attempt = hessian.flip(0, 1)
+        attempt.diagonal().copy_(reversed_diagonal + step * mean)
+        lower, failed = torch.linalg.cholesky_ex(attempt)
+        del attempt
         if not failed:
             upper = triangular_inverse(lower).flip(0, 1)
             if torch.isfinite(upper).all():
