@@ -129,16 +129,16 @@ def markdown(results: dict[str, Any]) -> str:
         "Medians of interleaved rounds; times are ratios to sparsedeploy's, loading and saving included, start-up of "
         "Python not. Peak memory is the process's resident set, about 0.5 GB of it the imported libraries.",
         "",
-        "| case | weights | rounds | sparsedeploy | two-forward loop | llm-compressor | peak memory: ours, loop, llm-compressor "
-        "| mask agreement |",
+        "| case | weights | rounds | sparsedeploy | two-forward loop | llm-compressor "
+        "| peak memory: ours, loop, llm-compressor | mask agreement |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for key, result in results.items():
         seconds = {tool: median(result, tool, lambda run: sum(run["seconds"].values())) for tool in TOOLS}
         peaks = {tool: median(result, tool, lambda run: run["peak_bytes"]) / 1e9 for tool in TOOLS}
-        base = seconds[TOOLS[0]]
+        base, rounds = seconds[TOOLS[0]], len(result["runs"][TOOLS[0]])
         lines.append(
-            f"| {key} | {result['weights'] / 1e6:.0f} M | {len(result['runs'][TOOLS[0]])} | {base:.1f} s | {seconds[TOOLS[1]] / base:.2f}x "
+            f"| {key} | {result['weights'] / 1e6:.0f} M | {rounds} | {base:.1f} s | {seconds[TOOLS[1]] / base:.2f}x "
             f"| {seconds[TOOLS[2]] / base:.2f}x | {', '.join(f'{peaks[tool]:.2f} GB' for tool in TOOLS)} "
             f"| {result['mask_agreement']:.4%} |"
         )
