@@ -133,9 +133,17 @@ def test_choice_measures_and_obeys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured.packed_ms > 0
     assert measured.packed == (measured.dense_ms >= 0.9 * measured.packed_ms)
     monkeypatch.setattr(
-        choice, "measure", lambda weight, dense: choice.Choice(packed=False, packed_ms=2.0, dense_ms=1.0)
+        choice,
+        "measure",
+        lambda weight, dense, batch: choice.Choice(packed=batch == 1, packed_ms=2.0, dense_ms=1.0, batch=batch),
     )
-    assert "dense 1.000 ms" in choice.choose(packed).reason
+    assert choice.choose(packed).packed
+    monkeypatch.setenv("SPARSEDEPLOY_CPU_BATCH", "64")
+    assert not choice.choose(packed).packed
+    assert "dense 1.000 ms at batch 64" in choice.choose(packed).reason
+    monkeypatch.setenv("SPARSEDEPLOY_CPU_BATCH", "many")
+    with pytest.raises(UserError, match="'many'"):
+        choice.choose(packed)
     monkeypatch.setenv("SPARSEDEPLOY_CPU", "packed")
     assert choice.choose(packed) == choice.Choice(packed=True)
     monkeypatch.setenv("SPARSEDEPLOY_CPU", "fast")

@@ -20,6 +20,7 @@ from sparsedeploy.formats.packed import PackedWeight
 from sparsedeploy_vllm.product import packed_product
 
 VARIABLE = "SPARSEDEPLOY_CPU"
+BATCH_VARIABLE = "SPARSEDEPLOY_CPU_BATCH"
 # Packed is kept as long as it reaches this share of the dense speed: the memory it saves is worth a little time.
 SMALLEST_SHARE = 0.9
 _REPETITIONS = 5
@@ -32,21 +33,23 @@ _decided: dict[tuple[object, ...], Choice] = {}
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured for a shape, at batch 1.
+    """What was measured for a shape.
 
     Attributes:
         packed_ms, dense_ms: best times; 0 where the user decided.
+        batch: tokens that were multiplied at once.
     """
 
     packed: bool
     packed_ms: float = 0.0
     dense_ms: float = 0.0
+    batch: int = 1
 
     @property
     def reason(self) -> str:
         if not self.dense_ms:
             return f"{VARIABLE} says so"
-        return f"packed {self.packed_ms:.3f} ms, dense {self.dense_ms:.3f} ms at batch 1"
+        return f"packed {self.packed_ms:.3f} ms, dense {self.dense_ms:.3f} ms at batch {self.batch}"
 
 
 def torch_dense(weight: torch.Tensor) -> Product:
@@ -60,26 +63,34 @@ def choose(weight: PackedWeight, dense: Callable[[torch.Tensor], Product] = torc
     Args:
         dense: makes the product that would be used instead, from the dense weight.
 
-    The environment variable ``SPARSEDEPLOY_CPU`` (``packed`` or ``dense``) decides instead of the measurement.
+    The environment variable ``SPARSEDEPLOY_CPU`` (``packed`` or ``dense``) decides instead of the measurement;
+    ``SPARSEDEPLOY_CPU_BATCH`` is the number of sequences to decide for, by default 1: many at once are bound by
+    arithmetic, where the dense product is the faster one.
 
     Raises:
-        UserError: another value of the variable.
+        UserError: another value of a variable.
     """
     wish = os.environ.get(VARIABLE, "auto")
     if wish not in ("auto", "packed", "dense"):
         raise UserError(f"{VARIABLE} is '{wish}'", "Set it to auto, packed or dense.")
     if wish != "auto":
         return Choice(packed=wish == "packed")
+    number = os.environ.get(BATCH_VARIABLE, "1")
+    if not number.isdecimal() or int(number) < 1:
+        raise UserError(
+            f"{BATCH_VARIABLE} is '{number}'", "Set it to the number of sequences that run at once, from 1."
+        )
+    batch = int(number)
     density = weight.count / max(1, weight.rows * weight.columns)
-    key = (weight.rows, weight.columns, weight.values.dtype, round(density, 1), torch.get_num_threads())
+    key = (weight.rows, weight.columns, weight.values.dtype, round(density, 1), torch.get_num_threads(), batch)
     if key not in _decided:
-        _decided[key] = measure(weight, dense)
+        _decided[key] = measure(weight, dense, batch)
     return _decided[key]
 
 
-def measure(weight: PackedWeight, dense: Callable[[torch.Tensor], Product] = torch_dense) -> Choice:
-    """Time both products by turns, each from memory, and take the best of each."""
-    x = torch.randn(1, weight.columns).to(weight.values.dtype)
+def measure(weight: PackedWeight, dense: Callable[[torch.Tensor], Product] = torch_dense, batch: int = 1) -> Choice:
+    """Time both products of ``batch`` tokens by turns, each from memory, and take the best of each."""
+    x = torch.randn(batch, weight.columns).to(weight.values.dtype)
     flush = torch.ones(_FLUSH_VALUES)
     products: tuple[Product, ...] = (lambda x: packed_product(x, weight), dense(packing.unpack(weight)))
     best = [float("inf")] * len(products)
@@ -91,4 +102,4 @@ def measure(weight: PackedWeight, dense: Callable[[torch.Tensor], Product] = tor
             # The first round warms up.
             if repetition:
                 best[index] = min(best[index], (time.perf_counter() - started) * 1e3)
-    return Choice(packed=best[1] >= SMALLEST_SHARE * best[0], packed_ms=best[0], dense_ms=best[1])
+    return Choice(packed=best[1] >= SMALLEST_SHARE * best[0], packed_ms=best[0], dense_ms=best[1], batch=batch)
