@@ -14,6 +14,7 @@ from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.evaluation.benchmark import benchmark
 from sparsedeploy.evaluation.evaluate import evaluate
+from sparsedeploy.evaluation.tasks import TaskOptions
 from sparsedeploy.export.artifact import load_artifact
 from sparsedeploy.export.targets import export_checkpoint
 from sparsedeploy.folders import write_json, write_text
@@ -39,6 +40,7 @@ class DemoOptions:
     Attributes:
         preset: the reference model's.
         sparsities: the checkpoints to make beside the dense model.
+        tasks: of lm-evaluation-harness, to measure beside perplexity.
         profile: also measure the time of each layer.
         cores: for the benchmark; None takes all.
     """
@@ -48,6 +50,7 @@ class DemoOptions:
     method: str = "sparsegpt"
     allocation: str = "uniform"
     samples: int = 64
+    tasks: tuple[str, ...] = ()
     prompt_length: int = 128
     decode_tokens: int = 32
     rounds: int = 10
@@ -71,6 +74,7 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
         raise UserError("a sparsity is given twice", "Give each once.")
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file", "Name a folder.")
+    tasks = TaskOptions(options.tasks) if options.tasks else None
     progress.note("1/5  reference model")
     dense = reference_model(options.preset)
     progress.note(f"2/5  prune to {', '.join(f'{s:.0%}' for s in options.sparsities)} ({options.method})")
@@ -78,9 +82,10 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
     for sparsity in options.sparsities:
         name = f"sparse-{100 * sparsity:g}"
         checkpoints[name] = _pruned(dense, output / "checkpoints" / name, sparsity, options)
-    progress.note("3/5  perplexity on held-out text")
+    progress.note(f"3/5  perplexity on held-out text{' and tasks' if tasks else ''}")
     quality = {
-        name: evaluate(folder, _DATA, split=_SPLIT, max_windows=_WINDOWS) for name, folder in checkpoints.items()
+        name: evaluate(folder, _DATA, tasks=tasks, split=_SPLIT, max_windows=_WINDOWS)
+        for name, folder in checkpoints.items()
     }
     progress.note("4/5  export")
     artifacts = {name: _exported(folder, output / "artifacts" / name) for name, folder in checkpoints.items()}
@@ -105,7 +110,12 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
         "title": "sparsedeploy demo",
         "sparsedeploy": __version__,
         "command": command,
-        "settings": {**asdict(options), "sparsities": list(options.sparsities), "data": _DATA},
+        "settings": {
+            **asdict(options),
+            "sparsities": list(options.sparsities),
+            "tasks": list(options.tasks),
+            "data": _DATA,
+        },
         "models": [
             {
                 **_model(name, checkpoints[name], artifacts[name]),
@@ -182,7 +192,8 @@ def _commands(
 ) -> dict[str, str]:
     """Step -> the command that repeats it; the dense model (sparsity None) is not pruned."""
     steps = {
-        "eval": f"sparsedeploy eval {checkpoint} --data {_DATA} --split {_SPLIT} --max-windows {_WINDOWS}",
+        "eval": f"sparsedeploy eval {checkpoint} --data {_DATA} --split {_SPLIT} --max-windows {_WINDOWS}"
+        + (f" --tasks {','.join(options.tasks)}" if options.tasks else ""),
         "export": f"sparsedeploy export {checkpoint} --target {TARGET} -o {artifact}",
     }
     if sparsity is None:

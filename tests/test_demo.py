@@ -1,6 +1,7 @@
 """The whole pipeline with the real engine, as the demo runs it, on the tiny reference model."""
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,6 +27,18 @@ class Page(HTMLParser):
         assert tag not in ("script", "link", "img", "iframe")
         assert not any(name in ("src", "href") for name, _ in attributes)
         self.tags.append(tag)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_demo_with_tasks(deepsparse_runtime: object, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    asked = replace(OPTIONS, sparsities=(0.5,), tasks=("python_lines",))
+    report = demo(tmp_path / "out", asked)
+    for model in report["models"]:
+        assert 0 <= model["quality"]["tasks"]["python_lines"]["acc"] <= 1
+        assert model["commands"]["eval"].endswith(" --tasks python_lines")
+    assert "python_lines" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.engine

@@ -19,6 +19,10 @@ def demo_command(
     ] = None,
     method: Annotated[str, typer.Option("--method", "-m", help="magnitude, wanda or sparsegpt.")] = "sparsegpt",
     allocation: Annotated[str, typer.Option("--allocation", "-a", help="How sparsity is spread.")] = "uniform",
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Also measure tasks of lm-evaluation-harness, such as python_lines."),
+    ] = None,
     preset: Annotated[str, typer.Option("--preset", help="Reference model: default (minutes) or tiny.")] = "default",
     rounds: Annotated[int, typer.Option("--rounds", "-r", help="Benchmark rounds.")] = 10,
     profile: Annotated[bool, typer.Option("--profile", help="Also measure the time of each layer.")] = False,
@@ -40,6 +44,7 @@ def demo_command(
         sparsities=tuple(sparsity) if sparsity else DemoOptions.sparsities,
         method=method,
         allocation=allocation,
+        tasks=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
         rounds=rounds,
         profile=profile,
         cores=cores,
