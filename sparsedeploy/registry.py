@@ -120,10 +120,11 @@ class Registry(Generic[F]):
         return self._methods[name]
 
     def names(self) -> list[str]:
-        return list(self._methods)
+        """Sorted, whatever was imported first."""
+        return sorted(self._methods)
 
     def __iter__(self) -> Iterator[Method[F]]:
-        return iter(self._methods.values())
+        return (self._methods[name] for name in self.names())
 
 
 def parse_options(pairs: list[str]) -> dict[str, str]:
