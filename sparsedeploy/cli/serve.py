@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,8 @@ def serve_command(
     """Serve an exported model over HTTP with its engine's own server, until Ctrl-C."""
     from sparsedeploy.runtimes.serving import serve
 
+    # Service managers end a program by SIGTERM: it takes the engine's server with it, like Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     progress.note("start the server")
     with serve(artifact, host=host, port=port, length=length, cores=cores, python=python, timeout=timeout) as served:
         console.print(f"{served.runtime} answers at {served.url}, log: {served.log}", markup=False, soft_wrap=True)
