@@ -136,7 +136,7 @@ def _prune(
     """:func:`prune` on one of possibly several processes; the first one writes."""
     check_writable(output, overwrite)
     prepared = prepare(source, options, trust_remote_code=trust_remote_code)
-    folder, choice, calibration = prepared.folder, prepared.choice, prepared.calibration
+    folder, calibration = prepared.folder, prepared.calibration
     layers = StreamedLayers(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if options.plan is not None:
         options.plan.check_modules([shape for layer in model_layers(layers) for shape in layer])
@@ -160,12 +160,7 @@ def _prune(
         elif options.plan is not None:
             plan = options.plan
         else:
-            assert choice is not None
-            measured: nn.Module | LayerSource = layers
-            if choice.searches:  # it prunes whole copies of the model; everything else measures one layer at a time
-                measured = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-            plan = choose_plan(measured, prepared, ranks)
-            del measured
+            plan = choose_plan(model_to_measure(prepared, device, dtype, layers), prepared, ranks)
         writer = TensorWriter(layers.files, making, plan.targets)
         if journal is not None and journal.plan is None:
             check_free_space(journal.folder, layers.files.size)
@@ -342,14 +337,7 @@ def plan_model(
     """
     on = resolve_device(device)
     prepared = prepare(source, replace(options, plan=None), prunes=False, trust_remote_code=trust_remote_code)
-    assert prepared.choice is not None
-    folder = prepared.folder
-    model: nn.Module | LayerSource
-    if prepared.choice.searches:
-        model = load_model(folder, dtype=dtype, device=on, trust_remote_code=trust_remote_code)
-    else:
-        model = StreamedLayers(folder, device=on, dtype=dtype, trust_remote_code=trust_remote_code)
-    return choose_plan(model, prepared)
+    return choose_plan(model_to_measure(prepared, on, dtype), prepared)
 
 
 def resolve_pattern(sparsity: float | None, pattern: str) -> tuple[float, NM | MixedNM | None]:
@@ -393,6 +381,20 @@ def calibration_set(
     return sample_tokens(
         documents, tokenizer, sequences=options.sequences, length=length, seed=options.seed, data=options.data
     )
+
+
+def model_to_measure(
+    prepared: Prepared, device: torch.device, dtype: torch.dtype | None, layers: StreamedLayers | None = None
+) -> nn.Module | LayerSource:
+    """What :func:`choose_plan` measures: one layer at a time, but the whole model for a search, which prunes copies.
+
+    Args:
+        layers: the model's, where they are open already.
+    """
+    trust = prepared.trust_remote_code
+    if prepared.choice is not None and prepared.choice.searches:
+        return load_model(prepared.folder, dtype=dtype, device=device, trust_remote_code=trust)
+    return layers or StreamedLayers(prepared.folder, device=device, dtype=dtype, trust_remote_code=trust)
 
 
 def choose_plan(model: nn.Module | LayerSource, prepared: Prepared, ranks: Ranks = ALONE) -> SparsityPlan:

@@ -20,7 +20,11 @@ def save_logits(model: Any, prompt: list[int], tokens: list[int], folder: str) -
     model.check_room(len(prompt), len(tokens))
     prefill = model.prefill(prompt)
     decode = [model.decode(token) for token in tokens]
-    arrays = {"prefill": prefill, "decode": np.stack(decode) if decode else prefill[:0]}
+    return save_arrays({"prefill": prefill, "decode": np.stack(decode) if decode else prefill[:0]}, folder)
+
+
+def save_arrays(arrays: dict[str, np.ndarray], folder: str) -> dict[str, Any]:
+    """The result that names arrays, saved in ``folder``."""
     paths = {}
     for name, array in arrays.items():
         paths[name] = os.path.join(folder, f"{name}.npy")

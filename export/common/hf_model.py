@@ -6,11 +6,15 @@ runtimes.
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from cached_model import generate, save_logits
 from worker_protocol import BadRequest
 
 
@@ -83,3 +87,39 @@ class HfModel:
     def _numpy(logits: torch.Tensor) -> np.ndarray:
         array: np.ndarray = logits.float().numpy()
         return array
+
+
+class HfServer:
+    """The operations on loaded models; each takes the arguments of a request and returns its result."""
+
+    def __init__(self) -> None:
+        self.models: dict[int, HfModel] = {}
+
+    def open(self, folder: Path, cores: int) -> Any:
+        """The folder's model, on ``cores`` threads; each engine has its own way."""
+        raise NotImplementedError
+
+    def load(
+        self, folder: str, cores: int, prompt_length: int, new_tokens: int, chunk: int, batch: int = 1
+    ) -> dict[str, Any]:
+        """Load a folder; the result's ``model`` names it later. A prompt is run whole, whatever ``chunk``."""
+        started = time.perf_counter()
+        model = self.open(Path(folder), cores)
+        seconds = time.perf_counter() - started
+        number = len(self.models) + 1
+        self.models[number] = HfModel(model, prompt_length + new_tokens)
+        return {"model": number, "capacity": prompt_length + new_tokens, "compile_seconds": seconds}
+
+    def logits(self, model: int, prompt: list[int], tokens: list[int], folder: str) -> dict[str, Any]:
+        return save_logits(self.models[model], prompt, tokens, folder)
+
+    def generate(self, model: int, **arguments: Any) -> Generator[dict[str, Any], None, dict[str, Any]]:
+        return generate(self.models[model], **arguments)
+
+    def measure(self, model: int, prompt: list[int], decode_tokens: int, batch: int = 1) -> dict[str, Any]:
+        return self.models[model].measure(prompt, decode_tokens, batch)
+
+
+def usable_cores() -> int | None:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import time
-from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,8 @@ PROTOCOL = take_standard_output()
 import numpy as np  # noqa: E402 - imported only after standard output has been redirected
 import onnxruntime  # noqa: E402
 import torch  # noqa: E402
-from cached_model import check_product, generate, save_logits  # noqa: E402
-from hf_model import HfModel  # noqa: E402
+from cached_model import check_product  # noqa: E402
+from hf_model import HfServer, usable_cores  # noqa: E402
 from onnxruntime_profile import profile_graph  # noqa: E402
 from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
 
@@ -59,19 +57,15 @@ def open_folder(folder: Path, cores: int, options: Any = None) -> Any:
     return model
 
 
-class Server:
-    """The operations; each takes the arguments of a request and returns its result."""
-
-    def __init__(self) -> None:
-        self.models: dict[int, HfModel] = {}
+class Server(HfServer):
+    """The operations of this engine, beside those on a loaded model."""
 
     def info(self) -> dict[str, Any]:
         """Versions and the cores that this process may use."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return {
             "python": platform.python_version(),
             "versions": {name: version(name) for name in _DISTRIBUTIONS},
-            "hardware": {"provider": "CPUExecutionProvider", "cores": cores},
+            "hardware": {"provider": "CPUExecutionProvider", "cores": usable_cores()},
         }
 
     def check(self) -> dict[str, Any]:
@@ -117,25 +111,8 @@ class Server:
         opset = max(entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx"))
         return {"opset": opset}
 
-    def load(
-        self, folder: str, cores: int, prompt_length: int, new_tokens: int, chunk: int, batch: int = 1
-    ) -> dict[str, Any]:
-        """Load a folder; the result's ``model`` names it later. A prompt is run whole, whatever ``chunk``."""
-        started = time.perf_counter()
-        model = open_folder(Path(folder), cores)
-        seconds = time.perf_counter() - started
-        number = len(self.models) + 1
-        self.models[number] = HfModel(model, prompt_length + new_tokens)
-        return {"model": number, "capacity": prompt_length + new_tokens, "compile_seconds": seconds}
-
-    def logits(self, model: int, prompt: list[int], tokens: list[int], folder: str) -> dict[str, Any]:
-        return save_logits(self.models[model], prompt, tokens, folder)
-
-    def generate(self, model: int, **arguments: Any) -> Generator[dict[str, Any], None, dict[str, Any]]:
-        return generate(self.models[model], **arguments)
-
-    def measure(self, model: int, prompt: list[int], decode_tokens: int, batch: int = 1) -> dict[str, Any]:
-        return self.models[model].measure(prompt, decode_tokens, batch)
+    def open(self, folder: Path, cores: int) -> Any:
+        return open_folder(folder, cores)
 
     def profile(
         self, folder: str, phase: str, cores: int, prompt_length: int, new_tokens: int, chunk: int, seed: int

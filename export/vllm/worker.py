@@ -22,6 +22,7 @@ PROTOCOL = take_standard_output()
 
 import numpy as np  # noqa: E402 - imported only after standard output has been redirected
 import torch  # noqa: E402
+from cached_model import save_arrays  # noqa: E402
 from sparsedeploy_vllm import cpu  # noqa: E402
 from sparsedeploy_vllm.product import packed_product  # noqa: E402
 
@@ -96,12 +97,7 @@ class Server:
         for index, row in enumerate(rows):
             for token, entry in row.items():
                 table[index, token] = entry.logprob
-        arrays = {"prefill": table[: len(prompt)], "decode": table[len(prompt) :]}
-        paths = {}
-        for name, array in arrays.items():
-            paths[name] = os.path.join(folder, f"{name}.npy")
-            np.save(paths[name], array)
-        return {"arrays": paths}
+        return save_arrays({"prefill": table[: len(prompt)], "decode": table[len(prompt) :]}, folder)
 
     def generate(
         self, model: int, prompt: list[int], new_tokens: int, temperature: float, seed: int, stop: list[int]

@@ -79,10 +79,7 @@ def export_onnxruntime(
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{checkpoint} is quantised or packed", "Export the model before quantisation or packing.")
-    if (checkpoint / low_rank.FOLDER).is_dir():
-        raise UserError(
-            f"{checkpoint} has an adapter that is not merged into its weights", "Merge it, then export the result."
-        )
+    low_rank.refuse_unmerged(checkpoint)
     load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     source = Source(name=name, sha256=model_sha256(checkpoint))
     model = load_model(checkpoint, dtype=torch.float32, trust_remote_code=trust_remote_code)

@@ -102,10 +102,7 @@ def export_quantized(
     if trust_remote_code:
         raise UserError("--quantize does not run a model's own code", "Leave --trust-remote-code out.")
     manifest = load_manifest(checkpoint)
-    if (checkpoint / low_rank.FOLDER).is_dir():
-        raise UserError(
-            f"{checkpoint} has an adapter that is not merged into its weights", "Merge it, then export the result."
-        )
+    low_rank.refuse_unmerged(checkpoint)
     where = llmcompressor.environment(python)
     load_tokenizer(checkpoint)
     algorithm = SCHEMES[scheme] if options.algorithm == "auto" else options.algorithm

@@ -82,10 +82,7 @@ def export_vllm(
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{checkpoint} is quantised or packed already", "Export the pruned checkpoint itself.")
-    if (checkpoint / low_rank.FOLDER).is_dir():
-        raise UserError(
-            f"{checkpoint} has an adapter that is not merged into its weights", "Merge it, then export the result."
-        )
+    low_rank.refuse_unmerged(checkpoint)
     load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     files = TensorFiles(checkpoint)
     inside, outside = _linears(checkpoint, config, trust_remote_code)

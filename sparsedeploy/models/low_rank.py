@@ -105,6 +105,18 @@ def save_adapter(folder: Path, factors: Mapping[str, LowRank], base: str) -> Non
     write_json(folder / CONFIG, config)
 
 
+def refuse_unmerged(checkpoint: Path) -> None:
+    """Refuse a checkpoint with factors beside its weights, for targets that take plain weights only.
+
+    Raises:
+        UserError: it has some.
+    """
+    if (checkpoint / FOLDER).is_dir():
+        raise UserError(
+            f"{checkpoint} has an adapter that is not merged into its weights", "Merge it, then export the result."
+        )
+
+
 def load_adapter(folder: Path) -> dict[str, LowRank]:
     """Read the factors of an adapter folder, by module name.
 

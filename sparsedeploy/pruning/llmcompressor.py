@@ -16,8 +16,8 @@ from sparsedeploy.checkpoint.writer import Provenance, complete
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_free_space, check_writable, new_folder, write_text
 from sparsedeploy.models.layers import StreamedLayers
-from sparsedeploy.models.loading import load_model, resolve_device
-from sparsedeploy.pipeline import PruneOptions, choose_plan, prepare
+from sparsedeploy.models.loading import resolve_device
+from sparsedeploy.pipeline import PruneOptions, choose_plan, model_to_measure, prepare
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
 from sparsedeploy.pruning.sparsegpt import check_block
 from sparsedeploy.runtimes import llmcompressor
@@ -55,10 +55,8 @@ def prune_with_llmcompressor(
     if options.plan is not None:
         plan = options.plan
         plan.check_modules([shape for layer in model_layers(layers) for shape in layer])
-    elif prepared.choice is not None and prepared.choice.searches:
-        plan = choose_plan(load_model(prepared.folder, dtype=dtype, device=on), prepared)
     else:
-        plan = choose_plan(layers, prepared)
+        plan = choose_plan(model_to_measure(prepared, on, dtype, layers), prepared)
     method_options = asdict(prepared.pruner_options)
     if options.method == "sparsegpt":
         for target in plan.targets:
