@@ -22,6 +22,7 @@ from sparsedeploy.export.companions import TOKENIZER_CONFIG, older_tokenizer
 from sparsedeploy.folders import write_json
 from sparsedeploy.runtimes.engine import check_cores, environment_for
 from sparsedeploy.runtimes.environments import Environment, process_environment
+from sparsedeploy.runtimes.process_group import GuardedProcess
 from sparsedeploy.runtimes.worker import new_log, telling_lines
 
 _MODEL = "model"
@@ -103,21 +104,22 @@ def serve(
             health, path = "/health", "/v1/completions"
             request = f'{{"model": "{_MODEL}", "prompt": "Once upon", "max_tokens": 32}}'
         with open(log, "wb") as output:
-            process = subprocess.Popen(
+            group = GuardedProcess(
                 command,
+                scratch,
                 env=variables,
                 cwd=scratch,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
         try:
             root = f"http://{host}:{port}"
-            _wait(name, process, f"{root}{health}", log, timeout)
-            yield Served(name, f"{root}{path}", request, log, process)
+            _wait(name, group.popen, f"{root}{health}", log, timeout)
+            yield Served(name, f"{root}{path}", request, log, group.popen)
         finally:
-            _stop(process)
+            group.send(signal.SIGTERM)
+            group.end(10)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -191,13 +193,3 @@ def _ended(name: str, process: subprocess.Popen[bytes], log: Path, when: str) ->
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     said = telling_lines(log)
     return UserError(f"the {name} server {how} {when}" + (f": {said}" if said else ""), f"Its log: {log}.")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server and what it started to end; kill them when they do not within ten seconds."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-            return

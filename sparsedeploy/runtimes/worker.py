@@ -1,6 +1,7 @@
 """The client of a worker process: JSON lines in, JSON lines out, one request at a time.
 
-The protocol is described in ``export/common/worker_protocol.py``, which answers it.
+The protocol is described in ``export/common/worker_protocol.py``, which answers it. A worker ends with the end of its
+input and, should it hang, by the guard of its process group, even when this process is killed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import psutil
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.resources import cache_home
+from sparsedeploy.runtimes.process_group import GuardedProcess
 
 _LOGS_KEPT = 20
 _TELLING = re.compile(r"Assertion|\w*Error\b|terminate called|what\(\):|Segmentation fault|[Oo]ut of memory")
@@ -66,8 +68,9 @@ class Worker:
         variables = {**(os.environ if environment is None else environment), "TMPDIR": str(self.folder)}
         try:
             with open(self.log, "w", encoding="utf-8") as log:
-                self._process = subprocess.Popen(
+                self._group = GuardedProcess(
                     list(command),
+                    self.folder,
                     env=variables,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -75,7 +78,6 @@ class Worker:
                     text=True,
                     encoding="utf-8",
                     errors="replace",
-                    start_new_session=True,
                 )
         except OSError as error:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -83,6 +85,7 @@ class Worker:
                 f"the {name} worker does not start ({error.strerror}: {command[0]})",
                 f"Run: sparsedeploy runtime check {name}.",
             ) from error
+        self._process = self._group.popen
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
@@ -138,10 +141,7 @@ class Worker:
         with contextlib.suppress(OSError):
             assert self._process.stdin is not None
             self._process.stdin.close()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._kill()
+        self._group.end(5)
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._reader.is_alive():
             self._reader.join(5)
@@ -172,7 +172,7 @@ class Worker:
             try:
                 line = self._lines.get(timeout=timeout)
             except queue.Empty:
-                self._kill()
+                self._group.kill()
                 raise UserError(
                     f"{self.name} did not answer '{operation}' within {timeout:g} s",
                     f"Raise the time limit, or use a smaller model. Its log: {self.log}.",
@@ -183,7 +183,7 @@ class Worker:
             if reply is not None and reply["id"] < number:
                 continue  # what is left of a stream that was not read to its end
             if reply is None or reply["id"] != number:
-                self._kill()
+                self._group.kill()
                 raise UserError(
                     f"the {self.name} worker wrote something else than an answer: {line.strip()[:120]!r}",
                     f"Its environment may be damaged: run sparsedeploy runtime check {self.name}. Its log: {self.log}.",
@@ -205,7 +205,7 @@ class Worker:
         try:
             code = self._process.wait(5)
         except subprocess.TimeoutExpired:
-            self._kill()
+            self._group.kill()
             code = self._process.wait()
         if code < 0:
             end = f"was ended by {signal.Signals(-code).name}"
@@ -216,16 +216,6 @@ class Worker:
         lines = telling_lines(self.log)
         said = f": {lines}" if lines else ""
         return UserError(f"{self.name} {end} during '{operation}'{said}", f"Its log: {self.log}.")
-
-    def _kill(self) -> None:
-        """Kill the process and whatever it started."""
-        with contextlib.suppress(OSError):
-            if hasattr(os, "killpg"):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            else:
-                self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
 
 
 def _peak_memory(process: psutil.Process) -> int | None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from sparsedeploy.errors import UserError
@@ -53,6 +59,21 @@ for line in sys.stdin:
         send(id=number, result={"op": op})
 """
 
+# Whatever becomes of its input, this worker hangs, in native code that never lets go of the interpreter.
+HANGING = """
+import ctypes, json, os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(json.dumps({"id": 0, "result": {"pids": [os.getpid(), child.pid]}}), flush=True)
+ctypes.PyDLL(None).pause()
+"""
+PARENT = """
+import json, sys
+from sparsedeploy.runtimes.worker import Worker
+worker = Worker([sys.executable, sys.argv[1]], name="toy")
+print(json.dumps({"pids": worker.ready["pids"], "folder": str(worker.folder)}), flush=True)
+worker.call("hang")
+"""
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -73,6 +94,21 @@ def start(tmp_path: Path) -> Callable[..., Worker]:
 
 def is_running(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    """Wait; the limit only keeps a failing test from waiting for ever."""
+    limit = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_arrays_travel_as_files(start: Callable[..., Worker]) -> None:
@@ -139,6 +175,24 @@ def test_time_limit_ends_the_process(start: Callable[..., Worker]) -> None:
     ):
         worker.call("sleep", timeout=0.3)
     assert not is_running(worker.ready["pid"])
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+def test_a_hanging_worker_and_its_children_end_with_a_killed_parent(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(HANGING)
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        told = json.loads(parent.stdout.readline())
+        processes = [psutil.Process(pid) for pid in told["pids"]]
+        parent.kill()
+    try:
+        wait_until(lambda: all(has_ended(process) for process in processes))
+        wait_until(lambda: not Path(told["folder"]).exists())
+    finally:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def test_what_cannot_start(tmp_path: Path) -> None:
