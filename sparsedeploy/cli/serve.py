@@ -30,11 +30,13 @@ def serve_command(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     progress.note("start the server")
     with serve(artifact, host=host, port=port, length=length, cores=cores, python=python, timeout=timeout) as served:
-        console.print(f"{served.runtime} answers at {served.url}, log: {served.log}", markup=False, soft_wrap=True)
-        console.print(
-            f"curl -H 'Content-Type: application/json' {served.url} -d '{served.request}'", markup=False, soft_wrap=True
-        )
         try:
+            console.print(f"{served.runtime} answers at {served.url}, log: {served.log}", markup=False, soft_wrap=True)
+            console.print(
+                f"curl -H 'Content-Type: application/json' {served.url} -d '{served.request}'",
+                markup=False,
+                soft_wrap=True,
+            )
             served.wait()
         except KeyboardInterrupt:
             progress.note("stop the server")

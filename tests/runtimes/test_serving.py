@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sparsedeploy.errors import UserError
@@ -17,6 +20,7 @@ from sparsedeploy.runtimes.environments import Environment, process_environment
 from sparsedeploy.runtimes.serving import serve
 from tests.runtimes.artifacts import describe, write_folder
 from tests.runtimes.exported import Exported, export_small
+from tests.runtimes.processes import has_ended, wait_until
 from tests.small_models import byte_tokenizer
 
 PROMPT = "def main("
@@ -86,6 +90,28 @@ def test_a_server_that_dies_shows_its_last_words(llama: Exported, port: int, tmp
     log = Path(str(caught.value).rsplit("log: ", 1)[1].rstrip("."))
     assert "Error" in log.read_text()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_server")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_signal_to_the_command_ends_the_engines_server_too(
+    llama: Exported, port: int, number: signal.Signals, code: int
+) -> None:
+    command = [sys.executable, "-m", "sparsedeploy", "serve", str(llama.folder), "--port", str(port)]
+    options = ["--length", "64", "--cores", "1"]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as cli:
+        assert cli.stdout is not None
+        assert cli.stdout.readline().startswith("deepsparse answers at")
+        started = psutil.Process(cli.pid).children(recursive=True)
+        assert any("deepsparse.server" in " ".join(process.cmdline()) for process in started)
+        cli.send_signal(number)
+    assert cli.returncode == code
+    wait_until(lambda: all(has_ended(process) for process in started))
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
 
 
 @pytest.mark.engine

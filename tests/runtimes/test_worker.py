@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.worker import Worker, telling_lines
+from tests.runtimes.processes import has_ended, wait_until
 
 SCRIPT = """
 import json, os, signal, sys, time
@@ -94,21 +94,6 @@ def start(tmp_path: Path) -> Callable[..., Worker]:
 
 def is_running(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
-
-
-def wait_until(reached: Callable[[], bool]) -> None:
-    """Wait; the limit only keeps a failing test from waiting for ever."""
-    limit = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < limit
-        time.sleep(0.05)
-
-
-def has_ended(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def test_arrays_travel_as_files(start: Callable[..., Worker]) -> None:
