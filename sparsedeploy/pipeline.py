@@ -22,7 +22,7 @@ from sparsedeploy.checkpoint.journal import Journal, journalled_folder
 from sparsedeploy.checkpoint.tensor_writer import TensorWriter
 from sparsedeploy.checkpoint.writer import Provenance, complete
 from sparsedeploy.errors import UserError
-from sparsedeploy.evaluation.perplexity import perplexity, windows_of
+from sparsedeploy.evaluation.perplexity import perplexity, text_windows
 from sparsedeploy.folders import check_free_space, check_writable
 from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.fingerprint import model_sha256
@@ -279,10 +279,11 @@ class Prepared:
         assert self.choice is not None
         asked, calibration = self.choice.options, self.options.calibration
         data = asked.text or calibration.data
-        documents = load_documents(data, field=calibration.field, split=asked.selection)
         tokenizer = load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
-        tokens = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
-        return windows_of(tokens, calibration.length or default_length(self.config), data)[: asked.windows]
+        length = calibration.length or default_length(self.config)
+        return text_windows(
+            data, tokenizer, length, field=calibration.field, split=asked.selection, limit=asked.windows
+        )
 
 
 def prepare(

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.calibration.samples import default_length
 from sparsedeploy.errors import UserError
-from sparsedeploy.evaluation.perplexity import perplexity, windows_of
+from sparsedeploy.evaluation.perplexity import perplexity, text_windows
 from sparsedeploy.evaluation.tasks import TaskOptions, load_tasks, run_tasks
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
@@ -62,10 +61,10 @@ def evaluate(
     if not 2 <= length <= positions:
         raise UserError(f"context {length} is outside [2, {positions}], the model's positions", "Lower --context.")
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    windows = {}
-    for name, text in texts.items():
-        joined = "\n\n".join(load_documents(text, field=field, split=split))
-        windows[name] = windows_of(tokenizer(joined, verbose=False)["input_ids"], length, text)[:max_windows]
+    windows = {
+        name: text_windows(text, tokenizer, length, field=field, split=split, limit=max_windows)
+        for name, text in texts.items()
+    }
     loaded = load_tasks(tasks) if tasks is not None else {}
     model = load_model(folder, device=resolve_device(device), trust_remote_code=trust_remote_code)
     measured = {

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparsedeploy import progress
+from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.errors import UserError
 
 
@@ -36,9 +37,23 @@ def windows_of(tokens: list[int], context: int, data: str) -> torch.Tensor:
     if count == 0:
         raise UserError(
             f"the text of '{data}' gives {len(tokens)} tokens, fewer than one window of {context}",
-            "Give more text, or lower --context.",
+            "Give more text, or shorter windows: --context, or --calibration-length of a search.",
         )
     return torch.tensor(tokens[: count * context], dtype=torch.int64).reshape(count, context)
+
+
+def text_windows(
+    data: str, tokenizer: Any, context: int, *, field: str = "text", split: str = "test", limit: int | None = None
+) -> torch.Tensor:
+    """The first ``limit`` windows of a text, int64 ``[windows, context]``; see :func:`load_documents` for what it is.
+
+    Its documents are joined with blank lines and tokenised once.
+
+    Raises:
+        UserError: no such text, or less than one window.
+    """
+    joined = "\n\n".join(load_documents(data, field=field, split=split))
+    return windows_of(tokenizer(joined, verbose=False)["input_ids"], context, data)[:limit]
 
 
 @torch.no_grad()

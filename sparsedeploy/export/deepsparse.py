@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.errors import UserError
-from sparsedeploy.evaluation.perplexity import windows_of
+from sparsedeploy.evaluation.perplexity import text_windows
 from sparsedeploy.export.artifact import (
     Artifact,
     Engine,
@@ -172,8 +171,8 @@ def _calibrate(
     ranges = activation_ranges(model, chosen, tokens[: options.sequences])
     if options.windows == 0:
         return ranges, None
-    text = load_tokenizer(checkpoint)("\n\n".join(load_documents(data, split="test")), verbose=False)["input_ids"]
-    return ranges, windows_of(text, tokens.shape[1], data)[: options.windows].numpy()
+    windows = text_windows(data, load_tokenizer(checkpoint), tokens.shape[1], limit=options.windows)
+    return ranges, windows.numpy()
 
 
 def _quantize(

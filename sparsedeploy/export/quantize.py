@@ -17,12 +17,11 @@ from typing import Any, Literal
 import torch
 
 from sparsedeploy import progress
-from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.calibration.samples import default_length
 from sparsedeploy.checkpoint import masks as mask_file
 from sparsedeploy.checkpoint.manifest import RECIPE, load_manifest
 from sparsedeploy.errors import UserError
-from sparsedeploy.evaluation.perplexity import windows_of
+from sparsedeploy.evaluation.perplexity import text_windows
 from sparsedeploy.export.artifact import (
     Artifact,
     Quantization,
@@ -174,10 +173,8 @@ def _windows(
     if options.windows == 0 or text is None:
         return None, None
     try:
-        documents = load_documents(text, field=options.field, split="test")
-        tokens = load_tokenizer(checkpoint)("\n\n".join(documents), verbose=False)["input_ids"]
         length = default_length(load_config(checkpoint))
-        return text, windows_of(tokens, length, text)[: options.windows]
+        return text, text_windows(text, load_tokenizer(checkpoint), length, field=options.field, limit=options.windows)
     except UserError as error:
         if options.text is not None:
             raise

@@ -8,7 +8,7 @@ import torch
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.evaluation.evaluate import evaluate
-from sparsedeploy.evaluation.perplexity import perplexity, windows_of
+from sparsedeploy.evaluation.perplexity import perplexity, text_windows, windows_of
 from tests.small_models import byte_tokenizer, random_model, save_model
 
 
@@ -44,3 +44,9 @@ def test_windows_drop_the_rest_and_refuse_less_than_one() -> None:
     assert windows_of(tokens, 4, "here").shape == (2, 4)
     with pytest.raises(UserError, match="10 tokens, fewer than one window of 11"):
         windows_of(tokens, 11, "here")
+
+
+def test_documents_of_a_text_are_joined_with_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"body": "abc"}\n{"body": "de"}\n')
+    windows = text_windows(str(tmp_path / "rows.jsonl"), byte_tokenizer(), 3, field="body", limit=2)
+    assert windows.tolist() == torch.tensor(byte_tokenizer()("abc\n\nde")["input_ids"][:6]).reshape(2, 3).tolist()
