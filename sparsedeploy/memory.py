@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+
+
+def use_huge_pages() -> None:
+    """Have torch ask for huge pages (Linux; elsewhere nothing), unless the environment says otherwise.
+
+    A job that goes through one large tensor after the other spends up to a third of its time on page faults of 4 KB.
+    Of use before the process's first large tensor only.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def return_freed_memory() -> None:

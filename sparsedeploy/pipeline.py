@@ -24,7 +24,7 @@ from sparsedeploy.checkpoint.writer import Provenance, complete
 from sparsedeploy.errors import UserError
 from sparsedeploy.evaluation.perplexity import perplexity, text_windows
 from sparsedeploy.folders import check_free_space, check_writable
-from sparsedeploy.memory import return_freed_memory
+from sparsedeploy.memory import return_freed_memory, use_huge_pages
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import LayerSource, ResidentLayers, StreamedLayers
 from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
@@ -117,6 +117,7 @@ def prune(
     Raises:
         UserError: any input that cannot be used; ``output`` then does not exist or is as it was.
     """
+    use_huge_pages()
     on = local_device(resolve_device(device))
     with joined(on) as ranks:
         return _prune(source, output, options, on, dtype, resume, overwrite, trust_remote_code, ranks)

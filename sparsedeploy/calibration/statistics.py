@@ -7,13 +7,11 @@ from typing import Any, Literal
 import torch
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.linear_algebra import add_gram
 from sparsedeploy.ranks import Ranks
 
 Kind = Literal["none", "sum_squares", "hessian"]
 _RANK: dict[str, int] = {"none": 0, "sum_squares": 1, "hessian": 2}
-
-# Columns of a Hessian that are added to at once.
-_PANEL = 256
 
 
 def richest(*kinds: Kind) -> Kind:
@@ -49,9 +47,7 @@ class InputStatistics:
         for part in rows.chunk(sequences) if len(rows) % sequences == 0 else (rows,):
             x = part.to(self._sum.dtype)
             if self.kind == "hessian":
-                # X^T X is symmetric: only what is right of each panel's diagonal is computed.
-                for start in range(0, self.columns, _PANEL):
-                    self._sum[start : start + _PANEL, start:].addmm_(x[:, start : start + _PANEL].T, x[:, start:])
+                add_gram(self._sum, x.T.contiguous())
             else:
                 self._sum += x.square().sum(dim=0)
         self.sequences += sequences
@@ -78,6 +74,15 @@ class InputStatistics:
         whole += whole.triu(1).T
         return whole.mul_(2 / self.sequences).to(torch.float32)
 
+    def take_hessian(self) -> torch.Tensor:
+        """The upper triangle of :attr:`hessian`; what is below it is not defined. Takes no memory of its own: the sums
+        become the Hessian, and of them the diagonal alone stays here.
+        """
+        if self.kind != "hessian":
+            raise ValueError("no Hessian was accumulated, or it was taken")
+        whole, self._sum, self.kind = self._sum, self._sum.diagonal().clone(), "sum_squares"
+        return whole.mul_(2 / self.sequences).to(torch.float32)
+
     def check(self, name: str) -> None:
         """Refuse statistics that are not finite or were never fed.
 
@@ -86,7 +91,8 @@ class InputStatistics:
         """
         if self.sequences == 0:
             raise UserError(f"no calibration token reached {name}", "Use more or other calibration text.")
-        if not torch.isfinite(self._sum).all():
+        # The extremes carry any NaN or infinity.
+        if not torch.isfinite(torch.stack(torch.aminmax(self._sum))).all():
             raise UserError(
                 f"the inputs of {name} overflow or hold NaN on the calibration text",
                 "Check the checkpoint, or compute in another type with --dtype float32.",

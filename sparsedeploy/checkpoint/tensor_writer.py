@@ -18,7 +18,6 @@ import torch
 from sparsedeploy.checkpoint.masks import FILE, pack_mask
 from sparsedeploy.models.tensor_files import StoredTensor, TensorFiles, read_header
 from sparsedeploy.plan import ModuleTarget
-from sparsedeploy.pruning.base import apply_mask
 
 _CHUNK = 1 << 24
 
@@ -56,7 +55,7 @@ class TensorWriter:
     def put(self, module: str, weight: torch.Tensor, mask: torch.Tensor) -> None:
         """Write one module: ``weight`` in the stored type, zero where ``mask`` (True = kept) is False."""
         stored = self._tensor_of[module]
-        values = apply_mask(weight.detach().to("cpu", stored.dtype), mask.cpu()).contiguous()
+        values = weight.detach().to("cpu", stored.dtype).contiguous()
         self._write(self._folder / stored.shard.name, stored.start, values.view(torch.uint8).numpy().data)
         if not self._masks:
             self._masks = {entry.name: entry for entry in read_header(self._folder / FILE)}

@@ -6,10 +6,10 @@ import json
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import weight_files
@@ -106,18 +106,32 @@ class TensorFiles:
         Raises:
             UserError: a shard that became unreadable.
         """
-        wanted: dict[Path, list[str]] = {}
+        wanted: dict[Path, list[StoredTensor]] = {}
         for tensor in tensors:
-            wanted.setdefault(tensor.shard, []).append(tensor.name)
+            wanted.setdefault(tensor.shard, []).append(tensor)
         result = {}
-        for shard, names in wanted.items():
+        for shard, stored in wanted.items():
             try:
-                with safe_open(shard, framework="pt") as file:
-                    # A copy: the file's pages are given back when it closes.
-                    result.update({name: file.get_tensor(name).clone() for name in names})
-            except (SafetensorError, OSError) as error:
+                with open(shard, "rb", buffering=0) as file:
+                    result.update({tensor.name: _read_tensor(file, tensor) for tensor in stored})
+            except OSError as error:
                 raise _corrupt(shard, str(error)) from error
         return result
+
+
+def _read_tensor(file: FileIO, stored: StoredTensor) -> torch.Tensor:
+    """Read straight into place: no mapped pages, which would count as memory of ours, and no second copy."""
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    place = tensor.view(-1).view(torch.uint8).numpy().data
+    if len(place) != stored.end - stored.start:
+        raise _corrupt(stored.shard, f"{stored.name} has {stored.end - stored.start} bytes for {len(place)}")
+    file.seek(stored.start)
+    while place:
+        count = file.readinto(place)
+        if not count:
+            raise _corrupt(stored.shard, f"it ends within {stored.name}")
+        place = place[count:]
+    return tensor
 
 
 def read_header(shard: Path) -> list[StoredTensor]:

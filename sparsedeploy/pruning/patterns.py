@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
@@ -21,12 +22,15 @@ def keep_all_but_smallest(scores: torch.Tensor, k: int) -> torch.Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = _kth_smallest(scores, k)
     kept = scores > threshold
-    wanted = kept.sum(dim=-1, keepdim=True) - (columns - k)  # negative: equals of the threshold that stay
-    if not wanted.any():
+    # No row keeps more than columns - k above its threshold: right in total is right in each. Sums by row cost more.
+    if int(torch.count_nonzero(kept)) == len(scores) * (columns - k):
         return kept
-    equal = scores == threshold
-    dropped = equal.sum(dim=-1, keepdim=True) + wanted
-    return kept | (equal & (equal.cumsum(dim=-1) > dropped))
+    missing = columns - k - kept.sum(dim=-1)
+    short = missing.nonzero().flatten()
+    equal = scores[short] == threshold[short]
+    dropped = equal.sum(dim=-1, keepdim=True) - missing[short, None]
+    kept[short] |= equal & (equal.cumsum(dim=-1) > dropped)
+    return kept
 
 
 def _kth_smallest(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -41,8 +45,14 @@ def _kth_smallest(scores: torch.Tensor, k: int) -> torch.Tensor:
     def select(part: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(np.partition(part, k - 1, axis=-1)[:, k - 1 : k])
 
-    with ThreadPoolExecutor(len(parts)) as pool:
-        return torch.from_numpy(np.concatenate(list(pool.map(select, parts))))
+    if len(parts) == 1:
+        return torch.from_numpy(select(parts[0]))
+    return torch.from_numpy(np.concatenate(list(_pool().map(select, parts))))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="select")
 
 
 def keep_largest(scores: torch.Tensor, n: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from sparsedeploy.calibration.driver import LayerDriver, LayerView, walk_weights
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import LayerSource
 from sparsedeploy.plan import ModuleShape, SparsityPlan
-from sparsedeploy.pruning.base import PRUNERS, Pruned, apply_mask
+from sparsedeploy.pruning.base import PRUNERS, Pruned
 from sparsedeploy.ranks import ALONE, Ranks
 
 
@@ -81,10 +81,10 @@ def prune_layers(
                     modules[name] = pruner.function(linear.weight.data, statistics, targets[name], options)
             for name, linear in layer.linears.items():
                 pruned = _shared(modules.get(name), linear.weight, owners[name], ranks)
-                if int(pruned.mask.numel() - pruned.mask.sum()) != targets[name].zeros:
+                if pruned.mask.numel() - int(torch.count_nonzero(pruned.mask)) != targets[name].zeros:
                     raise RuntimeError(f"{method} pruned another number of weights of {name} than planned")
                 kept = pruned.weight if stored is None else pruned.weight.to(stored[name])
-                linear.weight.data.copy_(apply_mask(kept, pruned.mask))
+                linear.weight.data.copy_(kept)
                 modules[name] = pruned
             yield PrunedLayer(layer.index, modules)
             advance()

@@ -9,10 +9,10 @@ import torch
 
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.errors import UserError
+from sparsedeploy.linear_algebra import add_product, upper_cholesky_
 from sparsedeploy.plan import NM, ModuleTarget
 from sparsedeploy.pruning.base import PRUNERS, Pruned, apply_mask
 from sparsedeploy.pruning.patterns import keep_all_but_smallest, keep_largest
-from sparsedeploy.pruning.products import subtract_product, triangular_inverse
 
 _RETRIES = 3
 # Columns that are updated one by one before a matrix product takes over.
@@ -43,40 +43,38 @@ def sparsegpt(
     """Drop weights by W^2 / U_jj^2 block by block and let the survivors make up for it (Frantar & Alistarh 2023)."""
     assert statistics is not None
     if options.damping not in statistics.memo:
-        statistics.memo[options.damping] = inverse_factor(statistics.hessian, options.damping, target.name)
+        statistics.memo[options.damping] = hessian_factor(statistics.take_hessian(), options.damping, target.name)
     factor, dead = statistics.memo[options.damping]
     solved, mask, loss = solve(weight.float(), factor, dead, target, options.block)
     # The cast may not revive a pruned weight, and the mask, not the value, says what is pruned.
     return Pruned(mask, apply_mask(solved.to(weight.dtype), mask), loss)
 
 
-def inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The upper Cholesky factor ``U`` of the damped inverse Hessian, ``H^-1 = U^T U``, and the dead inputs.
+def hessian_factor(hessian: torch.Tensor, damping: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The upper triangular ``R`` of the damped Hessian, ``H = R R^T``, and the dead inputs.
+
+    Its inverse ``U`` is the upper Cholesky factor of the inverse Hessian, ``H^-1 = U^T U``.
 
     Args:
-        hessian: ``[columns, columns]``, symmetric; not changed.
+        hessian: ``[columns, columns]``, of which the upper triangle is read; not changed.
 
     Returns:
-        ``U [columns, columns]`` and bool ``[columns]``, True for inputs that were zero on every token.
+        ``R [columns, columns]`` and bool ``[columns]``, True for inputs that were zero on every token.
 
     Raises:
         UserError: the Hessian is not positive definite even with 1000 times the damping.
     """
     dead = hessian.diagonal() == 0
-    # With J the reversal: J H J = L L^T gives H^-1 = U^T U for U = J L^-1 J. One factorisation and one triangular
-    # inverse, where factorising the inverse itself would cost three such steps and some digits.
-    reversed_diagonal = hessian.diagonal().masked_fill(dead, 1).flip(0)
-    mean = reversed_diagonal.mean().item()
+    diagonal = hessian.diagonal().masked_fill(dead, 1)
+    mean = diagonal.mean().item()
     step = damping
     for _ in range(_RETRIES + 1):
-        attempt = hessian.flip(0, 1)
-        attempt.diagonal().copy_(reversed_diagonal + step * mean)
-        lower, failed = torch.linalg.cholesky_ex(attempt)
-        del attempt
-        if not failed:
-            upper = triangular_inverse(lower).flip(0, 1)
-            if torch.isfinite(upper).all():
-                return upper, dead
+        damped = hessian.triu()
+        damped.diagonal().copy_(diagonal + step * mean)
+        # A factor's extremes carry any NaN or infinity, and its inverse has none if no pivot is next to nothing.
+        if upper_cholesky_(damped) and _is_sound(damped):
+            return damped, dead
+        del damped
         step *= 10
     raise UserError(
         f"the Hessian of {name} cannot be factorised, even with damping {step / 10:g}",
@@ -84,17 +82,24 @@ def inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> tuple[to
     )
 
 
+def _is_sound(factor: torch.Tensor) -> bool:
+    extremes = torch.stack([*torch.aminmax(factor), factor.diagonal().reciprocal().max()])
+    return bool(torch.isfinite(extremes).all())
+
+
 def solve(
     weight: torch.Tensor, factor: torch.Tensor, dead: torch.Tensor, target: ModuleTarget, block: int
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The OBS sweep over column blocks, left to right.
 
-    W_out = W_in - E U, so that sum E^2 = tr(dW H dW^T): the reported loss 1/2 sum E^2 is the damped squared output
-    error per sequence.
+    In the paper's terms W_out = W_in - E U, so that sum E^2 = tr(dW H dW^T): the reported loss 1/2 sum E^2 is the
+    damped squared output error per sequence. With R = U^-1 and D = W_in - W_out the same is E = D R, which needs no
+    inverse of the whole Hessian: what the blocks so far changed, D, weighs on a block B by D R[:, B], and the block's
+    best answer to it, were nothing in it pruned, is W_in + D R[:, B] R[B, B]^-1. From there on it is the paper's sweep.
 
     Args:
         weight: ``[rows, columns]`` in the type to compute in; not changed.
-        factor: ``U`` of :func:`inverse_factor`.
+        factor: ``R`` of :func:`hessian_factor`.
         dead: inputs that never fired; they are pruned first.
 
     Returns:
@@ -106,27 +111,65 @@ def solve(
     pattern = target.pattern
     check_block(pattern, block)
     columns = weight.shape[1]
-    # Transposed, so that a column's weights of all rows lie side by side: every step below runs over whole cache lines.
-    new = weight.T.contiguous()
-    new[dead] = 0
-    mask = torch.ones_like(new, dtype=torch.bool)
-    errors = torch.zeros_like(new)
-    # A group of M is chosen as a whole, so no leaf may cut one.
-    leaf = _LEAF if pattern is None else max(_LEAF // pattern.m, 1) * pattern.m
-
-    def sweep(start: int, end: int) -> None:
-        _sweep(new, mask, errors, factor, dead, start, end, pattern)
+    new = weight.clone()
+    new[:, dead] = 0
+    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    # Of blocks to come, how the changes so far weigh on them; of blocks that are done, their own change.
+    change = torch.zeros_like(new)
+    squared_error = torch.zeros((), dtype=torch.float64, device=new.device)
 
     def solve_block(start: int, end: int) -> None:
+        span = slice(start, end)
+        inverse = _upper_inverse(factor[span, span])
+        before = new[:, span].clone()
+        current = before.addmm(change[:, span], inverse)
+        count = None
         if pattern is None:
             # The plan's exact count, spread over the blocks so that every prefix is within one weight of its share.
             count = target.zeros * end // columns - target.zeros * start // columns
-            mask[start:end] = _select_block(new[start:end], factor.diagonal()[start:end], dead[start:end], count)
-        _in_order(_bounds(start, end, leaf), sweep, new, errors, factor)
+        new[:, span], mask[:, span], errors = _solve_block(current, inverse, dead[span], pattern, count)
+        squared_error.add_(errors.square_().sum(dtype=torch.float64))
+        torch.sub(before, new[:, span], out=change[:, span])
 
-    _in_order(_bounds(0, columns, block), solve_block, new, errors, factor)
-    squared_error = errors.square_().sum(dtype=torch.float64).item()
-    return new.T.contiguous(), mask.T.contiguous(), squared_error / 2
+    def pass_on(start: int, middle: int, end: int) -> None:
+        add_product(change[:, middle:end], change[:, start:middle], factor[start:middle, middle:end])
+
+    _in_order(_bounds(0, columns, block), solve_block, pass_on)
+    return new, mask, squared_error.item() / 2
+
+
+def _solve_block(
+    weight: torch.Tensor, factor: torch.Tensor, dead: torch.Tensor, pattern: NM | None, count: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sweep within one block: the new weight, the mask and the errors ``[columns, rows]``.
+
+    Args:
+        weight: ``[rows, columns]`` of the block, as the blocks before it want it.
+        factor: the upper triangular ``U`` of these columns.
+        count: zeros of the whole block; None with a pattern.
+    """
+    # Transposed, so that a column's weights of all rows lie side by side: every step below runs over whole cache lines.
+    new = weight.T.contiguous()
+    mask = torch.empty_like(new, dtype=torch.bool)
+    if count is not None:
+        mask = _select_block(new, factor.diagonal(), dead, count)
+    errors = torch.empty_like(new)
+    # A group of M is chosen as a whole, so no leaf may cut one.
+    leaf = _LEAF if pattern is None else max(_LEAF // pattern.m, 1) * pattern.m
+
+    def sweep(first: int, last: int) -> None:
+        _sweep(new, mask, errors, factor, dead, first, last, pattern)
+
+    def pass_on(first: int, middle: int, last: int) -> None:
+        add_product(new[middle:last], factor[first:middle, middle:last].T, errors[first:middle], -1)
+
+    _in_order(_bounds(0, len(new), leaf), sweep, pass_on)
+    return new.T, mask.T, errors
+
+
+def _upper_inverse(factor: torch.Tensor) -> torch.Tensor:
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, identity, upper=True)
 
 
 def check_block(pattern: NM | None, block: int) -> None:
@@ -147,25 +190,18 @@ def _bounds(start: int, end: int, step: int) -> list[int]:
     return [*range(start, end, step), end]
 
 
-def _in_order(
-    bounds: list[int],
-    visit: Callable[[int, int], None],
-    new: torch.Tensor,
-    errors: torch.Tensor,
-    factor: torch.Tensor,
-) -> None:
-    """Visit the parts from left to right, each when everything before it has been taken off its columns.
+def _in_order(bounds: list[int], visit: Callable[[int, int], None], pass_on: Callable[[int, int, int], None]) -> None:
+    """Visit the parts from left to right; ``pass_on`` brings what the left half did to the right half.
 
-    By halves: what the errors of the left half owe to the right one is one product, as large as it can be.
+    By halves: each time it is one product, as large as it can be.
     """
     if len(bounds) == 2:
         visit(bounds[0], bounds[1])
         return
     half = len(bounds) // 2
-    start, middle, end = bounds[0], bounds[half], bounds[-1]
-    _in_order(bounds[: half + 1], visit, new, errors, factor)
-    subtract_product(new[middle:end], factor[start:middle, middle:end].T, errors[start:middle])
-    _in_order(bounds[half:], visit, new, errors, factor)
+    _in_order(bounds[: half + 1], visit, pass_on)
+    pass_on(bounds[0], bounds[half], bounds[-1])
+    _in_order(bounds[half:], visit, pass_on)
 
 
 def _sweep(
@@ -178,18 +214,23 @@ def _sweep(
     last: int,
     pattern: NM | None,
 ) -> None:
-    """Go through columns ``first`` to ``last`` one by one; fills their rows of ``errors``."""
+    """Go through columns ``first`` to ``last`` one by one; fills their rows of ``errors``.
+
+    Args:
+        factor: the upper triangular ``U`` of these columns.
+    """
     step = last - first if pattern is None else pattern.m
     for start in range(first, last, step):
         group = slice(start, start + step)
         if pattern is not None:
             mask[group] = keep_largest(_scores(new[group], factor.diagonal()[group], dead[group]), pattern.n)
+        kept = mask[group].to(new.dtype)
         # Where a weight goes 1 / U_jj, where it stays 0: what turns a column into its error.
-        scale = (~mask[group]).to(new.dtype).div_(factor.diagonal()[group, None])
+        scale = (1 - kept).div_(factor.diagonal()[group, None])
         for j in range(start, start + step):
             error = torch.mul(new[j], scale[j - start], out=errors[j])
             new[j + 1 : last].addr_(factor[j, j + 1 : last], error, alpha=-1)
-    new[first:last].masked_fill_(~mask[first:last], 0)
+        new[group].mul_(kept)
 
 
 def _select_block(new: torch.Tensor, diagonal: torch.Tensor, dead: torch.Tensor, count: int) -> torch.Tensor:

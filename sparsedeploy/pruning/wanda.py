@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsedeploy.calibration.scores import wanda_scores
+from sparsedeploy.calibration.scores import wanda_score_blocks
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.plan import ModuleTarget
 from sparsedeploy.pruning.base import PRUNERS, Pruned, apply_mask
@@ -24,9 +24,12 @@ def wanda(
 ) -> Pruned:
     """Drop the smallest |W| * input norm of every row; survivors stay as they are (Sun et al. 2024)."""
     assert statistics is not None
-    scores = wanda_scores(weight, statistics.mean_square)
-    if target.pattern is not None:
-        mask = keep_n_of_m(scores, target.pattern.n, target.pattern.m)
-    else:
-        mask = keep_all_but_smallest(scores, target.zeros_per_row)
+    mask = torch.cat([select(scores, target) for scores in wanda_score_blocks(weight, statistics.mean_square)])
     return Pruned(mask, apply_mask(weight, mask))
+
+
+def select(scores: torch.Tensor, target: ModuleTarget) -> torch.Tensor:
+    """The mask of some rows of the target, by the scores of their weights."""
+    if target.pattern is not None:
+        return keep_n_of_m(scores, target.pattern.n, target.pattern.m)
+    return keep_all_but_smallest(scores, target.zeros_per_row)
