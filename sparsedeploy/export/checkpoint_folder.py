@@ -1,9 +1,12 @@
-"""Plain Hugging Face folders beside exported ones: some runtimes load a checkpoint as it is."""
+"""Plain Hugging Face folders: what every export starts from, and what some runtimes load as it is."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from sparsedeploy.errors import UserError
 from sparsedeploy.export.artifact import (
     ARTIFACT_FILE,
     Artifact,
@@ -14,8 +17,62 @@ from sparsedeploy.export.artifact import (
     load_artifact,
 )
 
+if TYPE_CHECKING:
+    from torch import nn
+
 # The target of a folder that was not exported.
 CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder that can be exported, with its configuration."""
+
+    folder: Path
+    config: Any
+    source: Source
+    trust_remote_code: bool
+
+    def load(self) -> nn.Module:
+        """The model in float32.
+
+        Raises:
+            UserError: weights that are missing, broken or not finite.
+        """
+        import torch
+
+        from sparsedeploy.models.loading import load_model
+        from sparsedeploy.models.structure import check_finite
+
+        model = load_model(self.folder, dtype=torch.float32, trust_remote_code=self.trust_remote_code)
+        for path, parameter in model.named_parameters():
+            check_finite(path.removesuffix(".weight"), parameter)
+        return model
+
+
+def open_checkpoint(checkpoint: str | Path, *, adapters: bool = False, trust_remote_code: bool = False) -> Checkpoint:
+    """Find a model folder or hub id and check, before anything large is read, that it can be exported.
+
+    Args:
+        adapters: whether low-rank factors beside the weights may stay unmerged.
+
+    Raises:
+        UserError: not a causal LM, quantised or packed weights, an adapter that is not merged, or no tokenizer.
+    """
+    # Heavy, and not needed to describe an exported folder.
+    from sparsedeploy.models import low_rank
+    from sparsedeploy.models.fingerprint import model_sha256
+    from sparsedeploy.models.loading import load_config, load_tokenizer, resolve_model
+
+    name = Path(checkpoint).expanduser().resolve().name
+    folder = resolve_model(checkpoint)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{folder} is quantised or packed", "Export the model before quantisation or packing.")
+    if not adapters:
+        low_rank.refuse_unmerged(folder)
+    load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return Checkpoint(folder, config, Source(name, model_sha256(folder)), trust_remote_code)
 
 
 def describe_folder(folder: Path, *, verify: bool = False) -> Artifact:

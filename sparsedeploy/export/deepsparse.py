@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
@@ -24,12 +23,12 @@ from sparsedeploy.export.artifact import (
     Engine,
     Quantization,
     Shapes,
-    Source,
     Sparsity,
     hash_files,
     write_artifact,
 )
 from sparsedeploy.export.check import check_graph, graph_perplexity, reference_logits
+from sparsedeploy.export.checkpoint_folder import open_checkpoint
 from sparsedeploy.export.companions import copy_companions
 from sparsedeploy.export.int8_graph import Range, activation_ranges, write_int8
 from sparsedeploy.export.kv_graph import KVCacheGraph
@@ -45,9 +44,8 @@ from sparsedeploy.export.onnx_file import (
 from sparsedeploy.export.recorded_text import recorded_tokens
 from sparsedeploy.export.targets import TARGETS
 from sparsedeploy.folders import check_writable, new_folder
-from sparsedeploy.models.fingerprint import model_sha256
-from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_model
-from sparsedeploy.models.structure import check_finite, find_decoder_stack
+from sparsedeploy.models.loading import load_tokenizer
+from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.pipeline import CalibrationOptions, calibration_set
 
 ENGINE = Engine(name="deepsparse", version="1.8.0")
@@ -100,25 +98,18 @@ def export_deepsparse(
             tokenizer, a graph that does not reproduce the model, or an output folder that exists.
     """
     options = options or DeepSparseOptions()
-    name = Path(checkpoint).expanduser().resolve().name
-    checkpoint, output = resolve_model(checkpoint), Path(output)
+    output = Path(output)
     check_writable(output, overwrite)
     import_onnx()
-    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{checkpoint} is quantised", "Export the model before quantisation.")
-    load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    source = Source(name=name, sha256=model_sha256(checkpoint))
-    model = load_model(checkpoint, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    for path, parameter in model.named_parameters():
-        check_finite(path.removesuffix(".weight"), parameter)
+    opened = open_checkpoint(checkpoint, adapters=True, trust_remote_code=trust_remote_code)
+    model = opened.load()
     linears = find_decoder_stack(model).all_linears()
     # The small linears inside a linear are the factors of an adapter: dense by design, and not prunable.
     linears = {path: linear for path, linear in linears.items() if path.rpartition(".")[0] not in linears}
     graph = KVCacheGraph(model)
     shapes = _shapes(graph)
     tokens, expected = reference_logits(model, shapes.vocab)
-    ranges, windows = _calibrate(checkpoint, model, linears, options) if options.int8 else ({}, None)
+    ranges, windows = _calibrate(opened.folder, model, linears, options) if options.int8 else ({}, None)
     with new_folder(output, overwrite=overwrite) as folder:
         write_onnx(graph, folder, largest_single_file=options.largest_single_file)
         counted = count_weights(folder / MODEL_FILE, linears)
@@ -130,11 +121,11 @@ def export_deepsparse(
         if options.int8:
             quantization, new_zeros = _quantize(folder, ranges, windows, options)
             check = check_graph(folder / MODEL_FILE, tokens, expected, INT8_TOLERANCE)
-        copy_companions(checkpoint, folder)
+        copy_companions(opened.folder, folder)
         artifact = Artifact(
             target="deepsparse",
-            source=source,
-            model_type=config.model_type,
+            source=opened.source,
+            model_type=opened.config.model_type,
             shapes=shapes,
             dtype="int8" if options.int8 else "float32",
             opset=OPSET,

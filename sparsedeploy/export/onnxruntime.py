@@ -15,21 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
-from sparsedeploy.export.artifact import Artifact, Engine, Source, Sparsity, config_shapes, hash_files, write_artifact
+from sparsedeploy.export.artifact import Artifact, Engine, Sparsity, config_shapes, hash_files, write_artifact
 from sparsedeploy.export.check import compare_logits, reference_logits, split_prompt
+from sparsedeploy.export.checkpoint_folder import open_checkpoint
 from sparsedeploy.export.companions import TOKENIZER_CONFIG, copy_companions, older_tokenizer
 from sparsedeploy.export.onnx_file import MODEL_FILE, import_onnx
 from sparsedeploy.export.targets import TARGETS
 from sparsedeploy.folders import check_writable, new_folder, write_json
-from sparsedeploy.models import low_rank
-from sparsedeploy.models.fingerprint import model_sha256
-from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_model
-from sparsedeploy.models.structure import check_finite, find_decoder_stack
+from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.runtimes.worker import Worker
@@ -71,28 +68,20 @@ def export_onnxruntime(
             an output folder that exists.
     """
     options = options or OnnxRuntimeOptions()
-    name = Path(checkpoint).expanduser().resolve().name
-    checkpoint, output = resolve_model(checkpoint), Path(output)
+    output = Path(output)
     check_writable(output, overwrite)
     import_onnx()
     environment = require(RUNTIME, options.python)
-    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{checkpoint} is quantised or packed", "Export the model before quantisation or packing.")
-    low_rank.refuse_unmerged(checkpoint)
-    load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    source = Source(name=name, sha256=model_sha256(checkpoint))
-    model = load_model(checkpoint, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    for path, parameter in model.named_parameters():
-        check_finite(path.removesuffix(".weight"), parameter)
-    shapes = config_shapes(config)
+    opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    model = opened.load()
+    shapes = config_shapes(opened.config)
     tokens, expected = reference_logits(model, shapes.vocab)
     digests = _weight_digests(find_decoder_stack(model).all_linears())
     # Optimum loads the model once more: let go of it first.
     del model
     with new_folder(output, overwrite=overwrite) as folder, environment.worker(options.timeout) as worker:
         with tempfile.TemporaryDirectory() as scratch, progress.bar("export with Optimum", total=1) as advance:
-            staged = stage_for_transformers_4(checkpoint, Path(scratch))
+            staged = stage_for_transformers_4(opened.folder, Path(scratch))
             opset = worker.call(
                 "export", checkpoint=str(staged), output=str(folder), trust_remote_code=trust_remote_code
             )["opset"]
@@ -103,8 +92,8 @@ def export_onnxruntime(
         logits = _run(worker, folder, tokens)
         artifact = Artifact(
             target=RUNTIME,
-            source=source,
-            model_type=config.model_type,
+            source=opened.source,
+            model_type=opened.config.model_type,
             shapes=shapes,
             dtype="float32",
             opset=opset,

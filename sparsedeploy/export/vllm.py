@@ -22,14 +22,12 @@ from transformers import AutoModelForCausalLM
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.export import sparse24
-from sparsedeploy.export.artifact import Artifact, Engine, Source, Sparsity, config_shapes, hash_files, write_artifact
+from sparsedeploy.export.artifact import Artifact, Engine, Sparsity, config_shapes, hash_files, write_artifact
+from sparsedeploy.export.checkpoint_folder import open_checkpoint
 from sparsedeploy.export.targets import TARGETS
 from sparsedeploy.folders import check_writable, new_folder, write_json
 from sparsedeploy.formats import packed as packing
 from sparsedeploy.formats.config import BITMASK, ModuleFormat, PackedConfig
-from sparsedeploy.models import low_rank
-from sparsedeploy.models.fingerprint import model_sha256
-from sparsedeploy.models.loading import load_config, load_tokenizer, resolve_model
 from sparsedeploy.models.structure import check_finite, find_decoder_stack
 from sparsedeploy.models.tensor_files import INDEX, TensorFiles
 
@@ -76,25 +74,20 @@ def export_vllm(
             packing, or an output folder that exists.
     """
     options = options or VllmOptions()
-    name = Path(checkpoint).expanduser().resolve().name
-    checkpoint, output = resolve_model(checkpoint), Path(output)
+    output = Path(output)
     check_writable(output, overwrite)
-    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{checkpoint} is quantised or packed already", "Export the pruned checkpoint itself.")
-    low_rank.refuse_unmerged(checkpoint)
-    load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    files = TensorFiles(checkpoint)
-    inside, outside = _linears(checkpoint, config, trust_remote_code)
+    opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    files = TensorFiles(opened.folder)
+    inside, outside = _linears(opened.folder, opened.config, trust_remote_code)
     module_of = {files.locate(f"{module}.weight").name: module for module in inside}
-    source = Source(name=name, sha256=model_sha256(checkpoint))
     with new_folder(output, overwrite=overwrite) as folder:
         packer = _Packer(options, set(module_of))
         for shard in progress.track(files.shards, "pack weights"):
             packer.write_shard(shard, folder / shard.name)
         if not packer.packed:
             raise UserError(
-                f"no linear of {checkpoint} is smaller packed than dense", "Prune the model first: sparsedeploy prune."
+                f"no linear of {opened.folder} is smaller packed than dense",
+                "Prune the model first: sparsedeploy prune.",
             )
         left = sorted(set(module_of) - {f"{module}.weight" for module in packer.modules})
         ignored = [tensor.removesuffix(".weight") for tensor in left] + outside
@@ -103,15 +96,15 @@ def export_vllm(
             quantization = sparse24.configuration(packer.zeros / packer.weights, outside)
         else:
             quantization = PackedConfig(packer.modules, tuple(ignored)).to_dict()
-        _write_configuration(checkpoint, folder, quantization)
+        _write_configuration(opened.folder, folder, quantization)
         if len(files.shards) > 1:
             metadata = {"total_size": packer.bytes}
             write_json(folder / INDEX, {"metadata": metadata, "weight_map": packer.weight_map})
         artifact = Artifact(
             target=sparse24.TARGET if native else "vllm",
-            source=source,
-            model_type=config.model_type,
-            shapes=config_shapes(config),
+            source=opened.source,
+            model_type=opened.config.model_type,
+            shapes=config_shapes(opened.config),
             dtype=packer.dtype,
             opset=None,
             files=hash_files(folder),

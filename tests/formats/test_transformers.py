@@ -161,7 +161,7 @@ def test_export_refuses(exported: tuple[Path, Path], tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "dense")
     with pytest.raises(UserError, match="smaller packed than dense"):
         export_vllm(tmp_path / "dense", tmp_path / "out")
-    with pytest.raises(UserError, match="packed already"):
+    with pytest.raises(UserError, match="quantised or packed"):
         export_vllm(exported[1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
