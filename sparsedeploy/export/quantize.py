@@ -25,19 +25,17 @@ from sparsedeploy.evaluation.perplexity import text_windows
 from sparsedeploy.export.artifact import (
     Artifact,
     Quantization,
-    Source,
     Sparsity,
     config_shapes,
     hash_files,
     write_artifact,
 )
+from sparsedeploy.export.checkpoint_folder import Checkpoint, open_checkpoint
 from sparsedeploy.export.companions import copy_companions
 from sparsedeploy.export.recorded_text import recorded_tokens
 from sparsedeploy.export.vllm import ENGINE
 from sparsedeploy.folders import check_writable, new_folder
-from sparsedeploy.models import low_rank
-from sparsedeploy.models.fingerprint import model_sha256
-from sparsedeploy.models.loading import load_config, load_tokenizer, resolve_model
+from sparsedeploy.models.loading import load_tokenizer
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.runtimes import llmcompressor
@@ -96,39 +94,38 @@ def export_quantized(
     if scheme not in SCHEMES:
         raise UserError(f"unknown quantisation scheme '{scheme}'", f"Known: {', '.join(SCHEMES)}.")
     options = options or QuantizeOptions()
-    checkpoint, output = resolve_model(checkpoint), Path(output)
+    output = Path(output)
     check_writable(output, overwrite)
     if trust_remote_code:
         raise UserError("--quantize does not run a model's own code", "Leave --trust-remote-code out.")
-    manifest = load_manifest(checkpoint)
-    low_rank.refuse_unmerged(checkpoint)
+    opened = open_checkpoint(checkpoint)
+    manifest = load_manifest(opened.folder)
     where = llmcompressor.environment(python)
-    load_tokenizer(checkpoint)
     algorithm = SCHEMES[scheme] if options.algorithm == "auto" else options.algorithm
     plan = SparsityPlan.from_dict(manifest["plan"])
-    masks = mask_file.load_masks(checkpoint / mask_file.FILE, {t.name: t.columns for t in plan.targets})
-    stored = TensorFiles(checkpoint).locate(f"{plan.targets[0].name}.weight").dtype
+    masks = mask_file.load_masks(opened.folder / mask_file.FILE, {t.name: t.columns for t in plan.targets})
+    stored = TensorFiles(opened.folder).locate(f"{plan.targets[0].name}.weight").dtype
     dtype = str(torch.bfloat16 if scheme == "w4a16" and stored == torch.float32 else stored).removeprefix("torch.")
     tokens = None
     if algorithm == "gptq":
-        tokens = recorded_tokens(checkpoint, manifest, data=options.data, field=options.field)
-    text, windows = _windows(checkpoint, manifest, options)
+        tokens = recorded_tokens(opened.folder, manifest, data=options.data, field=options.field)
+    text, windows = _windows(opened, manifest, options)
     with new_folder(output, overwrite=overwrite) as folder:
         found = llmcompressor.quantize_folder(
-            where, checkpoint, folder, scheme, algorithm, masks, tokens, windows, dtype=dtype
+            where, opened.folder, folder, scheme, algorithm, masks, tokens, windows, dtype=dtype
         )
         if found["revived"]:
             raise UserError(
                 f"{found['revived']:,} of {found['pruned']:,} pruned weights are not zero after quantisation",
                 "Use --target-option algorithm=round, and report this as a bug.",
             )
-        artifact = _complete(checkpoint, folder, scheme, algorithm, dtype, found, text)
+        artifact = _complete(opened, folder, scheme, algorithm, dtype, found, text)
         write_artifact(folder, artifact)
     return artifact
 
 
 def _complete(
-    checkpoint: Path,
+    opened: Checkpoint,
     folder: Path,
     scheme: str,
     algorithm: str,
@@ -139,13 +136,12 @@ def _complete(
     """Add the small files to the quantised folder and describe it."""
     # llm-compressor's record of its steps names a modifier that only our worker knows.
     (folder / RECIPE).unlink(missing_ok=True)
-    copy_companions(checkpoint, folder, without=("config.json",))
-    config = load_config(checkpoint)
+    copy_companions(opened.folder, folder, without=("config.json",))
     return Artifact(
         target="vllm",
-        source=Source(name=checkpoint.resolve().name, sha256=model_sha256(checkpoint)),
-        model_type=config.model_type,
-        shapes=config_shapes(config),
+        source=opened.source,
+        model_type=opened.config.model_type,
+        shapes=config_shapes(opened.config),
         dtype=dtype,
         opset=None,
         files=hash_files(folder),
@@ -165,7 +161,7 @@ def _complete(
 
 
 def _windows(
-    checkpoint: Path, manifest: dict[str, Any], options: QuantizeOptions
+    opened: Checkpoint, manifest: dict[str, Any], options: QuantizeOptions
 ) -> tuple[str | None, torch.Tensor | None]:
     """The name of the text for the perplexity and its windows; None and None where there is none."""
     recorded = manifest["calibration"]
@@ -173,8 +169,8 @@ def _windows(
     if options.windows == 0 or text is None:
         return None, None
     try:
-        length = default_length(load_config(checkpoint))
-        return text, text_windows(text, load_tokenizer(checkpoint), length, field=options.field, limit=options.windows)
+        tokenizer, length = load_tokenizer(opened.folder), default_length(opened.config)
+        return text, text_windows(text, tokenizer, length, field=options.field, limit=options.windows)
     except UserError as error:
         if options.text is not None:
             raise
