@@ -7,14 +7,22 @@ from typing import Annotated
 
 import typer
 
-from sparsedeploy.cli.common import DeviceOption, JsonOption, TrustOption, console, parse_dtype, print_json
+from sparsedeploy.cli.common import (
+    DataFieldOption,
+    DenseModelArgument,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    TrustOption,
+    console,
+    parse_dtype,
+    print_json,
+)
 from sparsedeploy.cli.plan_options import (
     AllocationOption,
     AllocationOptionsOption,
     BatchSizeOption,
-    DataFieldOption,
     DataOption,
-    DtypeOption,
     LengthOption,
     MethodOptionsOption,
     PatternOption,
@@ -27,7 +35,7 @@ from sparsedeploy.errors import UserError
 
 
 def allocate_command(
-    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    model: DenseModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Plan file to write, such as plan.json.")],
     sparsity: SparsityOption = None,
     allocation: AllocationOption = "uniform",

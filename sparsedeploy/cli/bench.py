@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsedeploy.cli.common import JsonOption, console, print_json
+from sparsedeploy.cli.common import JsonOption, RuntimePythonOption, console, print_json
 from sparsedeploy.errors import UserError
 from sparsedeploy.evaluation.benchmark import BenchmarkResult, benchmark
 from sparsedeploy.evaluation.benchmark_comparison import compare_results, load_result, parse_threshold
@@ -31,9 +31,7 @@ def bench_command(
     runtime: Annotated[
         str | None, typer.Option("--runtime", help="Engine of the folders that name none [default: each its own].")
     ] = None,
-    python: Annotated[
-        str | None, typer.Option("--python", help="Interpreter of an environment of your own that has the runtime.")
-    ] = None,
+    python: RuntimePythonOption = None,
     cores: Annotated[
         str | None, typer.Option("--cores", "-c", help="Cores to use, such as 1,2 [default: all].")
     ] = None,

@@ -15,6 +15,8 @@ from sparsedeploy.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+DenseModelArgument = Annotated[str, typer.Argument(help="Model folder or hub id.")]
+ModelArgument = Annotated[str, typer.Argument(help="Model folder (dense or pruned) or hub id.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -23,6 +25,15 @@ TrustOption = Annotated[
     typer.Option("--trust-remote-code", help="Run the model folder's own Python code. Only for sources you trust."),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Output folder; it appears only when complete.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")]
+DataFieldOption = Annotated[str, typer.Option("--data-field", help="Text field of JSONL rows and data sets.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="Compute in auto (the checkpoint's own), float32, bfloat16 or float16.")
+]
+CoresOption = Annotated[int | None, typer.Option("--cores", "-c", help="Cores to use [default: all].")]
+RuntimePythonOption = Annotated[
+    str | None, typer.Option("--python", help="Interpreter of an environment of your own that has the runtime.")
+]
 
 console = Console(highlight=False)
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsedeploy.cli.common import JsonOption, console, print_json
+from sparsedeploy.cli.plan_options import MethodOption
 
 
 def demo_command(
@@ -17,7 +18,7 @@ def demo_command(
     sparsity: Annotated[
         list[float] | None, typer.Option("--sparsity", "-s", help="Repeat for several [default: 0.5, 0.7, 0.9].")
     ] = None,
-    method: Annotated[str, typer.Option("--method", "-m", help="magnitude, wanda or sparsegpt.")] = "sparsegpt",
+    method: MethodOption = "sparsegpt",
     allocation: Annotated[str, typer.Option("--allocation", "-a", help="How sparsity is spread.")] = "uniform",
     tasks: Annotated[
         str | None,

@@ -11,12 +11,20 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sparsedeploy.cli.common import DeviceOption, JsonOption, TrustOption, console, print_json
+from sparsedeploy.cli.common import (
+    DataFieldOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    TrustOption,
+    console,
+    print_json,
+)
 from sparsedeploy.errors import UserError
 
 
 def eval_command(
-    model: Annotated[str, typer.Argument(help="Model folder (dense or pruned) or hub id.")],
+    model: ModelArgument,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,7 +52,7 @@ def eval_command(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the choice of examples.")] = 0,
     split: Annotated[str, typer.Option("--split", help="Split of a named set: train, validation or test.")] = "test",
-    data_field: Annotated[str, typer.Option("--data-field", help="Text field of JSONL rows and data sets.")] = "text",
+    data_field: DataFieldOption = "text",
     context: Annotated[
         int | None, typer.Option("--context", "-c", help="Window length in tokens [default: min(2048, positions)].")
     ] = None,

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsedeploy.cli.common import JsonOption, OutputOption, OverwriteOption, TrustOption, console, print_json
+from sparsedeploy.cli.common import (
+    JsonOption,
+    ModelArgument,
+    OutputOption,
+    OverwriteOption,
+    TrustOption,
+    console,
+    print_json,
+)
 from sparsedeploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def export_command(
-    model: Annotated[str, typer.Argument(help="Model folder (dense or pruned) or hub id.")],
+    model: ModelArgument,
     target: Annotated[
         str, typer.Option("--target", "-t", help="What to export for: deepsparse, onnxruntime, vllm or llmcompressor.")
     ],

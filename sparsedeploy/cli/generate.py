@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsedeploy import progress
-from sparsedeploy.cli.common import JsonOption, print_json
+from sparsedeploy.cli.common import CoresOption, JsonOption, RuntimePythonOption, print_json
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.text import load_text_tools
 
@@ -25,10 +25,8 @@ def generate_command(
     runtime: Annotated[
         str | None, typer.Option("--runtime", help="Engine to run on [default: the artifact's own].")
     ] = None,
-    python: Annotated[
-        str | None, typer.Option("--python", help="Interpreter of an environment of your own that has the runtime.")
-    ] = None,
-    cores: Annotated[int | None, typer.Option("--cores", "-c", help="Cores to use [default: all].")] = None,
+    python: RuntimePythonOption = None,
+    cores: CoresOption = None,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds that loading or one token may take.")] = 600.0,
     json_output: JsonOption = False,
 ) -> None:

@@ -39,7 +39,6 @@ DataOption = Annotated[
     str,
     typer.Option("--data", "-d", help="Calibration text: file, folder, .jsonl, stdlib, c4, datasets:NAME[:CONFIG]."),
 ]
-DataFieldOption = Annotated[str, typer.Option("--data-field", help="Text field of JSONL rows and data sets.")]
 SamplesOption = Annotated[int, typer.Option("--samples", "-n", help="Calibration sequences.")]
 LengthOption = Annotated[
     int | None, typer.Option("--calibration-length", help="Tokens per sequence [default: min(2048, positions)].")
@@ -56,7 +55,4 @@ AccumulateOption = Annotated[
     typer.Option(
         "--accumulate", help="Sum statistics in float32, or in float64 for the same bits on any process count."
     ),
-]
-DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="Compute in auto (the checkpoint's own), float32, bfloat16 or float16.")
 ]

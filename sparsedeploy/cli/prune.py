@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsedeploy.cli.common import (
+    DataFieldOption,
+    DenseModelArgument,
     DeviceOption,
+    DtypeOption,
     JsonOption,
     OutputOption,
     OverwriteOption,
+    ResumeOption,
     TrustOption,
     console,
     parse_dtype,
@@ -22,9 +26,7 @@ from sparsedeploy.cli.plan_options import (
     AllocationOption,
     AllocationOptionsOption,
     BatchSizeOption,
-    DataFieldOption,
     DataOption,
-    DtypeOption,
     LengthOption,
     MethodOption,
     MethodOptionsOption,
@@ -56,7 +58,7 @@ OWN_ENGINE = "sparsedeploy"
 
 def prune_command(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    model: DenseModelArgument,
     output: OutputOption,
     sparsity: SparsityOption = None,
     method: MethodOption = "wanda",
@@ -95,7 +97,7 @@ def prune_command(
     train_option: TrainOptionsOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")] = False,
+    resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,

@@ -9,9 +9,11 @@ import typer
 
 from sparsedeploy.cli.common import (
     DeviceOption,
+    DtypeOption,
     JsonOption,
     OutputOption,
     OverwriteOption,
+    ResumeOption,
     TrustOption,
     console,
     parse_dtype,
@@ -58,11 +60,9 @@ def recover_command(
         int | None, typer.Option("--calibration-length", help="Tokens per sequence of --data.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Calibration sequences per layer call.")] = 1,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="Compute in auto (the checkpoint's own), float32, bfloat16 or float16.")
-    ] = "auto",
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")] = False,
+    resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sparsedeploy import progress
-from sparsedeploy.cli.common import console
+from sparsedeploy.cli.common import CoresOption, console
 
 
 def serve_command(
@@ -17,7 +17,7 @@ def serve_command(
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", "-p", help="Port to listen on.")] = 8000,
     length: Annotated[int, typer.Option("--length", help="Tokens of a prompt and its answer together.")] = 512,
-    cores: Annotated[int | None, typer.Option("--cores", "-c", help="Cores to use [default: all].")] = None,
+    cores: CoresOption = None,
     python: Annotated[
         str | None, typer.Option("--python", help="Interpreter of an environment of your own that has the engine.")
     ] = None,
