@@ -16,6 +16,7 @@ from torch import nn
 
 from sparsedeploy.calibration.activations import Keep, choose_batch_size, new_buffer
 from sparsedeploy.calibration.statistics import InputStatistics, Kind
+from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
 from sparsedeploy.models.loading import exact_matmul
 from sparsedeploy.models.structure import check_finite
@@ -135,6 +136,7 @@ class LayerDriver:
         for index in range(len(self)):
             with self.source.layer(index) as layer:
                 if index < finished:
+                    self.source.read_ahead(index + 1)
                     self._run(layer, hidden, arguments[index], hidden)
                     continue
                 linears = self.stack.linears(index)
@@ -146,12 +148,16 @@ class LayerDriver:
                     statistics = self._gather(layer, linears, kind, hidden, arguments[index], outputs)
                 elif outputs is not None:
                     self._run(layer, hidden, arguments[index], outputs)
+                return_freed_memory()
                 yield LayerView(index, linears, statistics, hidden, outputs)
+                # Not before: while a layer is solved, its statistics take the memory that the next layer will.
+                self.source.read_ahead(index + 1)
                 if outputs is None:
                     if index + 1 < len(self):
                         self._run(layer, hidden, arguments[index], hidden)
                 else:
                     hidden, spare = outputs, hidden
+            return_freed_memory()
 
     @torch.no_grad()
     def states(self) -> Iterator[torch.Tensor]:
@@ -163,6 +169,7 @@ class LayerDriver:
         hidden = self._embed()
         for index in range(len(self)):
             with self.source.layer(index) as layer:
+                self.source.read_ahead(index + 1)
                 self._run(layer, hidden, arguments[index], hidden)
             yield hidden
 

@@ -36,6 +36,9 @@ class LayerSource(Protocol):
     def layer(self, index: int) -> Any:
         """Context manager: the layer of that depth with its weights in place."""
 
+    def read_ahead(self, index: int) -> None:
+        """The layer of that depth is next: begin to read it, where that takes time. Beyond the last one: nothing."""
+
 
 class ResidentLayers:
     """All layers of a loaded model, in evaluation mode."""
@@ -51,9 +54,12 @@ class ResidentLayers:
     def layer(self, index: int) -> Iterator[nn.Module]:
         yield self.stack.layers[index]
 
+    def read_ahead(self, index: int) -> None:
+        pass
+
 
 class StreamedLayers:
-    """One decoder layer in memory at a time, read from a safetensors folder; the next one is read ahead.
+    """One decoder layer in memory at a time, read from a safetensors folder; the next one is read ahead when asked.
 
     Args:
         folder: the model folder.
@@ -107,8 +113,6 @@ class StreamedLayers:
         tensors = self._take(index)
         for parameter, stored in self._layer_tensors[index].items():
             self._set(parameter, tensors.pop(stored.name))
-        if index + 1 < len(self.stack.layers):
-            self._ahead = (index + 1, self._reader.submit(self._read, index + 1))
         try:
             yield self.stack.layers[index]
         finally:
@@ -116,6 +120,10 @@ class StreamedLayers:
                 module, name = self._owner(parameter)
                 empty = torch.empty_like(getattr(module, name), device="meta")
                 module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+    def read_ahead(self, index: int) -> None:
+        if index < len(self.stack.layers):
+            self._ahead = (index, self._reader.submit(self._read, index))
 
     def _take(self, index: int) -> dict[str, torch.Tensor]:
         ahead, self._ahead = self._ahead, None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.calibration.driver import LayerDriver, LayerView, walk_weights
@@ -23,7 +24,7 @@ class PrunedLayer:
 
     Attributes:
         index: its depth.
-        modules: by full name; the weights are also in the model until the next layer is asked for.
+        modules: by full name, until the next layer is asked for; so long the weights are in the model, too.
     """
 
     index: int
@@ -79,14 +80,18 @@ def prune_layers(
                 if owners[name] == ranks.index:
                     statistics = layer.statistics.get(name)
                     modules[name] = pruner.function(linear.weight.data, statistics, targets[name], options)
+                    _replace(linear, modules[name].weight, stored and stored[name])
+                # With its last linear an input's statistics go.
+                statistics = layer.statistics.pop(name, None)
+            del statistics
             for name, linear in layer.linears.items():
-                pruned = _shared(modules.get(name), linear.weight, owners[name], ranks)
+                pruned = modules[name] = _shared(modules.get(name), linear.weight, owners[name], ranks)
                 if pruned.mask.numel() - int(torch.count_nonzero(pruned.mask)) != targets[name].zeros:
                     raise RuntimeError(f"{method} pruned another number of weights of {name} than planned")
-                kept = pruned.weight if stored is None else pruned.weight.to(stored[name])
-                linear.weight.data.copy_(kept)
-                modules[name] = pruned
+                if owners[name] != ranks.index:
+                    _replace(linear, pruned.weight, stored and stored[name])
             yield PrunedLayer(layer.index, modules)
+            modules.clear()
             advance()
 
 
@@ -110,6 +115,11 @@ def deal(layer: LayerView, count: int) -> dict[str, int]:
         loads[owner] += work(names)
         owners.update(dict.fromkeys(names, owner))
     return owners
+
+
+def _replace(linear: nn.Linear, weight: torch.Tensor, stored: torch.dtype | None) -> None:
+    """Give a linear its new weight, as it will be stored. It is not copied: the dense one goes at once."""
+    linear.weight.data = weight.to(stored or weight.dtype).to(linear.weight.dtype)
 
 
 def _shared(pruned: Pruned | None, weight: torch.Tensor, owner: int, ranks: Ranks) -> Pruned:

@@ -45,7 +45,7 @@ def sparsegpt(
     if options.damping not in statistics.memo:
         statistics.memo[options.damping] = hessian_factor(statistics.take_hessian(), options.damping, target.name)
     factor, dead = statistics.memo[options.damping]
-    solved, mask, loss = solve(weight.float(), factor, dead, target, options.block)
+    solved, mask, loss = solve(weight, factor, dead, target, options.block)
     # The cast may not revive a pruned weight, and the mask, not the value, says what is pruned.
     return Pruned(mask, apply_mask(solved.to(weight.dtype), mask), loss)
 
@@ -98,8 +98,8 @@ def solve(
     best answer to it, were nothing in it pruned, is W_in + D R[:, B] R[B, B]^-1. From there on it is the paper's sweep.
 
     Args:
-        weight: ``[rows, columns]`` in the type to compute in; not changed.
-        factor: ``R`` of :func:`hessian_factor`.
+        weight: ``[rows, columns]``; not changed.
+        factor: ``R`` of :func:`hessian_factor`, in the type to compute in.
         dead: inputs that never fired; they are pruned first.
 
     Returns:
@@ -111,9 +111,9 @@ def solve(
     pattern = target.pattern
     check_block(pattern, block)
     columns = weight.shape[1]
-    new = weight.clone()
+    new = weight.to(factor.dtype, copy=True)
     new[:, dead] = 0
-    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    mask = torch.empty_like(new, dtype=torch.bool)
     # Of blocks to come, how the changes so far weigh on them; of blocks that are done, their own change.
     change = torch.zeros_like(new)
     squared_error = torch.zeros((), dtype=torch.float64, device=new.device)
