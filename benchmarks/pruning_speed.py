@@ -2,6 +2,7 @@
 
     python benchmarks/pruning_speed.py --peer-python ENV/bin/python [--sizes 100M 1B] [--layers 4 8 16] [--rounds 3]
 
+Run it in a plain installation, without the development extra: its libraries are imported too, and count as memory.
 All three prune the same random Llama on the same calibration tokens to the same rates; rounds are interleaved, each in
 a process of its own. llm-compressor replays the recipe of our checkpoint, and the masks are compared. Writes
 benchmarks/results/pruning_speed.json and .md; a finished case is kept, so an interrupted run goes on.
@@ -127,7 +128,8 @@ def markdown(results: dict[str, Any]) -> str:
         "# Speed and memory of pruning",
         "",
         "Medians of interleaved rounds; times are ratios to sparsedeploy's, loading and saving included, start-up of "
-        "Python not. Peak memory is the process's resident set, about 0.5 GB of it the imported libraries.",
+        "Python not. Peak memory is the process's resident set, with the imported libraries, each tool in a plain "
+        f"installation of its own; the imports alone take {imports_of(results)}.",
         "",
         "| case | weights | rounds | sparsedeploy | two-forward loop | llm-compressor "
         "| peak memory: ours, loop, llm-compressor | mask agreement |",
@@ -148,6 +150,12 @@ def markdown(results: dict[str, Any]) -> str:
         cells = [median(result, TOOLS[0], lambda run, name=name: run["seconds"][name]) for name in split_names(results)]
         lines.append(f"| {key} | " + " | ".join(f"{value:.2f} s" for value in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def imports_of(results: dict[str, Any]) -> str:
+    """Memory of each tool before it begins."""
+    first = next(iter(results.values()))
+    return ", ".join(f"{median(first, tool, lambda run: run['imports_bytes']) / 1e9:.2f} GB ({tool})" for tool in TOOLS)
 
 
 def split_names(results: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from torch.nn import functional
 # Below this many multiplications the copies into oneDNN's layout cost more than its product gains.
 _WORTH_COPIES = 1 << 25
 # Matrices up to this size are factorised, solved with or squared in one piece.
-_LEAF = 128
+_LEAF = {"cpu": 128, "cuda": 2048}
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sign: int = 1) -> None:
@@ -30,7 +30,7 @@ def add_gram(total: torch.Tensor, x: torch.Tensor, sign: int = 1) -> None:
     By halves, so that half of the work is left out.
     """
     size = len(x)
-    if size <= _LEAF:
+    if size <= _LEAF[x.device.type]:
         total.addmm_(x, x.T, alpha=sign)
         return
     half = size // 2
@@ -46,7 +46,7 @@ def upper_cholesky_(matrix: torch.Tensor) -> bool:
     Returns:
         Whether it is positive definite; if not, ``matrix`` is spoilt.
     """
-    return _factorise(matrix, _LEAF if _favours_onednn(matrix) else len(matrix))
+    return _factorise(matrix, _LEAF["cpu"] if _favours_onednn(matrix) else len(matrix))
 
 
 def _factorise(matrix: torch.Tensor, leaf: int) -> bool:
@@ -63,21 +63,21 @@ def _factorise(matrix: torch.Tensor, leaf: int) -> bool:
     half = size // 2
     if not _factorise(matrix[half:, half:], leaf):
         return False
-    _divide(matrix[:half, half:], matrix[half:, half:])
+    _divide(matrix[:half, half:], matrix[half:, half:], leaf)
     add_gram(matrix[:half, :half], matrix[:half, half:], -1)
     return _factorise(matrix[:half, :half], leaf)
 
 
-def _divide(dividend: torch.Tensor, upper: torch.Tensor) -> None:
+def _divide(dividend: torch.Tensor, upper: torch.Tensor, leaf: int) -> None:
     """``dividend [m, n] <- dividend @ upper^-T`` for an upper triangular ``[n, n]``, in place, by halves."""
     size = len(upper)
-    if size <= _LEAF:
+    if size <= leaf:
         dividend.copy_(torch.linalg.solve_triangular(upper.T, dividend, upper=False, left=False))
         return
     half = size // 2
-    _divide(dividend[:, half:], upper[half:, half:])
+    _divide(dividend[:, half:], upper[half:, half:], leaf)
     add_product(dividend[:, :half], dividend[:, half:], upper[:half, half:].T, -1)
-    _divide(dividend[:, :half], upper[:half, :half])
+    _divide(dividend[:, :half], upper[:half, :half], leaf)
 
 
 def _favours_onednn(tensor: torch.Tensor) -> bool:

@@ -2,7 +2,8 @@
 
     python oneshot.py MODEL RECIPE TOKENS.npy OUTPUT
 
-Prints one JSON line: seconds of loading, pruning and saving, and peak memory in bytes.
+Prints one JSON line: seconds of loading, pruning and saving, and peak memory in bytes, and that of the
+imports alone.
 """
 
 import json
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
+    imports = peak_bytes()
     model_folder, recipe, tokens_file, output = sys.argv[1:]
     tokens = np.load(tokens_file)
     rows = {"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()}
@@ -33,7 +35,7 @@ def main() -> None:
     pruned = time.perf_counter()
     model.save_pretrained(output)
     times = {"load": loaded - started, "prune": pruned - loaded, "save": time.perf_counter() - pruned}
-    print(json.dumps({"seconds": times, "peak_bytes": peak_bytes()}))
+    print(json.dumps({"seconds": times, "peak_bytes": peak_bytes(), "imports_bytes": imports}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ Keep = Literal["auto", "memory", "disk"]
 # The share of what is free that a buffer or a batch may take: the layer, its statistics and the solver need the rest.
 _SHARE = 0.5
 # Tokens per layer call from which products run at full speed.
-_ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384}
+_ENOUGH_TOKENS = {"cpu": 1024, "cuda": 16384}
 # Activations of a layer that are alive at once, in units of its widest one; a generous guess.
 _ALIVE = 8
 

@@ -19,7 +19,7 @@ from sparsedeploy.checkpoint.masks import FILE, pack_mask
 from sparsedeploy.models.tensor_files import StoredTensor, TensorFiles, read_header
 from sparsedeploy.plan import ModuleTarget
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
 
 
 class TensorWriter:

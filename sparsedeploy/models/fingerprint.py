@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparsedeploy.errors import UserError
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
 
 
 def file_sha256(path: Path) -> str:

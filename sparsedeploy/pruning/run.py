@@ -12,6 +12,7 @@ from torch import nn
 from sparsedeploy import progress
 from sparsedeploy.calibration.driver import LayerDriver, LayerView, walk_weights
 from sparsedeploy.errors import UserError
+from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource
 from sparsedeploy.plan import ModuleShape, SparsityPlan
 from sparsedeploy.pruning.base import PRUNERS, Pruned
@@ -80,16 +81,18 @@ def prune_layers(
                 if owners[name] == ranks.index:
                     statistics = layer.statistics.get(name)
                     modules[name] = pruner.function(linear.weight.data, statistics, targets[name], options)
-                    _replace(linear, modules[name].weight, stored and stored[name])
+                    _replace(linear, modules[name].weight, stored[name] if stored else None)
                 # With its last linear an input's statistics go.
                 statistics = layer.statistics.pop(name, None)
+                if statistics not in layer.statistics.values():
+                    return_freed_memory()
             del statistics
             for name, linear in layer.linears.items():
                 pruned = modules[name] = _shared(modules.get(name), linear.weight, owners[name], ranks)
                 if pruned.mask.numel() - int(torch.count_nonzero(pruned.mask)) != targets[name].zeros:
                     raise RuntimeError(f"{method} pruned another number of weights of {name} than planned")
                 if owners[name] != ranks.index:
-                    _replace(linear, pruned.weight, stored and stored[name])
+                    _replace(linear, pruned.weight, stored[name] if stored else None)
             yield PrunedLayer(layer.index, modules)
             modules.clear()
             advance()

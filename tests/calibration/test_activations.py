@@ -41,7 +41,7 @@ def test_large_buffers_go_to_disk_by_themselves(monkeypatch: pytest.MonkeyPatch)
 def test_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "free_bytes", lambda device: 10**9)
     assert choose_batch_size(128, 2048, 11008, CPU) == 1
-    assert choose_batch_size(128, 512, 4096, CPU) == 4
-    assert choose_batch_size(128, 512, 11008, CPU) == 2
+    assert choose_batch_size(128, 256, 4096, CPU) == 4
+    assert choose_batch_size(128, 256, 22016, CPU) == 2
     assert choose_batch_size(1, 512, 4096, CPU) == 1
     assert choose_batch_size(128, 128, 100_000, CPU) == 1
