@@ -75,6 +75,8 @@ class PruneOptions:
         pattern: ``unstructured``, ``N:M`` (N kept) or ``mixed-N:M`` (N kept on average).
         pattern_options: of a mixed pattern (:class:`sparsedeploy.allocation.MixedOptions`).
         plan: a ready plan, in place of ``sparsity``, ``pattern`` and ``allocation``.
+        true_sequential: each linear of a layer is pruned on what the pruned ones before it give, in one forward pass
+            instead of two; the activations of all sequences in the middle of a layer are in memory at once.
     """
 
     sparsity: float | None = None
@@ -86,6 +88,7 @@ class PruneOptions:
     allocation_options: Mapping[str, Any] | None = None
     plan: SparsityPlan | None = None
     calibration: CalibrationOptions = CalibrationOptions()
+    true_sequential: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,7 @@ def _prune(
             ranks=ranks,
             stored={target.name: layers.files.locate(f"{target.name}.weight").dtype for target in plan.targets},
             finished=finished,
+            true_sequential=options.true_sequential,
         ):
             if journal is not None:
                 for name, module in pruned.modules.items():
@@ -189,7 +193,14 @@ def _prune(
             return_freed_memory()
         manifest = None
         if journal is not None:
-            provenance = Provenance(source, plan, options.method, asdict(prepared.pruner_options), prepared.described)
+            provenance = Provenance(
+                source,
+                plan,
+                options.method,
+                asdict(prepared.pruner_options),
+                prepared.described,
+                true_sequential=options.true_sequential,
+            )
             manifest = complete(folder, journal.folder, layers.files, provenance, journal.losses)
         return ranks.tell(manifest) or {}
 
@@ -269,6 +280,7 @@ class Prepared:
             "method": self.options.method,
             "method_options": asdict(self.pruner_options),
             "calibration": self.described,
+            "true_sequential": self.options.true_sequential,
         }
 
     def selection_windows(self) -> torch.Tensor:
@@ -307,6 +319,8 @@ def prepare(
     choice = None if options.plan is not None else resolve_allocation(options)
     pruner = PRUNERS.get(options.method)
     pruner_options = pruner.make_options(options.method_options)
+    if options.true_sequential and pruner.traits["needs"] == "none":
+        raise UserError(f"{options.method} reads no activations", "Leave --true-sequential out.")
     folder = resolve_model(source)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     sha256 = model_sha256(folder)
@@ -431,7 +445,15 @@ def choose_plan(model: nn.Module | LayerSource, prepared: Prepared, ranks: Ranks
 
     def trial(plan: SparsityPlan) -> float:
         candidate = copy.deepcopy(dense)
-        prune_model(candidate, calibration, plan, options.method, prepared.pruner_options, batch_size)
+        prune_model(
+            candidate,
+            calibration,
+            plan,
+            options.method,
+            prepared.pruner_options,
+            batch_size,
+            true_sequential=options.true_sequential,
+        )
         try:
             return perplexity(candidate, selection, batch_size=batch_size or 1).perplexity
         except UserError:  # its only reason: the pruned model has diverged
@@ -490,6 +512,8 @@ def prune_model(
     method: str,
     options: Any,
     batch_size: int | None = None,
+    *,
+    true_sequential: bool = False,
 ) -> PrunedModules:
     """Prune a model in place, layer by layer, each on the inputs that the pruned layers before it give.
 
@@ -498,7 +522,9 @@ def prune_model(
     """
     result = PrunedModules({}, {})
     tokens = calibration.tokens if calibration else None
-    for layer in prune_layers(ResidentLayers(model), tokens, plan, method, options, batch_size=batch_size):
+    for layer in prune_layers(
+        ResidentLayers(model), tokens, plan, method, options, batch_size=batch_size, true_sequential=true_sequential
+    ):
         result.masks.update({name: pruned.mask.cpu() for name, pruned in layer.modules.items()})
         result.losses.update(losses_of(layer.modules))
     return result

@@ -30,6 +30,7 @@ class PruneSection:
     method_options: Mapping[str, Any] | None = None
     allocation: str | None = None
     allocation_options: Mapping[str, Any] | None = None
+    true_sequential: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparsedeploy.calibration.activations import Keep, choose_batch_size, new_buffer
+from sparsedeploy.calibration.pausing import pauses
 from sparsedeploy.calibration.statistics import InputStatistics, Kind
+from sparsedeploy.errors import UserError
 from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
 from sparsedeploy.models.loading import exact_matmul
@@ -44,6 +47,7 @@ class LayerView:
         statistics: full name -> statistics of its input; linears that share an input share the object.
         inputs: the hidden states ``[sequences, tokens, hidden]`` that enter; empty where only weights are read.
         outputs: the hidden states that leave it, in a pass that does not change weights.
+        complete: whether no further view of this layer follows; in a true sequential pass each linear has its own.
     """
 
     index: int
@@ -51,6 +55,7 @@ class LayerView:
     statistics: dict[str, InputStatistics]
     inputs: torch.Tensor
     outputs: torch.Tensor | None = None
+    complete: bool = True
 
 
 def walk_weights(source: nn.Module | LayerSource, *, finished: int = 0) -> Iterator[LayerView]:
@@ -62,6 +67,7 @@ def walk_weights(source: nn.Module | LayerSource, *, finished: int = 0) -> Itera
     layers = as_source(source)
     for index in range(finished, len(layers.stack.layers)):
         with layers.layer(index):
+            layers.read_ahead(index + 1)
             linears = layers.stack.linears(index)
             for name, linear in linears.items():
                 check_finite(name, linear.weight)
@@ -118,7 +124,9 @@ class LayerDriver:
         return len(self.stack.layers)
 
     @torch.no_grad()
-    def walk(self, kind: Kind, *, changes_weights: bool, finished: int = 0) -> Iterator[LayerView]:
+    def walk(
+        self, kind: Kind, *, changes_weights: bool, finished: int = 0, true_sequential: bool = False
+    ) -> Iterator[LayerView]:
         """Yield each layer with its statistics; after the caller is done with it, go on to the next.
 
         Args:
@@ -126,6 +134,9 @@ class LayerDriver:
             finished: layers before this one are run as they are and not yielded.
             changes_weights: the caller prunes: run the changed layer again for the next one's inputs. Otherwise the
                 one pass that gathers statistics gives them too.
+            true_sequential: with ``changes_weights``, yield linear after linear, each on the inputs that the changed
+                ones before it give. One pass over a layer where two were needed, but the activations of all sequences
+                in the middle of it are alive at once.
 
         Raises:
             UserError: weights or activations that are not finite.
@@ -135,13 +146,20 @@ class LayerDriver:
         spare = None if changes_weights else new_buffer(tuple(hidden.shape), hidden.dtype, self.device, self.keep)
         for index in range(len(self)):
             with self.source.layer(index) as layer:
-                if index < finished:
+                # Before a layer is changed there is no room for the next one: its statistics and the solver take it.
+                changes = changes_weights and index >= finished
+                if not changes:
                     self.source.read_ahead(index + 1)
+                if index < finished:
                     self._run(layer, hidden, arguments[index], hidden)
                     continue
                 linears = self.stack.linears(index)
                 for name, linear in linears.items():
                     check_finite(name, linear.weight)
+                if changes and true_sequential:
+                    yield from self._in_turn(layer, index, linears, kind, hidden, arguments[index])
+                    return_freed_memory()
+                    continue
                 outputs = spare
                 statistics: dict[str, InputStatistics] = {}
                 if kind != "none":
@@ -150,8 +168,8 @@ class LayerDriver:
                     self._run(layer, hidden, arguments[index], outputs)
                 return_freed_memory()
                 yield LayerView(index, linears, statistics, hidden, outputs)
-                # Not before: while a layer is solved, its statistics take the memory that the next layer will.
-                self.source.read_ahead(index + 1)
+                if changes:
+                    self.source.read_ahead(index + 1)
                 if outputs is None:
                     if index + 1 < len(self):
                         self._run(layer, hidden, arguments[index], hidden)
@@ -235,13 +253,56 @@ class LayerDriver:
     ) -> None:
         """Run a layer over all sequences, batch by batch; ``outputs`` may be ``hidden`` itself."""
         for start in range(0, len(hidden), self.batch_size):
-            batch = hidden[start : start + self.batch_size].to(self.device, non_blocking=True)
-            try:
-                result = layer(batch, *arguments.positional, **arguments.named)
-            except _StopForward:
-                continue
-            if outputs is not None:
-                outputs[start : start + self.batch_size] = result[0] if isinstance(result, tuple) else result
+            self._run_batch(layer, hidden, arguments, outputs, start)
+
+    def _run_batch(
+        self,
+        layer: nn.Module,
+        hidden: torch.Tensor,
+        arguments: LayerArguments,
+        outputs: torch.Tensor | None,
+        start: int,
+    ) -> None:
+        batch = hidden[start : start + self.batch_size].to(self.device, non_blocking=True)
+        try:
+            result = layer(batch, *arguments.positional, **arguments.named)
+        except _StopForward:
+            return
+        if outputs is not None:
+            outputs[start : start + self.batch_size] = result[0] if isinstance(result, tuple) else result
+
+    def _in_turn(
+        self,
+        layer: nn.Module,
+        index: int,
+        linears: dict[str, nn.Linear],
+        kind: Kind,
+        hidden: torch.Tensor,
+        arguments: LayerArguments,
+    ) -> Iterator[LayerView]:
+        """View after view of one linear, with the statistics of its input; at the end ``hidden`` has left the layer."""
+        starts = range(0, len(hidden), self.batch_size)
+        batches = [partial(self._run_batch, layer, hidden, arguments, hidden, start) for start in starts]
+        statistics: InputStatistics | None = None
+        missing = dict(linears)
+        for name, inputs, same in pauses(linears, batches):
+            if any(self.ranks.tell(name, rank) != name for rank in range(self.ranks.count)):
+                raise UserError(f"not all processes have tokens for {name}", "Leave --true-sequential out.")
+            if statistics is None or not same:
+                statistics = InputStatistics(linears[name].in_features, kind, self.device, self.accumulate)
+                for start, given in zip(starts, inputs, strict=True):
+                    if given is not None:
+                        statistics.add(given, min(self.batch_size, len(hidden) - start))
+                statistics.combine(self.ranks)
+                statistics.check(name)
+            del inputs
+            del missing[name]
+            yield LayerView(index, {name: linears[name]}, {name: statistics}, hidden, complete=not missing)
+            if not missing:
+                statistics = None
+                self.source.read_ahead(index + 1)
+        if missing:
+            raise UserError(f"no calibration token reached {min(missing)}", "Use more or other calibration text.")
 
     def _gather(
         self,

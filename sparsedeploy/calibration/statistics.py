@@ -13,6 +13,9 @@ from sparsedeploy.ranks import Ranks
 Kind = Literal["none", "sum_squares", "hessian"]
 _RANK: dict[str, int] = {"none": 0, "sum_squares": 1, "hessian": 2}
 
+# Short sequences wait until they make a product of this many rows: by sequences, so that batches do not show.
+_ROWS_AT_ONCE = 1024
+
 
 def richest(*kinds: Kind) -> Kind:
     """The kind that answers for all: the Hessian's diagonal holds the sums of squares."""
@@ -37,6 +40,7 @@ class InputStatistics:
         self.memo: dict[object, Any] = {}
         shape = (columns, columns) if kind == "hessian" else (columns,)
         self._sum = torch.zeros(shape, dtype=accumulate, device=device)
+        self._pending: list[torch.Tensor] = []
 
     def add(self, inputs: torch.Tensor, sequences: int) -> None:
         """Add the inputs of ``sequences`` sequences, ``[..., columns]``, one sequence at a time.
@@ -45,24 +49,40 @@ class InputStatistics:
         """
         rows = inputs.detach().reshape(-1, self.columns)
         for part in rows.chunk(sequences) if len(rows) % sequences == 0 else (rows,):
-            x = part.to(self._sum.dtype)
-            if self.kind == "hessian":
-                add_gram(self._sum, x.T.contiguous())
-            else:
-                self._sum += x.square().sum(dim=0)
+            self._pending.append(part)
+            if sum(map(len, self._pending)) >= _ROWS_AT_ONCE:
+                self._add_pending()
+        # What waits for the next batch may not keep all of this one in memory.
+        self._pending = [part.clone() for part in self._pending]
         self.sequences += sequences
+
+    def _add_pending(self) -> None:
+        if not self._pending:
+            return
+        x = torch.cat(self._pending).to(self._sum.dtype)
+        self._pending = []
+        if self.kind == "hessian":
+            add_gram(self._sum, x.T.contiguous())
+        else:
+            self._sum += x.square().sum(dim=0)
+
+    @property
+    def _total(self) -> torch.Tensor:
+        """The sums, of everything that was added."""
+        self._add_pending()
+        return self._sum
 
     def combine(self, ranks: Ranks) -> None:
         """Add up what each process of a job accumulated over its share of the sequences."""
-        ranks.add_up(self._sum)
-        counts = torch.tensor([self.sequences], device=self._sum.device)
+        ranks.add_up(self._total)
+        counts = torch.tensor([self.sequences], device=self._total.device)
         ranks.add_up(counts)
         self.sequences = int(counts)
 
     @property
     def mean_square(self) -> torch.Tensor:
         """a_j = (1/sequences) sum over tokens of x_tj^2, fp32 ``[columns]`` (methods 1.5)."""
-        total = self._sum.diagonal() if self.kind == "hessian" else self._sum
+        total = self._total.diagonal() if self.kind == "hessian" else self._total
         return (total / self.sequences).to(torch.float32)
 
     @property
@@ -70,7 +90,7 @@ class InputStatistics:
         """H = (2/sequences) X^T X, fp32 ``[columns, columns]``, exactly symmetric (methods 1.5)."""
         if self.kind != "hessian":
             raise ValueError("no Hessian was accumulated")
-        whole = self._sum.triu()
+        whole = self._total.triu()
         whole += whole.triu(1).T
         return whole.mul_(2 / self.sequences).to(torch.float32)
 
@@ -80,7 +100,8 @@ class InputStatistics:
         """
         if self.kind != "hessian":
             raise ValueError("no Hessian was accumulated, or it was taken")
-        whole, self._sum, self.kind = self._sum, self._sum.diagonal().clone(), "sum_squares"
+        whole = self._total
+        self._sum, self.kind = whole.diagonal().clone(), "sum_squares"
         return whole.mul_(2 / self.sequences).to(torch.float32)
 
     def check(self, name: str) -> None:
@@ -92,7 +113,7 @@ class InputStatistics:
         if self.sequences == 0:
             raise UserError(f"no calibration token reached {name}", "Use more or other calibration text.")
         # The extremes carry any NaN or infinity.
-        if not torch.isfinite(torch.stack(torch.aminmax(self._sum))).all():
+        if not torch.isfinite(torch.stack(torch.aminmax(self._total))).all():
             raise UserError(
                 f"the inputs of {name} overflow or hold NaN on the calibration text",
                 "Check the checkpoint, or compute in another type with --dtype float32.",

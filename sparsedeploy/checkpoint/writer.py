@@ -42,6 +42,7 @@ class Provenance:
         method: the pruner; ``options`` its options.
         calibration: :meth:`CalibrationSet.describe`, or None when no text was read.
         recovery: what won quality back after pruning, or None.
+        true_sequential: whether each linear was pruned on what the pruned ones before it in its layer give.
         engine: the program that pruned, with its versions; None for this one.
     """
 
@@ -52,6 +53,7 @@ class Provenance:
     calibration: dict[str, Any] | None
     recovery: dict[str, Any] | None = None
     engine: dict[str, Any] | None = None
+    true_sequential: bool = False
 
 
 def write_checkpoint(
@@ -100,6 +102,7 @@ def complete(
         "method": provenance.method,
         "options": provenance.options,
         "calibration": provenance.calibration,
+        "true_sequential": provenance.true_sequential,
         "plan": plan.to_dict(),
         "achieved": plan.achieved,
         "modules": {

@@ -85,6 +85,13 @@ def prune_command(
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = None,
     accumulate: AccumulateOption = "float32",
+    true_sequential: Annotated[
+        bool,
+        typer.Option(
+            "--true-sequential",
+            help="Prune a layer's linears in turn, each on what the pruned ones give: one pass, not two; more memory.",
+        ),
+    ] = False,
     method_option: MethodOptionsOption = None,
     allocation_option: AllocationOptionsOption = None,
     pattern_option: PatternOptionsOption = None,
@@ -131,6 +138,7 @@ def prune_command(
             batch_size=flags.value("batch_size", batch_size, "calibration", "batch_size"),
             accumulate=flags.value("accumulate", accumulate, "calibration", "accumulate"),
         ),
+        true_sequential=flags.value("true_sequential", true_sequential, "prune", "true_sequential"),
     )
     run: dict[str, Any] = {
         "device": device,
@@ -195,6 +203,8 @@ def _prune_elsewhere(
         raise UserError("--recover does not go with --engine", f"Prune first, then: sparsedeploy recover {output}.")
     if resume:
         raise UserError("a run of --engine llmcompressor cannot be resumed", "Leave --resume out.")
+    if options.true_sequential:
+        raise UserError("--engine llmcompressor has no true sequential pass", "Leave --true-sequential out.")
     if trust_remote_code:
         raise UserError("--engine llmcompressor does not run a model's own code", f"Use --engine {OWN_ENGINE}.")
     return prune_with_llmcompressor(model, output, options, **run)

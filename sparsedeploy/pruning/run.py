@@ -45,6 +45,7 @@ def prune_layers(
     ranks: Ranks = ALONE,
     stored: dict[str, torch.dtype] | None = None,
     finished: int = 0,
+    true_sequential: bool = False,
 ) -> Iterator[PrunedLayer]:
     """Prune in place, each layer on the inputs that the pruned layers before it give, and yield what was done.
 
@@ -55,6 +56,7 @@ def prune_layers(
         stored: the type that each module's weight will be stored in, where it differs from the one computed in: the
             layers that follow see the stored values.
         finished: layers before this one are pruned already and only run.
+        true_sequential: within a layer, too, each linear on the inputs that the pruned ones before it give.
 
     Raises:
         UserError: a plan for other modules, no tokens for a method that needs them, or weights or activations that
@@ -71,11 +73,11 @@ def prune_layers(
         raise UserError(f"{method} measures calibration text and none was given", "Add --data.")
     else:
         driver = LayerDriver(source, tokens, batch_size=batch_size, accumulate=accumulate, ranks=ranks)
-        layers = driver.walk(needs, changes_weights=True, finished=finished)
+        layers = driver.walk(needs, changes_weights=True, finished=finished, true_sequential=true_sequential)
     with progress.bar(f"prune ({method})", len(stack.layers), "layers") as advance:
         advance(finished)
+        modules: dict[str, Pruned] = {}
         for layer in layers:
-            modules: dict[str, Pruned] = {}
             owners = deal(layer, ranks.count)
             for name, linear in layer.linears.items():
                 if owners[name] == ranks.index:
@@ -93,9 +95,10 @@ def prune_layers(
                     raise RuntimeError(f"{method} pruned another number of weights of {name} than planned")
                 if owners[name] != ranks.index:
                     _replace(linear, pruned.weight, stored[name] if stored else None)
-            yield PrunedLayer(layer.index, modules)
-            modules.clear()
-            advance()
+            if layer.complete:
+                yield PrunedLayer(layer.index, modules)
+                modules.clear()
+                advance()
 
 
 def deal(layer: LayerView, count: int) -> dict[str, int]:

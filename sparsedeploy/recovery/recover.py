@@ -165,6 +165,8 @@ def _from_dense(
     options, training = _options(method, recover)
     prepared = prepare(source, prune, calibrates=method.traits["calibrates"], trust_remote_code=edge.trust_remote_code)
     folder, choice, calibration = prepared.folder, prepared.choice, prepared.calibration
+    if prune.true_sequential and method.traits["starts_from"] != "pruned":
+        raise UserError(f"{recover.method} prunes in its own steps", "Leave --true-sequential out.")
     if recover.method == "losa" and (choice is None or choice.searches):
         raise UserError("LoSA chooses its rates at every step", "Leave out --plan, or a search for the allocation.")
     data = _training_data(folder, prepared.config, recover, method, edge)
@@ -198,7 +200,15 @@ def _from_dense(
         if choice is not None:
             job.plan = choose_plan(model, prepared)
         assert job.plan is not None
-        pruned = prune_model(model, calibration, job.plan, prune.method, prepared.pruner_options, job.batch_size)
+        pruned = prune_model(
+            model,
+            calibration,
+            job.plan,
+            prune.method,
+            prepared.pruner_options,
+            job.batch_size,
+            true_sequential=prune.true_sequential,
+        )
         job.masks, losses = pruned.masks, pruned.losses
     recovered = method.function(job, options)
     return _write(
@@ -209,6 +219,7 @@ def _from_dense(
         losses,
         source_name=source,
         pruning=(prune.method, asdict(prepared.pruner_options)),
+        true_sequential=prune.true_sequential,
         calibration=prepared.described,
         recovery=_recovery(recover, options, training, data, method, recovered),
         edge=edge,
@@ -255,6 +266,7 @@ def _from_pruned(
         {name: module["loss"] for name, module in manifest["modules"].items() if module["loss"] is not None},
         source_name=manifest["source"]["name"],
         pruning=(manifest["method"], manifest["options"]),
+        true_sequential=manifest.get("true_sequential", False),
         calibration=manifest["calibration"],
         recovery=_recovery(recover, options, training, data, method, recovered),
         edge=edge,
@@ -324,6 +336,7 @@ def _write(
     *,
     source_name: str,
     pruning: tuple[str, dict[str, Any]],
+    true_sequential: bool,
     calibration: dict[str, Any] | None,
     recovery: dict[str, Any],
     edge: _Edge,
@@ -331,7 +344,7 @@ def _write(
     manifest = write_checkpoint(
         folder,
         output,
-        Provenance(source_name, recovered.plan, *pruning, calibration, recovery),
+        Provenance(source_name, recovered.plan, *pruning, calibration, recovery, true_sequential=true_sequential),
         linears=job.linears,
         masks=recovered.masks,
         losses=recovered.losses or losses,

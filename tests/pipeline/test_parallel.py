@@ -31,10 +31,12 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("accumulate", ["float32", "float64"])
-def test_two_processes_give_what_one_gives(accumulate: str, tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize(
+    ("accumulate", "order"), [("float32", ()), ("float64", ()), ("float64", ("--true-sequential",))]
+)
+def test_two_processes_give_what_one_gives(accumulate: str, order: tuple[str, ...], tmp_path: Path, text: Path) -> None:
     source = save_model(tmp_path / "dense")
-    base = ("prune", source, "-s", 0.6, "-m", "sparsegpt", "-a", "owl", "--accumulate", accumulate)
+    base = ("prune", source, "-s", 0.6, "-m", "sparsegpt", "-a", "owl", "--accumulate", accumulate, *order)
     data = ("--data", text, "-n", 5, "--calibration-length", 32, "--device", "cpu")
     weights = []
     for processes in (1, 2):

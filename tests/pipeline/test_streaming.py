@@ -41,19 +41,23 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_masks_and_weights_as_in_memory(family: str, dtype: torch.dtype, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "true_sequential"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
+def test_same_masks_and_weights_as_in_memory(
+    family: str, dtype: torch.dtype, true_sequential: bool, tmp_path: Path, text: str
+) -> None:
     source = save_model(tmp_path / "dense", family, dtype=dtype)
-    asked = options(text)
+    asked = options(text, true_sequential=true_sequential)
     prune(str(source), tmp_path / "streamed", asked, device="cpu")
     config = load_config(source)
     calibration = calibration_set(source, config, asked.calibration)
     model = load_model(source)
     method_options = PRUNERS.get("sparsegpt").make_options()
     plan = make_plan(model, calibration, 0.6, None, "owl", ALLOCATORS.get("owl").make_options())
-    masks = prune_model(model, calibration, plan, "sparsegpt", method_options).masks
+    pruned = prune_model(model, calibration, plan, "sparsegpt", method_options, true_sequential=true_sequential)
     streamed = load_model(tmp_path / "streamed")
-    for name, mask in masks.items():
+    for name, mask in pruned.masks.items():
         assert torch.equal(model.get_submodule(name).weight, streamed.get_submodule(name).weight)
         assert not streamed.get_submodule(name).weight[~mask].any()
 
@@ -81,7 +85,7 @@ from pathlib import Path
 from sparsedeploy.checkpoint import journal, tensor_writer
 from sparsedeploy.pipeline import CalibrationOptions, PruneOptions, prune
 
-source, output, text, where, count, resume = sys.argv[1:]
+source, output, text, where, count, resume, order = sys.argv[1:]
 owner, name = {"tensor": (tensor_writer.TensorWriter, "_write"), "journal": (journal.Journal, "_append")}[where]
 original, calls = getattr(owner, name), 0
 
@@ -94,14 +98,25 @@ def write(self, *args):
 
 setattr(owner, name, write)
 calibration = CalibrationOptions(data=text, sequences=3, length=32)
-options = PruneOptions(sparsity=0.6, method="sparsegpt", allocation="owl", calibration=calibration)
+options = PruneOptions(
+    sparsity=0.6, method="sparsegpt", allocation="owl", calibration=calibration, true_sequential=order == "in turn"
+)
 prune(source, Path(output), options, device="cpu", resume=resume == "resume")
 """
 
 
-def killed(source: Path, output: Path, text: str, where: str, count: int, resume: bool = False) -> int:
+def killed(
+    source: Path,
+    output: Path,
+    text: str,
+    where: str,
+    count: int,
+    resume: bool = False,
+    true_sequential: bool = False,
+) -> int:
     """Run in a process of its own that kills itself just before the given write; its return code."""
     arguments = [str(source), str(output), text, where, str(count), "resume" if resume else "fresh"]
+    arguments.append("in turn" if true_sequential else "together")
     command = [sys.executable, "-c", _KILLED, *arguments]
     return subprocess.run(
         command, check=False, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -118,6 +133,26 @@ def test_a_killed_run_resumes_to_identical_bytes(where: str, count: int, tmp_pat
     prune(str(source), resumed, options(text), device="cpu", resume=True)
     assert contents(resumed) == contents(whole)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_in_true_sequence_resumes_and_refuses_the_other_order(tmp_path: Path, text: str) -> None:
+    source = save_model(tmp_path / "dense", dtype=torch.bfloat16)
+    whole, resumed, usual = tmp_path / "whole", tmp_path / "resumed", tmp_path / "usual"
+    asked = options(text, true_sequential=True)
+    manifest = prune(str(source), whole, asked, device="cpu")
+    assert manifest["true_sequential"] is True
+    assert killed(source, resumed, text, "tensor", 20, true_sequential=True) == -signal.SIGKILL
+    with pytest.raises(UserError, match="cannot resume: true_sequential changed"):
+        prune(str(source), resumed, options(text), device="cpu", resume=True)
+    prune(str(source), resumed, asked, device="cpu", resume=True)
+    assert contents(resumed) == contents(whole)
+    assert prune(str(source), usual, options(text), device="cpu")["true_sequential"] is False
+    one, other = load_file(whole / "model.safetensors"), load_file(usual / "model.safetensors")
+    name = "model.layers.0.{}.weight".format
+    # The first linears read what no pruned one of their layer gave.
+    for same in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        assert torch.equal(one[name(same)], other[name(same)])
+    assert not torch.equal(one[name("mlp.down_proj")], other[name("mlp.down_proj")])
 
 
 def test_a_changed_request_refuses_to_resume_and_says_which(tmp_path: Path, text: str) -> None:
