@@ -38,7 +38,7 @@ SHAPES = {
     "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8},
 }
 SPARSITY = 0.6
-TOOLS = ("sparsedeploy", "two-forward loop", "llm-compressor")
+TOOLS = ("sparsedeploy", "sparsedeploy --true-sequential", "two-forward loop", "llm-compressor")
 
 
 def main() -> None:
@@ -79,13 +79,14 @@ def case(size: str, layers: int, method: str, arguments: argparse.Namespace) -> 
         for _ in range(arguments.rounds):
             ours = [sys.executable, str(HERE / "peers" / "ours.py"), str(model), method, str(SPARSITY)]
             runs[TOOLS[0]].append(run([*ours, str(place / "tokens.npy"), str(place / "ours")]))
+            runs[TOOLS[1]].append(run([*ours, str(place / "tokens.npy"), str(place / "in turn"), "--true-sequential"]))
             loop = [sys.executable, str(HERE / "peers" / "two_forward_loop.py"), str(model), method, str(SPARSITY)]
-            runs[TOOLS[1]].append(run([*loop, str(place / "tokens.npy"), str(place / "loop")]))
+            runs[TOOLS[2]].append(run([*loop, str(place / "tokens.npy"), str(place / "loop")]))
             recipe = str(place / "ours" / "recipe.yaml")
             peer = [arguments.peer_python, str(HERE / "peers" / "oneshot.py"), str(model), recipe]
-            runs[TOOLS[2]].append(run([*peer, str(place / "tokens.npy"), str(place / "peer")]))
+            runs[TOOLS[3]].append(run([*peer, str(place / "tokens.npy"), str(place / "peer")]))
             agreement = mask_agreement(place / "ours", place / "peer")
-            for folder in ("ours", "loop", "peer"):
+            for folder in ("ours", "in turn", "loop", "peer"):
                 shutil.rmtree(place / folder)
         return {
             "weights": sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values()),
@@ -124,24 +125,27 @@ def mask_agreement(ours: Path, peer: Path) -> float:
 
 
 def markdown(results: dict[str, Any]) -> str:
+    results = dict(sorted(results.items(), key=place_of))
     lines = [
         "# Speed and memory of pruning",
         "",
         "Medians of interleaved rounds; times are ratios to sparsedeploy's, loading and saving included, start-up of "
         "Python not. Peak memory is the process's resident set, with the imported libraries, each tool in a plain "
-        f"installation of its own; the imports alone take {imports_of(results)}.",
+        f"installation of its own; the imports alone take {imports_of(results)}. `--true-sequential` prunes on other "
+        "inputs: its masks are its own.",
         "",
-        "| case | weights | rounds | sparsedeploy | two-forward loop | llm-compressor "
-        "| peak memory: ours, loop, llm-compressor | mask agreement |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| case | weights | rounds | sparsedeploy | true sequential | two-forward loop | llm-compressor "
+        "| peak GB: ours, true sequential, loop, llm-compressor | mask agreement |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for key, result in results.items():
         seconds = {tool: median(result, tool, lambda run: sum(run["seconds"].values())) for tool in TOOLS}
         peaks = {tool: median(result, tool, lambda run: run["peak_bytes"]) / 1e9 for tool in TOOLS}
         base, rounds = seconds[TOOLS[0]], len(result["runs"][TOOLS[0]])
         lines.append(
-            f"| {key} | {result['weights'] / 1e6:.0f} M | {rounds} | {base:.1f} s | {seconds[TOOLS[1]] / base:.2f}x "
-            f"| {seconds[TOOLS[2]] / base:.2f}x | {', '.join(f'{peaks[tool]:.2f} GB' for tool in TOOLS)} "
+            f"| {key} | {result['weights'] / 1e6:.0f} M | {rounds} | {base:.1f} s "
+            f"| {' | '.join(f'{seconds[tool] / base:.2f}x' for tool in TOOLS[1:])} "
+            f"| {', '.join(f'{peaks[tool]:.2f}' for tool in TOOLS)} "
             f"| {result['mask_agreement']:.4%} |"
         )
     lines += ["", "Where sparsedeploy's time goes:", "", "| case | " + " | ".join(split_names(results)) + " |"]
@@ -150,6 +154,12 @@ def markdown(results: dict[str, Any]) -> str:
         cells = [median(result, TOOLS[0], lambda run, name=name: run["seconds"][name]) for name in split_names(results)]
         lines.append(f"| {key} | " + " | ".join(f"{value:.2f} s" for value in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def place_of(case: tuple[str, Any]) -> tuple[int, int, str]:
+    """By size, depth and method."""
+    size, layers, _, method = case[0].split()
+    return list(SHAPES).index(size), int(layers), method
 
 
 def imports_of(results: dict[str, Any]) -> str:

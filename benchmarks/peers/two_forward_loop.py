@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from peak import peak_bytes
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  (at start-up, as llm-compressor does)
 
 BLOCK = 128
 
