@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.calibration.driver import LayerDriver, LayerView, walk_weights
+from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.errors import UserError
 from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource
@@ -81,14 +82,11 @@ def prune_layers(
             owners = deal(layer, ranks.count)
             for name, linear in layer.linears.items():
                 if owners[name] == ranks.index:
-                    statistics = layer.statistics.get(name)
-                    modules[name] = pruner.function(linear.weight.data, statistics, targets[name], options)
+                    weight = linear.weight.data
+                    modules[name] = pruner.function(weight, layer.statistics.get(name), targets[name], options)
+                    del weight
                     _replace(linear, modules[name].weight, stored[name] if stored else None)
-                # With its last linear an input's statistics go.
-                statistics = layer.statistics.pop(name, None)
-                if statistics not in layer.statistics.values():
-                    return_freed_memory()
-            del statistics
+                _let_go(layer.statistics, name)
             for name, linear in layer.linears.items():
                 pruned = modules[name] = _shared(modules.get(name), linear.weight, owners[name], ranks)
                 if pruned.mask.numel() - int(torch.count_nonzero(pruned.mask)) != targets[name].zeros:
@@ -121,6 +119,15 @@ def deal(layer: LayerView, count: int) -> dict[str, int]:
         loads[owner] += work(names)
         owners.update(dict.fromkeys(names, owner))
     return owners
+
+
+def _let_go(statistics: dict[str, InputStatistics], name: str) -> None:
+    """Drop a linear's statistics; with the last linear of an input their memory is given back."""
+    spent = statistics.pop(name, None)
+    shared = spent in statistics.values()
+    del spent
+    if not shared:
+        return_freed_memory()
 
 
 def _replace(linear: nn.Linear, weight: torch.Tensor, stored: torch.dtype | None) -> None:
