@@ -28,7 +28,7 @@ from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.calibration.driver import LayerView
 from sparsedeploy.calibration.samples import CalibrationSet, sample_tokens
 from sparsedeploy.errors import UserError
-from sparsedeploy.evaluation.perplexity import perplexity, windows_of
+from sparsedeploy.evaluation.perplexity import perplexity, text_windows
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import load_model, load_tokenizer
@@ -96,9 +96,7 @@ class Bench:
             self.content["dense"] = perplexity(self.model, self.test, batch_size=8).perplexity
 
     def _windows(self, split: str, count: int) -> torch.Tensor:
-        text = "\n\n".join(load_documents(DATA, split=split))
-        tokens = self.tokenizer(text, verbose=False)["input_ids"]
-        windows = windows_of(tokens, SETTINGS["context"], split)
+        windows = text_windows(DATA, self.tokenizer, SETTINGS["context"], split=split)
         return windows[:: max(1, len(windows) // count)][:count]  # from all over the split, not from its first files
 
     def calibration(self, seed: int) -> CalibrationSet:

@@ -78,7 +78,7 @@ def run_cell(method: str, level: str, seed: int, folder: Path) -> dict[str, Any]
     from sparsedeploy.allocation import ALLOCATORS
     from sparsedeploy.calibration.documents import load_documents
     from sparsedeploy.calibration.samples import sample_tokens
-    from sparsedeploy.evaluation.perplexity import perplexity, windows_of
+    from sparsedeploy.evaluation.perplexity import perplexity, text_windows
     from sparsedeploy.models.layers import StreamedLayers
     from sparsedeploy.models.loading import load_model, load_tokenizer
     from sparsedeploy.models.low_rank import attach_low_rank
@@ -91,8 +91,7 @@ def run_cell(method: str, level: str, seed: int, folder: Path) -> dict[str, Any]
 
     tokenizer = load_tokenizer(folder)
     length = SETTINGS["length"]
-    text = "\n\n".join(load_documents("stdlib", split="test"))
-    windows = windows_of(tokenizer(text, verbose=False)["input_ids"], length, "stdlib")
+    windows = text_windows("stdlib", tokenizer, length)
     windows = windows[:: max(1, len(windows) // SETTINGS["windows"])][: SETTINGS["windows"]]
     recovery, values, pruner = METHODS.get(method, (None, {}, ""))
     result: dict[str, Any] = {"method": method, "level": level, "seed": seed}
