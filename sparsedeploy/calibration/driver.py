@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsedeploy.calibration.activations import Keep, choose_batch_size, new_buffer
+from sparsedeploy.calibration.activations import Keep, check_true_sequential, choose_batch_size, new_buffer
 from sparsedeploy.calibration.pausing import pauses
 from sparsedeploy.calibration.statistics import InputStatistics, Kind
 from sparsedeploy.errors import UserError
@@ -117,8 +117,10 @@ class LayerDriver:
         self.ranks = ranks
         self.keep = keep
         self.device = self.source.device
-        widest = max(max(linear.in_features, linear.out_features) for linear in self.stack.linears(0).values())
-        self.batch_size = batch_size or choose_batch_size(len(self.tokens), self.tokens.shape[1], widest, self.device)
+        self.widest = max(max(linear.in_features, linear.out_features) for linear in self.stack.linears(0).values())
+        self.batch_size = batch_size or choose_batch_size(
+            len(self.tokens), self.tokens.shape[1], self.widest, self.device
+        )
 
     def __len__(self) -> int:
         return len(self.stack.layers)
@@ -139,10 +141,12 @@ class LayerDriver:
                 in the middle of it are alive at once.
 
         Raises:
-            UserError: weights or activations that are not finite.
+            UserError: weights or activations that are not finite; no memory for a true sequential pass.
         """
         arguments = self._layer_arguments()
         hidden = self._embed()
+        if changes_weights and true_sequential:
+            check_true_sequential(self.tokens.numel(), self.widest, hidden.dtype, self.device)
         spare = None if changes_weights else new_buffer(tuple(hidden.shape), hidden.dtype, self.device, self.keep)
         for index in range(len(self)):
             with self.source.layer(index) as layer:
