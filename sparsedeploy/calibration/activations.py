@@ -66,9 +66,9 @@ def check_true_sequential(tokens: int, widest: int, dtype: torch.dtype, device: 
     Raises:
         UserError: they do not.
     """
-    needed, free = 2 * tokens * widest * dtype.itemsize, free_bytes(device)
+    needed, free = 2 * tokens * widest * dtype.itemsize / 1e9, free_bytes(device) / 1e9
     if needed > free:
         raise UserError(
-            f"a true sequential pass holds about {needed / 1e9:.1f} GB of activations, and {free / 1e9:.1f} GB are free",
+            f"a true sequential pass holds about {needed:.1f} GB of activations, and {free:.1f} GB are free",
             "Use fewer or shorter sequences, or leave --true-sequential out.",
         )
