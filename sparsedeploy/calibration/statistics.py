@@ -49,22 +49,21 @@ class InputStatistics:
         """
         rows = inputs.detach().reshape(-1, self.columns)
         for part in rows.chunk(sequences) if len(rows) % sequences == 0 else (rows,):
-            self._pending.append(part)
-            if sum(map(len, self._pending)) >= _ROWS_AT_ONCE:
-                self._add_pending()
+            if self.kind == "hessian":
+                self._pending.append(part)
+                if sum(map(len, self._pending)) >= _ROWS_AT_ONCE:
+                    self._add_pending()
+            else:
+                self._sum += part.to(self._sum.dtype).square().sum(dim=0)
         # What waits for the next batch may not keep all of this one in memory.
         self._pending = [part.clone() for part in self._pending]
         self.sequences += sequences
 
     def _add_pending(self) -> None:
-        if not self._pending:
-            return
-        x = torch.cat(self._pending).to(self._sum.dtype)
-        self._pending = []
-        if self.kind == "hessian":
+        if self._pending:
+            x = torch.cat(self._pending).to(self._sum.dtype)
+            self._pending = []
             add_gram(self._sum, x.T.contiguous())
-        else:
-            self._sum += x.square().sum(dim=0)
 
     @property
     def _total(self) -> torch.Tensor:
