@@ -78,7 +78,7 @@ _WHY_ZEROS = """\
 Perplexity of the checkpoint ({case}) before and after, decompressed, in torch, on 32 windows of the text's test split;
 in vLLM for CPUs on {windows} of the calibration sequences, where the checkpoint without quantisation has {dense}. Every
 grid is symmetric, so rounding keeps zeros by itself. GPTQ moves rounding errors on to later columns, pruned ones among
-them; masking its result costs part of what it gains, so with little text rounding can be the better choice.
+them; masking its result costs what it gains with 4 bits: rounding is the default.
 llm-compressor's ConstantPruningModifier multiplies by its masks after optimizer steps, of which `oneshot` takes none:
 its masks change nothing (last row). Ours are applied after each layer."""
 
