@@ -293,6 +293,7 @@ class LayerDriver:
             if any(self.ranks.tell(name, rank) != name for rank in range(self.ranks.count)):
                 raise UserError(f"not all processes have tokens for {name}", "Leave --true-sequential out.")
             if statistics is None or not same:
+                statistics = None  # the one before goes first: two need not fit
                 statistics = InputStatistics(linears[name].in_features, kind, self.device, self.accumulate)
                 for start, given in zip(starts, inputs, strict=True):
                     if given is not None:
