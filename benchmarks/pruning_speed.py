@@ -36,6 +36,7 @@ RESULTS = HERE / "results"
 SHAPES = {
     "100M": {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4},
     "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
 }
 SPARSITY = 0.6
 TOOLS = ("sparsedeploy", "sparsedeploy --true-sequential", "two-forward loop", "llm-compressor")
