@@ -1,4 +1,4 @@
-"""Large matrix products and the factorisation made of them, in the ways that are fastest on each device."""
+"""What is done to large matrices, in the ways that are fastest on each device: products, a factorisation, a test."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch.nn import functional
 _WORTH_COPIES = 1 << 25
 # Matrices up to this size are factorised, solved with or squared in one piece.
 _LEAF = {"cpu": 128, "cuda": 2048}
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is no NaN and no infinity: the extremes carry any, and are far cheaper than a test of each."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sign: int = 1) -> None:

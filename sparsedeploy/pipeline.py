@@ -24,7 +24,7 @@ from sparsedeploy.checkpoint.writer import Provenance, complete
 from sparsedeploy.errors import UserError
 from sparsedeploy.evaluation.perplexity import perplexity, text_windows
 from sparsedeploy.folders import check_free_space, check_writable
-from sparsedeploy.memory import return_freed_memory, use_huge_pages
+from sparsedeploy.memory import use_huge_pages
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import LayerSource, ResidentLayers, StreamedLayers
 from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
@@ -190,7 +190,6 @@ def _prune(
                     writer.put(name, module.weight, module.mask)
                 writer.sync()
                 journal.record_layer(pruned.index, losses_of(pruned.modules))
-            return_freed_memory()
         manifest = None
         if journal is not None:
             provenance = Provenance(

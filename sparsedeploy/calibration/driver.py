@@ -17,7 +17,7 @@ from torch import nn
 
 from sparsedeploy.calibration.activations import Keep, check_true_sequential, choose_batch_size, new_buffer
 from sparsedeploy.calibration.pausing import pauses
-from sparsedeploy.calibration.statistics import InputStatistics, Kind
+from sparsedeploy.calibration.statistics import InputStatistics, Kind, never_reached
 from sparsedeploy.errors import UserError
 from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
@@ -149,6 +149,7 @@ class LayerDriver:
             check_true_sequential(self.tokens.numel(), self.widest, hidden.dtype, self.device)
         spare = None if changes_weights else new_buffer(tuple(hidden.shape), hidden.dtype, self.device, self.keep)
         for index in range(len(self)):
+            return_freed_memory()
             with self.source.layer(index) as layer:
                 # Before a layer is changed there is no room for the next one: its statistics and the solver take it.
                 changes = changes_weights and index >= finished
@@ -162,24 +163,20 @@ class LayerDriver:
                     check_finite(name, linear.weight)
                 if changes and true_sequential:
                     yield from self._in_turn(layer, index, linears, kind, hidden, arguments[index])
-                    return_freed_memory()
                     continue
-                outputs = spare
                 statistics: dict[str, InputStatistics] = {}
                 if kind != "none":
-                    statistics = self._gather(layer, linears, kind, hidden, arguments[index], outputs)
-                elif outputs is not None:
-                    self._run(layer, hidden, arguments[index], outputs)
+                    statistics = self._gather(layer, linears, kind, hidden, arguments[index], spare)
+                elif spare is not None:
+                    self._run(layer, hidden, arguments[index], spare)
                 return_freed_memory()
-                yield LayerView(index, linears, statistics, hidden, outputs)
-                if changes:
+                yield LayerView(index, linears, statistics, hidden, spare)
+                if spare is not None:
+                    hidden, spare = spare, hidden
+                else:
                     self.source.read_ahead(index + 1)
-                if outputs is None:
                     if index + 1 < len(self):
                         self._run(layer, hidden, arguments[index], hidden)
-                else:
-                    hidden, spare = outputs, hidden
-            return_freed_memory()
 
     @torch.no_grad()
     def states(self) -> Iterator[torch.Tensor]:
@@ -307,7 +304,7 @@ class LayerDriver:
                 statistics = None
                 self.source.read_ahead(index + 1)
         if missing:
-            raise UserError(f"no calibration token reached {min(missing)}", "Use more or other calibration text.")
+            raise never_reached(min(missing))
 
     def _gather(
         self,

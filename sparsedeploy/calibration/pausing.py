@@ -68,9 +68,8 @@ def pauses(linears: dict[str, nn.Linear], batches: Sequence[Callable[[], None]])
             before = {index: weakref.ref(given) for index, given in inputs.items()}
             yield name, [inputs.get(index) for index in range(len(flows))], same
             passed[name] = set(inputs)
-            order = list(inputs)
-            del inputs
-            for index in order:
+            del inputs  # each batch lets go of its own
+            for index in sorted(passed[name]):
                 go_on(index)
     finally:
         for handle in handles:

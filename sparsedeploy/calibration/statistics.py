@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.linear_algebra import add_gram
+from sparsedeploy.linear_algebra import add_gram, all_finite
 from sparsedeploy.ranks import Ranks
 
 Kind = Literal["none", "sum_squares", "hessian"]
@@ -20,6 +20,11 @@ _ROWS_AT_ONCE = 1024
 def richest(*kinds: Kind) -> Kind:
     """The kind that answers for all: the Hessian's diagonal holds the sums of squares."""
     return max(kinds, key=lambda kind: _RANK[kind], default="none")
+
+
+def never_reached(name: str) -> UserError:
+    """What to raise for a linear that no calibration token reached."""
+    return UserError(f"no calibration token reached {name}", "Use more or other calibration text.")
 
 
 class InputStatistics:
@@ -110,9 +115,8 @@ class InputStatistics:
             UserError: naming the module.
         """
         if self.sequences == 0:
-            raise UserError(f"no calibration token reached {name}", "Use more or other calibration text.")
-        # The extremes carry any NaN or infinity.
-        if not torch.isfinite(torch.stack(torch.aminmax(self._total))).all():
+            raise never_reached(name)
+        if not all_finite(self._total):
             raise UserError(
                 f"the inputs of {name} overflow or hold NaN on the calibration text",
                 "Check the checkpoint, or compute in another type with --dtype float32.",

@@ -53,7 +53,7 @@ class TensorWriter:
         _create_masks(self._folder / FILE, self._targets)
 
     def put(self, module: str, weight: torch.Tensor, mask: torch.Tensor) -> None:
-        """Write one module: ``weight`` in the stored type, zero where ``mask`` (True = kept) is False."""
+        """Write one module in the stored type: ``weight``, which is zero where ``mask`` (True = kept) is False."""
         stored = self._tensor_of[module]
         values = weight.detach().to("cpu", stored.dtype).contiguous()
         self._write(self._folder / stored.shard.name, stored.start, values.view(torch.uint8).numpy().data)

@@ -26,6 +26,7 @@ from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.low_rank import LowRank, save_adapter
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.plan import SparsityPlan
+from sparsedeploy.pruning.base import apply_mask
 from sparsedeploy.version import __version__
 
 # Weights in other formats would be loaded in place of the pruned ones; the rest is ours and is written anew.
@@ -82,7 +83,8 @@ def write_checkpoint(
         writer = TensorWriter(files, staging, provenance.plan.targets)
         writer.create()
         for name in progress.track(list(masks), "write weights", unit="modules"):
-            writer.put(name, linears[name].weight, masks[name])
+            weight = linears[name].weight.detach()
+            writer.put(name, apply_mask(weight, masks[name].to(weight.device)), masks[name])
         if low_rank:
             save_adapter(staging / ADAPTER, low_rank, output.name)
         return complete(source, staging, files, provenance, losses)

@@ -26,10 +26,11 @@ CHECKPOINT = "checkpoint"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder that can be exported, with its configuration."""
+    """A model folder that can be exported, with its configuration and tokenizer."""
 
     folder: Path
     config: Any
+    tokenizer: Any
     source: Source
     trust_remote_code: bool
 
@@ -71,8 +72,8 @@ def open_checkpoint(checkpoint: str | Path, *, adapters: bool = False, trust_rem
         raise UserError(f"{folder} is quantised or packed", "Export the model before quantisation or packing.")
     if not adapters:
         low_rank.refuse_unmerged(folder)
-    load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    return Checkpoint(folder, config, Source(name, model_sha256(folder)), trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return Checkpoint(folder, config, tokenizer, Source(name, model_sha256(folder)), trust_remote_code)
 
 
 def describe_folder(folder: Path, *, verify: bool = False) -> Artifact:

@@ -28,7 +28,7 @@ from sparsedeploy.export.artifact import (
     write_artifact,
 )
 from sparsedeploy.export.check import check_graph, graph_perplexity, reference_logits
-from sparsedeploy.export.checkpoint_folder import open_checkpoint
+from sparsedeploy.export.checkpoint_folder import Checkpoint, open_checkpoint
 from sparsedeploy.export.companions import copy_companions
 from sparsedeploy.export.int8_graph import Range, activation_ranges, write_int8
 from sparsedeploy.export.kv_graph import KVCacheGraph
@@ -44,7 +44,6 @@ from sparsedeploy.export.onnx_file import (
 from sparsedeploy.export.recorded_text import recorded_tokens
 from sparsedeploy.export.targets import TARGETS
 from sparsedeploy.folders import check_writable, new_folder
-from sparsedeploy.models.loading import load_tokenizer
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.pipeline import CalibrationOptions, calibration_set
 
@@ -109,7 +108,7 @@ def export_deepsparse(
     graph = KVCacheGraph(model)
     shapes = _shapes(graph)
     tokens, expected = reference_logits(model, shapes.vocab)
-    ranges, windows = _calibrate(opened.folder, model, linears, options) if options.int8 else ({}, None)
+    ranges, windows = _calibrate(opened, model, linears, options) if options.int8 else ({}, None)
     with new_folder(output, overwrite=overwrite) as folder:
         write_onnx(graph, folder, largest_single_file=options.largest_single_file)
         counted = count_weights(folder / MODEL_FILE, linears)
@@ -140,7 +139,7 @@ def export_deepsparse(
 
 
 def _calibrate(
-    checkpoint: Path, model: Any, linears: dict[str, nn.Linear], options: DeepSparseOptions
+    opened: Checkpoint, model: Any, linears: dict[str, nn.Linear], options: DeepSparseOptions
 ) -> tuple[dict[str, Range], np.ndarray | None]:
     """Ranges of the inputs of the linears that become integers, and windows [N, T] of the test text."""
     ends = tuple(end.strip() for end in (options.int8_keep or "").split(",") if end.strip())
@@ -149,20 +148,20 @@ def _calibrate(
         raise UserError("int8_keep leaves no linear to compute in integers", "Name fewer, or leave int8 out.")
     if any(isinstance(child, nn.Linear) for linear in chosen.values() for child in linear.modules() if child != linear):
         raise UserError("an adapter that is not merged cannot be computed in integers", "Merge it first.")
-    manifest = load_manifest(checkpoint) if (checkpoint / MANIFEST).is_file() else None
+    manifest = load_manifest(opened.folder) if (opened.folder / MANIFEST).is_file() else None
     recorded = manifest["calibration"] if manifest else None
     data = options.data or (recorded and recorded["data"])
     if data is None:
-        raise UserError(f"{checkpoint} names no calibration text", "Name one: --target-option data=TEXT.")
+        raise UserError(f"{opened.folder} names no calibration text", "Name one: --target-option data=TEXT.")
     if manifest is not None and options.data is None:
-        tokens = recorded_tokens(checkpoint, manifest)
+        tokens = recorded_tokens(opened.folder, manifest)
     else:
         wish = CalibrationOptions(data=data, sequences=options.sequences)
-        tokens = calibration_set(checkpoint, model.config, wish).tokens
+        tokens = calibration_set(opened.folder, model.config, wish).tokens
     ranges = activation_ranges(model, chosen, tokens[: options.sequences])
     if options.windows == 0:
         return ranges, None
-    windows = text_windows(data, load_tokenizer(checkpoint), tokens.shape[1], limit=options.windows)
+    windows = text_windows(data, opened.tokenizer, tokens.shape[1], limit=options.windows)
     return ranges, windows.numpy()
 
 

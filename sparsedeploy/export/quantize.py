@@ -35,7 +35,6 @@ from sparsedeploy.export.companions import copy_companions
 from sparsedeploy.export.recorded_text import recorded_tokens
 from sparsedeploy.export.vllm import ENGINE
 from sparsedeploy.folders import check_writable, new_folder
-from sparsedeploy.models.loading import load_tokenizer
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.runtimes import llmcompressor
@@ -168,8 +167,8 @@ def _windows(
     if options.windows == 0 or text is None:
         return None, None
     try:
-        tokenizer, length = load_tokenizer(opened.folder), default_length(opened.config)
-        return text, text_windows(text, tokenizer, length, field=options.field, limit=options.windows)
+        length = default_length(opened.config)
+        return text, text_windows(text, opened.tokenizer, length, field=options.field, limit=options.windows)
     except UserError as error:
         if options.text is not None:
             raise

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.linear_algebra import all_finite
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ def check_finite(name: str, weight: torch.Tensor) -> None:
     Raises:
         UserError: naming the module.
     """
-    # The extremes carry any NaN or infinity, and are many times cheaper than a test of each value.
-    if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
+    if not all_finite(weight):
         raise UserError(f"{name}.weight holds NaN or infinite values", "Get a sound copy of the checkpoint.")
 
 

@@ -19,6 +19,7 @@ from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.models.loading import resolve_device
 from sparsedeploy.pipeline import PruneOptions, choose_plan, model_to_measure, prepare
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
+from sparsedeploy.pruning.base import apply_mask
 from sparsedeploy.pruning.sparsegpt import check_block
 from sparsedeploy.runtimes import llmcompressor
 
@@ -81,7 +82,8 @@ def prune_with_llmcompressor(
         writer.create()
         for target in plan.targets:
             weight = weights[target.name]
-            writer.put(target.name, weight, mask_from_zeros(weight, target))
+            mask = mask_from_zeros(weight, target)
+            writer.put(target.name, apply_mask(weight, mask), mask)
         return complete(prepared.folder, staging, layers.files, provenance, {})
 
 

@@ -10,7 +10,7 @@ import torch
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.plan import ModuleTarget
 from sparsedeploy.pruning.base import PRUNERS, Pruned, apply_mask
-from sparsedeploy.pruning.patterns import keep_all_but_smallest, keep_n_of_m
+from sparsedeploy.pruning.patterns import keep_all_but_smallest, keep_by_target
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,8 @@ def magnitude(
 ) -> Pruned:
     """Drop the smallest |W|; needs no data (Han et al. 2015)."""
     scores = weight.float().abs()
-    if target.pattern is not None:
-        mask = keep_n_of_m(scores, target.pattern.n, target.pattern.m)
-    elif options.scope == "row":
-        mask = keep_all_but_smallest(scores, target.zeros_per_row)
+    if target.pattern is not None or options.scope == "row":
+        mask = keep_by_target(scores, target)
     else:
         mask = keep_all_but_smallest(scores.reshape(1, -1), target.zeros).reshape(scores.shape)
     return Pruned(mask, apply_mask(weight, mask))

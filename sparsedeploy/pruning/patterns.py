@@ -8,6 +8,8 @@ from functools import cache
 import numpy as np
 import torch
 
+from sparsedeploy.plan import ModuleTarget
+
 
 def keep_all_but_smallest(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Drop the ``k`` smallest scores of each row of ``[rows, columns]``; among equal scores the first are dropped.
@@ -76,6 +78,13 @@ def keep_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     rows, columns = scores.shape
     groups = scores.reshape(rows, columns // m, m).permute(2, 0, 1).contiguous()
     return keep_largest(groups, n).permute(1, 2, 0).reshape(rows, columns)
+
+
+def keep_by_target(scores: torch.Tensor, target: ModuleTarget) -> torch.Tensor:
+    """The mask of all or some rows of a module, by the scores of their weights: its pattern, or its zeros per row."""
+    if target.pattern is not None:
+        return keep_n_of_m(scores, target.pattern.n, target.pattern.m)
+    return keep_all_but_smallest(scores, target.zeros_per_row)
 
 
 def follows_n_of_m(mask: torch.Tensor, n: int, m: int) -> bool:

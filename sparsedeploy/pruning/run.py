@@ -82,9 +82,9 @@ def prune_layers(
             owners = deal(layer, ranks.count)
             for name, linear in layer.linears.items():
                 if owners[name] == ranks.index:
-                    weight = linear.weight.data
-                    modules[name] = pruner.function(weight, layer.statistics.get(name), targets[name], options)
-                    del weight
+                    modules[name] = pruner.function(
+                        linear.weight.data, layer.statistics.get(name), targets[name], options
+                    )
                     _replace(linear, modules[name].weight, stored[name] if stored else None)
                 _let_go(layer.statistics, name)
             for name, linear in layer.linears.items():

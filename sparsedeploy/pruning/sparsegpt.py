@@ -9,7 +9,7 @@ import torch
 
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.errors import UserError
-from sparsedeploy.linear_algebra import add_product, upper_cholesky_
+from sparsedeploy.linear_algebra import add_product, all_finite, upper_cholesky_
 from sparsedeploy.plan import NM, ModuleTarget
 from sparsedeploy.pruning.base import PRUNERS, Pruned, apply_mask
 from sparsedeploy.pruning.patterns import keep_all_but_smallest, keep_largest
@@ -71,8 +71,8 @@ def hessian_factor(hessian: torch.Tensor, damping: float, name: str) -> tuple[to
     for _ in range(_RETRIES + 1):
         damped = hessian.triu()
         damped.diagonal().copy_(diagonal + step * mean)
-        # A factor's extremes carry any NaN or infinity, and its inverse has none if no pivot is next to nothing.
-        if upper_cholesky_(damped) and _is_sound(damped):
+        # No pivot may be so small that a block's inverse overflows.
+        if upper_cholesky_(damped) and all_finite(damped) and all_finite(damped.diagonal().reciprocal()):
             return damped, dead
         del damped
         step *= 10
@@ -80,11 +80,6 @@ def hessian_factor(hessian: torch.Tensor, damping: float, name: str) -> tuple[to
         f"the Hessian of {name} cannot be factorised, even with damping {step / 10:g}",
         "Use more calibration sequences, or --method wanda.",
     )
-
-
-def _is_sound(factor: torch.Tensor) -> bool:
-    extremes = torch.stack([*torch.aminmax(factor), factor.diagonal().reciprocal().max()])
-    return bool(torch.isfinite(extremes).all())
 
 
 def solve(

@@ -21,7 +21,7 @@ from sparsedeploy.plan import ModuleTarget, SparsityPlan
 from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.pruning.base import Pruned, apply_mask
 from sparsedeploy.pruning.magnitude import MagnitudeOptions
-from sparsedeploy.pruning.patterns import keep_all_but_smallest, keep_n_of_m
+from sparsedeploy.pruning.patterns import keep_by_target
 from sparsedeploy.pruning.wanda import WandaOptions
 from sparsedeploy.recovery.base import Recovered, RecoveryJob
 from sparsedeploy.recovery.registry import RECOVERIES
@@ -254,12 +254,7 @@ def _choose(
         scores = torch.rand(weight.shape, generator=generator).to(weight.device)
     else:
         scores = torch.zeros(weight.shape, device=weight.device)
-    pattern = target.pattern
-    mask = (
-        keep_n_of_m(scores, pattern.n, pattern.m)
-        if pattern is not None
-        else keep_all_but_smallest(scores, target.zeros_per_row)
-    )
+    mask = keep_by_target(scores, target)
     return Pruned(mask, apply_mask(weight, mask))
 
 
