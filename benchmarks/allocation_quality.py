@@ -28,13 +28,13 @@ from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.calibration.driver import LayerView
 from sparsedeploy.calibration.samples import CalibrationSet, sample_tokens
 from sparsedeploy.errors import UserError
-from sparsedeploy.evaluation.perplexity import perplexity, text_windows
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import load_model, load_tokenizer
-from sparsedeploy.pipeline import prune_model
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.pruning import PRUNERS
+from sparsedeploy.pruning.layers import prune_model
+from sparsedeploy.quality.perplexity import perplexity, text_windows
 from sparsedeploy.reference import reference_model
 from sparsedeploy.reporting.plan_plot import profile
 
@@ -129,7 +129,7 @@ class Bench:
     def score(self, plan: SparsityPlan, method: str, calibration: CalibrationSet, windows: torch.Tensor) -> float:
         """Perplexity of a pruned copy; infinite when it has diverged."""
         candidate: nn.Module = copy.deepcopy(self.model)
-        prune_model(candidate, calibration, plan, method, PRUNERS.get(method).make_options(), batch_size=4)
+        prune_model(candidate, calibration.tokens, plan, method, PRUNERS.get(method).make_options(), batch_size=4)
         try:
             return perplexity(candidate, windows, batch_size=8).perplexity
         except UserError:

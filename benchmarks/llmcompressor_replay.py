@@ -25,19 +25,21 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from sparsedeploy import progress
+from sparsedeploy.artifacts.description import load_artifact
+from sparsedeploy.calibration.text import CalibrationOptions
 from sparsedeploy.checkpoint.masks import FILE, load_masks
 from sparsedeploy.errors import UserError
-from sparsedeploy.export.artifact import load_artifact
-from sparsedeploy.export.quantize import SCHEMES, QuantizeOptions, export_quantized
-from sparsedeploy.export.targets import export_checkpoint
 from sparsedeploy.folders import write_json, write_text
-from sparsedeploy.pipeline import CalibrationOptions, PruneOptions, prune
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.reference import reference_model
 from sparsedeploy.runtimes import llmcompressor
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import Environment, process_environment, require
+from sparsedeploy.targets.quantize import SCHEMES, QuantizeOptions, export_quantized
+from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.version import __version__
+from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.prune import prune
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = CalibrationOptions(data="stdlib", sequences=16, length=256)

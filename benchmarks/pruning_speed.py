@@ -39,7 +39,7 @@ SHAPES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
 }
 SPARSITY = 0.6
-TOOLS = ("sparsedeploy", "sparsedeploy --true-sequential", "two-forward loop", "llm-compressor")
+TOOLS = ("sparsedeploy", "two-forward loop", "llm-compressor")
 
 
 def main() -> None:
@@ -80,14 +80,13 @@ def case(size: str, layers: int, method: str, arguments: argparse.Namespace) -> 
         for _ in range(arguments.rounds):
             ours = [sys.executable, str(HERE / "peers" / "ours.py"), str(model), method, str(SPARSITY)]
             runs[TOOLS[0]].append(run([*ours, str(place / "tokens.npy"), str(place / "ours")]))
-            runs[TOOLS[1]].append(run([*ours, str(place / "tokens.npy"), str(place / "in turn"), "--true-sequential"]))
             loop = [sys.executable, str(HERE / "peers" / "two_forward_loop.py"), str(model), method, str(SPARSITY)]
-            runs[TOOLS[2]].append(run([*loop, str(place / "tokens.npy"), str(place / "loop")]))
+            runs[TOOLS[1]].append(run([*loop, str(place / "tokens.npy"), str(place / "loop")]))
             recipe = str(place / "ours" / "recipe.yaml")
             peer = [arguments.peer_python, str(HERE / "peers" / "oneshot.py"), str(model), recipe]
-            runs[TOOLS[3]].append(run([*peer, str(place / "tokens.npy"), str(place / "peer")]))
+            runs[TOOLS[2]].append(run([*peer, str(place / "tokens.npy"), str(place / "peer")]))
             agreement = mask_agreement(place / "ours", place / "peer")
-            for folder in ("ours", "in turn", "loop", "peer"):
+            for folder in ("ours", "loop", "peer"):
                 shutil.rmtree(place / folder)
         return {
             "weights": sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values()),
@@ -132,12 +131,11 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         "Medians of interleaved rounds; times are ratios to sparsedeploy's, loading and saving included, start-up of "
         "Python not. Peak memory is the process's resident set, with the imported libraries, each tool in a plain "
-        f"installation of its own; the imports alone take {imports_of(results)}. `--true-sequential` prunes on other "
-        "inputs: its masks are its own.",
+        f"installation of its own; the imports alone take {imports_of(results)}.",
         "",
-        "| case | weights | rounds | sparsedeploy | true sequential | two-forward loop | llm-compressor "
-        "| peak GB: ours, true sequential, loop, llm-compressor | mask agreement |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| case | weights | rounds | sparsedeploy | two-forward loop | llm-compressor "
+        "| peak GB: ours, loop, llm-compressor | mask agreement |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for key, result in results.items():
         seconds = {tool: median(result, tool, lambda run: sum(run["seconds"].values())) for tool in TOOLS}

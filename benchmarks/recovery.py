@@ -75,16 +75,16 @@ def run_cell(method: str, level: str, seed: int, folder: Path) -> dict[str, Any]
     import torch
 
     torch.set_num_threads(1)
-    from sparsedeploy.allocation import ALLOCATORS
+    from sparsedeploy.allocation import ALLOCATORS, allocate
     from sparsedeploy.calibration.documents import load_documents
     from sparsedeploy.calibration.samples import sample_tokens
-    from sparsedeploy.evaluation.perplexity import perplexity, text_windows
     from sparsedeploy.models.layers import StreamedLayers
     from sparsedeploy.models.loading import load_model, load_tokenizer
     from sparsedeploy.models.low_rank import attach_low_rank
-    from sparsedeploy.pipeline import make_plan, prune_model
     from sparsedeploy.plan import NM, MixedNM, parse_pattern
     from sparsedeploy.pruning import PRUNERS
+    from sparsedeploy.pruning.layers import prune_model
+    from sparsedeploy.quality.perplexity import perplexity, text_windows
     from sparsedeploy.recovery import RECOVERIES, RecoveryJob
     from sparsedeploy.recovery.data import DataOptions, load_training_data
     from sparsedeploy.recovery.training import TrainingOptions
@@ -130,9 +130,11 @@ def run_cell(method: str, level: str, seed: int, folder: Path) -> dict[str, Any]
             seed=seed,
         )
         if not starts_dense:
+            tokens = calibration.tokens if calibration else None
             uniform = ALLOCATORS.get("uniform").make_options()
-            job.plan = make_plan(model, calibration, sparsity, pattern, "uniform", uniform, batch_size=8)
-            job.masks = prune_model(model, calibration, job.plan, pruner, pruner_options, 8).masks
+            job.plan = allocate(model, tokens, sparsity, pattern, "uniform", uniform, batch_size=8)
+            pruned = prune_model(model, tokens, job.plan, pruner, pruner_options, 8)
+            job.masks = {name: module.mask for name, module in pruned.items()}
             result["sparsity"] = job.plan.achieved
         if recovery is not None:
             method_ = RECOVERIES.get(recovery)

@@ -26,18 +26,19 @@ import numpy as np
 import torch
 
 from sparsedeploy import progress
+from sparsedeploy.artifacts.folder import describe_folder
+from sparsedeploy.calibration.text import CalibrationOptions
 from sparsedeploy.errors import UserError
-from sparsedeploy.evaluation.perplexity import windows_of
-from sparsedeploy.export.checkpoint_folder import describe_folder
-from sparsedeploy.export.targets import export_checkpoint
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.loading import load_model, load_tokenizer
-from sparsedeploy.pipeline import CalibrationOptions, PruneOptions
-from sparsedeploy.pipeline import prune as prune_checkpoint
+from sparsedeploy.quality.perplexity import windows_of
 from sparsedeploy.reference import reference_model, stdlib_documents
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import list_runtimes, require
 from sparsedeploy.runtimes.machine import this_machine
+from sparsedeploy.targets.registry import export_checkpoint
+from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.prune import prune as prune_checkpoint
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROMPT, NEW_TOKENS, WINDOWS = 128, 32, 8

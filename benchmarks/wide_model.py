@@ -25,13 +25,13 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsedeploy import progress
-from sparsedeploy.evaluation.benchmark import BenchmarkResult, benchmark
-from sparsedeploy.export.deepsparse import export_deepsparse
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.reporting.benchmark_table import benchmark_markdown
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.machine import usable_cores
+from sparsedeploy.speed.benchmark import BenchmarkResult, benchmark
+from sparsedeploy.targets.deepsparse import export_deepsparse
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.9)
 DECODE_TOKENS = 16

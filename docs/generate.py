@@ -21,11 +21,11 @@ import yaml
 
 from sparsedeploy.allocation import ALLOCATORS, MixedOptions
 from sparsedeploy.cli.main import app
-from sparsedeploy.export.targets import export_targets
 from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.recovery import RECOVERIES
 from sparsedeploy.recovery.training import TrainingOptions
 from sparsedeploy.registry import Method, Registry
+from sparsedeploy.targets.registry import export_targets
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -133,7 +133,7 @@ sparsedeploy eval pruned --tasks papers --batch-size 8 -o quality.json
 ```
 
 A task of your own is a YAML file in the harness's form with its data beside it; `--task-path FOLDER` finds it.
-`sparsedeploy/evaluation/sample_tasks/` is one to start from.
+`sparsedeploy/quality/sample_tasks/` is one to start from.
 """,
     "export": "```bash\nsparsedeploy export pruned --target deepsparse -o artifact\n```\n",
     "runtime": """```bash

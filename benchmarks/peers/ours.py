@@ -1,6 +1,6 @@
 """Prune a model with sparsedeploy and report where the time went and the peak memory.
 
-    python ours.py MODEL METHOD SPARSITY TOKENS.npy OUTPUT [--true-sequential]
+    python ours.py MODEL METHOD SPARSITY TOKENS.npy OUTPUT
 
 Prints one JSON line: seconds of forward passes, statistics, solving, and reading and writing; peak memory in bytes, and
 that of the imports alone.
@@ -20,18 +20,20 @@ import torch
 from peak import peak_bytes
 from transformers import LlamaForCausalLM  # noqa: F401  (loaded at start-up, as llm-compressor does)
 
-from sparsedeploy import pipeline
 from sparsedeploy.calibration.driver import LayerDriver
 from sparsedeploy.calibration.samples import CalibrationSet
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.checkpoint.tensor_writer import TensorWriter
 from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.pruning import PRUNERS
+from sparsedeploy.workflows import plan
+from sparsedeploy.workflows import prune as job
+from sparsedeploy.workflows.options import PruneOptions
 
 
 def main() -> None:
     imports = peak_bytes()
-    model, method, sparsity, tokens_file, output, *order = sys.argv[1:]
+    model, method, sparsity, tokens_file, output = sys.argv[1:]
     seconds = {"forward": 0.0, "statistics": 0.0, "solve": 0.0, "read and write": 0.0}
 
     def timed(owner: Any, name: str, part: str, inside: str | None = None) -> None:
@@ -56,8 +58,8 @@ def main() -> None:
     # The next layer is read beside a forward pass: what counts is the waiting for it.
     timed(StreamedLayers, "_take", "read and write")
     timed(StreamedLayers, "_load_surroundings", "read and write")
-    timed(pipeline, "complete", "read and write")
-    timed(pipeline, "model_sha256", "read and write")
+    timed(job, "complete", "read and write")
+    timed(plan, "model_sha256", "read and write")
     chosen = PRUNERS.get(method)
     solve = chosen.function
 
@@ -70,10 +72,10 @@ def main() -> None:
     object.__setattr__(chosen, "function", timed_solve)
     tokens = torch.from_numpy(np.load(tokens_file))
     # The tokens are given: no text, no tokenizer.
-    pipeline.calibration_set = lambda *args, **kwargs: CalibrationSet(tokens, "given", 0)
+    plan.calibration_set = lambda *args, **kwargs: CalibrationSet(tokens, "given", 0)
     start = time.perf_counter()
-    options = pipeline.PruneOptions(sparsity=float(sparsity), method=method, true_sequential=bool(order))
-    pipeline.prune(model, Path(output), options, device="cpu")
+    options = PruneOptions(sparsity=float(sparsity), method=method)
+    job.prune(model, Path(output), options, device="cpu")
     total = time.perf_counter() - start
     seconds["rest"] = total - sum(seconds.values())
     print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(), "imports_bytes": imports}))

@@ -18,7 +18,7 @@ from sparsedeploy.calibration.statistics import Kind, richest
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import LayerSource
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, SparsityPlan
-from sparsedeploy.ranks import ALONE, Ranks
+from sparsedeploy.processes import ALONE, Ranks
 
 T = TypeVar("T")
 _STATISTICS: dict[Needs, Kind] = {"inputs": "none", "sum_squares": "sum_squares", "hessian": "hessian"}

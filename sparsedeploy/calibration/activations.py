@@ -9,7 +9,6 @@ import psutil
 import torch
 
 from sparsedeploy import progress
-from sparsedeploy.errors import UserError
 
 Keep = Literal["auto", "memory", "disk"]
 # The share of what is free that a buffer or a batch may take: the layer, its statistics and the solver need the rest.
@@ -55,20 +54,3 @@ def choose_batch_size(sequences: int, length: int, widest: int, device: torch.de
     enough = max(1, _ENOUGH_TOKENS[device.type] // length)
     fitting = int(_SHARE * free_bytes(device) // (_ALIVE * 4 * length * widest))
     return max(1, min(enough, fitting, sequences))
-
-
-def check_true_sequential(tokens: int, widest: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Make sure that the activations in the middle of a layer fit, for all tokens at once.
-
-    Args:
-        widest: features of the layer's widest activation; with the residual stream no more than two of it wait.
-
-    Raises:
-        UserError: they do not.
-    """
-    needed, free = 2 * tokens * widest * dtype.itemsize / 1e9, free_bytes(device) / 1e9
-    if needed > free:
-        raise UserError(
-            f"a true sequential pass holds about {needed:.1f} GB of activations, and {free:.1f} GB are free",
-            "Use fewer or shorter sequences, or leave --true-sequential out.",
-        )

@@ -9,21 +9,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparsedeploy.calibration.activations import Keep, check_true_sequential, choose_batch_size, new_buffer
-from sparsedeploy.calibration.pausing import pauses
-from sparsedeploy.calibration.statistics import InputStatistics, Kind, never_reached
-from sparsedeploy.errors import UserError
+from sparsedeploy.calibration.activations import Keep, choose_batch_size, new_buffer
+from sparsedeploy.calibration.statistics import InputStatistics, Kind
 from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
 from sparsedeploy.models.loading import exact_matmul
 from sparsedeploy.models.structure import check_finite
-from sparsedeploy.ranks import ALONE, Ranks
+from sparsedeploy.processes import ALONE, Ranks
 
 # The hidden states are the caller's; a replayed cache object would append keys and values across sequences.
 _NOT_REPLAYED = ("hidden_states", "past_key_values", "past_key_value")
@@ -47,7 +44,6 @@ class LayerView:
         statistics: full name -> statistics of its input; linears that share an input share the object.
         inputs: the hidden states ``[sequences, tokens, hidden]`` that enter; empty where only weights are read.
         outputs: the hidden states that leave it, in a pass that does not change weights.
-        complete: whether no further view of this layer follows; in a true sequential pass each linear has its own.
     """
 
     index: int
@@ -55,7 +51,6 @@ class LayerView:
     statistics: dict[str, InputStatistics]
     inputs: torch.Tensor
     outputs: torch.Tensor | None = None
-    complete: bool = True
 
 
 def walk_weights(source: nn.Module | LayerSource, *, finished: int = 0) -> Iterator[LayerView]:
@@ -126,9 +121,7 @@ class LayerDriver:
         return len(self.stack.layers)
 
     @torch.no_grad()
-    def walk(
-        self, kind: Kind, *, changes_weights: bool, finished: int = 0, true_sequential: bool = False
-    ) -> Iterator[LayerView]:
+    def walk(self, kind: Kind, *, changes_weights: bool, finished: int = 0) -> Iterator[LayerView]:
         """Yield each layer with its statistics; after the caller is done with it, go on to the next.
 
         Args:
@@ -136,17 +129,12 @@ class LayerDriver:
             finished: layers before this one are run as they are and not yielded.
             changes_weights: the caller prunes: run the changed layer again for the next one's inputs. Otherwise the
                 one pass that gathers statistics gives them too.
-            true_sequential: with ``changes_weights``, yield linear after linear, each on the inputs that the changed
-                ones before it give. One pass over a layer where two were needed, but the activations of all sequences
-                in the middle of it are alive at once.
 
         Raises:
-            UserError: weights or activations that are not finite; no memory for a true sequential pass.
+            UserError: weights or activations that are not finite.
         """
         arguments = self._layer_arguments()
         hidden = self._embed()
-        if changes_weights and true_sequential:
-            check_true_sequential(self.tokens.numel(), self.widest, hidden.dtype, self.device)
         spare = None if changes_weights else new_buffer(tuple(hidden.shape), hidden.dtype, self.device, self.keep)
         for index in range(len(self)):
             return_freed_memory()
@@ -161,9 +149,6 @@ class LayerDriver:
                 linears = self.stack.linears(index)
                 for name, linear in linears.items():
                     check_finite(name, linear.weight)
-                if changes and true_sequential:
-                    yield from self._in_turn(layer, index, linears, kind, hidden, arguments[index])
-                    continue
                 statistics: dict[str, InputStatistics] = {}
                 if kind != "none":
                     statistics = self._gather(layer, linears, kind, hidden, arguments[index], spare)
@@ -271,40 +256,6 @@ class LayerDriver:
             return
         if outputs is not None:
             outputs[start : start + self.batch_size] = result[0] if isinstance(result, tuple) else result
-
-    def _in_turn(
-        self,
-        layer: nn.Module,
-        index: int,
-        linears: dict[str, nn.Linear],
-        kind: Kind,
-        hidden: torch.Tensor,
-        arguments: LayerArguments,
-    ) -> Iterator[LayerView]:
-        """View after view of one linear, with the statistics of its input; at the end ``hidden`` has left the layer."""
-        starts = range(0, len(hidden), self.batch_size)
-        batches = [partial(self._run_batch, layer, hidden, arguments, hidden, start) for start in starts]
-        statistics: InputStatistics | None = None
-        missing = dict(linears)
-        for name, inputs, same in pauses(linears, batches):
-            if any(self.ranks.tell(name, rank) != name for rank in range(self.ranks.count)):
-                raise UserError(f"not all processes have tokens for {name}", "Leave --true-sequential out.")
-            if statistics is None or not same:
-                statistics = None  # the one before goes first: two need not fit
-                statistics = InputStatistics(linears[name].in_features, kind, self.device, self.accumulate)
-                for start, given in zip(starts, inputs, strict=True):
-                    if given is not None:
-                        statistics.add(given, min(self.batch_size, len(hidden) - start))
-                statistics.combine(self.ranks)
-                statistics.check(name)
-            del inputs
-            del missing[name]
-            yield LayerView(index, {name: linears[name]}, {name: statistics}, hidden, complete=not missing)
-            if not missing:
-                statistics = None
-                self.source.read_ahead(index + 1)
-        if missing:
-            raise never_reached(min(missing))
 
     def _gather(
         self,

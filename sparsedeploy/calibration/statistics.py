@@ -8,7 +8,7 @@ import torch
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.linear_algebra import add_gram, all_finite
-from sparsedeploy.ranks import Ranks
+from sparsedeploy.processes import Ranks
 
 Kind = Literal["none", "sum_squares", "hessian"]
 _RANK: dict[str, int] = {"none": 0, "sum_squares": 1, "hessian": 2}

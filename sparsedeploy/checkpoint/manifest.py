@@ -13,9 +13,9 @@ import torch
 from sparsedeploy import progress
 from sparsedeploy.checkpoint import masks as mask_file
 from sparsedeploy.errors import UserError
+from sparsedeploy.masks import follows_n_of_m
 from sparsedeploy.models.fingerprint import file_sha256, weight_files
 from sparsedeploy.plan import NM, SparsityPlan
-from sparsedeploy.pruning.patterns import follows_n_of_m
 
 FORMAT = 1
 MANIFEST = "sparsity.json"

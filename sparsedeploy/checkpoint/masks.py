@@ -6,16 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.masks import unpack_bits
 
 FILE = "sparsity.masks"
-
-
-def pack_mask(mask: torch.Tensor) -> np.ndarray:
-    """uint8 ``[rows, ceil(columns / 8)]``: True (kept) is 1, the first column in the highest bit."""
-    return np.packbits(mask.cpu().numpy(), axis=1)
+# In the file's metadata. Files without it were written by versions before 0.2, the first column in the highest bit.
+BIT_ORDER = {"bit_order": "little"}
+_REVERSED = np.array([int(f"{value:08b}"[::-1], 2) for value in range(256)], dtype=np.uint8)
 
 
 def load_masks(path: Path, columns: dict[str, int]) -> dict[str, torch.Tensor]:
@@ -25,12 +24,14 @@ def load_masks(path: Path, columns: dict[str, int]) -> dict[str, torch.Tensor]:
         UserError: the file is missing or unreadable, or lacks a module.
     """
     try:
-        packed = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            little = (file.metadata() or {}).get("bit_order") == BIT_ORDER["bit_order"]
+            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except Exception as error:
         raise UserError(f"the masks in {path} cannot be read ({error})", "Prune the model again.") from error
     if missing := [name for name in columns if name not in packed]:
         raise UserError(f"{path} lacks the mask of {missing[0]}", "Prune the model again.")
-    return {
-        name: torch.from_numpy(np.unpackbits(packed[name], axis=1, count=width).astype(bool))
-        for name, width in columns.items()
-    }
+    if not little:
+        reversed_bits = torch.from_numpy(_REVERSED)
+        packed = {name: reversed_bits[packed[name].int()] for name in columns}
+    return {name: unpack_bits(packed[name], width) for name, width in columns.items()}

@@ -15,7 +15,8 @@ from typing import BinaryIO
 
 import torch
 
-from sparsedeploy.checkpoint.masks import FILE, pack_mask
+from sparsedeploy.checkpoint.masks import BIT_ORDER, FILE
+from sparsedeploy.masks import pack_bits
 from sparsedeploy.models.tensor_files import StoredTensor, TensorFiles, read_header
 from sparsedeploy.plan import ModuleTarget
 
@@ -59,7 +60,7 @@ class TensorWriter:
         self._write(self._folder / stored.shard.name, stored.start, values.view(torch.uint8).numpy().data)
         if not self._masks:
             self._masks = {entry.name: entry for entry in read_header(self._folder / FILE)}
-        self._write(self._folder / FILE, self._masks[module].start, pack_mask(mask).data)
+        self._write(self._folder / FILE, self._masks[module].start, pack_bits(mask.cpu()).numpy().data)
 
     def sync(self) -> None:
         """Make everything written so far safe against a crash of the machine."""
@@ -97,7 +98,7 @@ def _copy_range(reader: BinaryIO, writer: BinaryIO, start: int, end: int) -> Non
 
 def _create_masks(path: Path, targets: list[ModuleTarget]) -> None:
     """A safetensors file of the masks' shapes, all zero."""
-    header: dict[str, object] = {}
+    header: dict[str, object] = {"__metadata__": BIT_ORDER}
     end = 0
     for target in targets:
         width = -(-target.columns // 8)

@@ -21,12 +21,12 @@ from sparsedeploy.checkpoint.manifest import FORMAT, MANIFEST, RECIPE
 from sparsedeploy.checkpoint.recipe import recipe_yaml
 from sparsedeploy.checkpoint.tensor_writer import TensorWriter
 from sparsedeploy.folders import new_folder, write_json, write_text
+from sparsedeploy.masks import apply_mask
 from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.low_rank import LowRank, save_adapter
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.plan import SparsityPlan
-from sparsedeploy.pruning.base import apply_mask
 from sparsedeploy.version import __version__
 
 # Weights in other formats would be loaded in place of the pruned ones; the rest is ours and is written anew.
@@ -43,7 +43,6 @@ class Provenance:
         method: the pruner; ``options`` its options.
         calibration: :meth:`CalibrationSet.describe`, or None when no text was read.
         recovery: what won quality back after pruning, or None.
-        true_sequential: whether each linear was pruned on what the pruned ones before it in its layer give.
         engine: the program that pruned, with its versions; None for this one.
     """
 
@@ -54,7 +53,6 @@ class Provenance:
     calibration: dict[str, Any] | None
     recovery: dict[str, Any] | None = None
     engine: dict[str, Any] | None = None
-    true_sequential: bool = False
 
 
 def write_checkpoint(
@@ -104,7 +102,6 @@ def complete(
         "method": provenance.method,
         "options": provenance.options,
         "calibration": provenance.calibration,
-        "true_sequential": provenance.true_sequential,
         "plan": plan.to_dict(),
         "achieved": plan.achieved,
         "modules": {

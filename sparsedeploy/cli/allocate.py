@@ -59,9 +59,11 @@ def allocate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Decide how much each layer loses and write it as a plan, without pruning; `prune --plan FILE` follows it."""
-    from sparsedeploy.pipeline import CalibrationOptions, PruneOptions, plan_model
+    from sparsedeploy.calibration.text import CalibrationOptions
     from sparsedeploy.registry import parse_options
     from sparsedeploy.reporting.plan_plot import plan_table
+    from sparsedeploy.workflows.options import PruneOptions
+    from sparsedeploy.workflows.plan import plan_model
 
     if output.is_dir():
         raise UserError(f"output {output} is a folder", "Name a file, such as plan.json.")

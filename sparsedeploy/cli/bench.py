@@ -9,13 +9,13 @@ import typer
 
 from sparsedeploy.cli.common import JsonOption, RuntimePythonOption, console, print_json
 from sparsedeploy.errors import UserError
-from sparsedeploy.evaluation.benchmark import BenchmarkResult, benchmark
-from sparsedeploy.evaluation.benchmark_comparison import compare_results, load_result, parse_threshold
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.reporting.benchmark_csv import benchmark_csv
 from sparsedeploy.reporting.benchmark_page import benchmark_page
 from sparsedeploy.reporting.benchmark_table import benchmark_heading, benchmark_legend, benchmark_tables
 from sparsedeploy.reporting.comparison_table import comparison_table
+from sparsedeploy.speed.benchmark import BenchmarkResult, benchmark
+from sparsedeploy.speed.comparison import compare_results, load_result, parse_threshold
 
 
 def bench_command(

@@ -37,8 +37,8 @@ def demo_command(
     export it, run it in DeepSparse, and report what became faster and what it cost."""
     import sys
 
-    from sparsedeploy.demo import DemoOptions, demo
     from sparsedeploy.reporting.report import heading, summary_table
+    from sparsedeploy.workflows.demo import DemoOptions, demo
 
     asked = DemoOptions(
         preset=preset,

@@ -67,9 +67,9 @@ def eval_command(
 ) -> None:
     """Measure perplexity on texts and accuracy on tasks of lm-evaluation-harness. Lower perplexity and higher accuracy
     are better; compare only figures of one text and one context."""
-    from sparsedeploy.evaluation.evaluate import evaluate
-    from sparsedeploy.evaluation.tasks import TaskOptions
     from sparsedeploy.folders import write_json
+    from sparsedeploy.quality.evaluate import evaluate
+    from sparsedeploy.quality.tasks import TaskOptions
 
     if output is not None and output.is_dir():
         raise UserError(f"output {output} is a folder", "Name a file, such as quality.json.")

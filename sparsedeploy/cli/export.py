@@ -16,10 +16,9 @@ from sparsedeploy.cli.common import (
     console,
     print_json,
 )
-from sparsedeploy.errors import UserError
 
 if TYPE_CHECKING:
-    from sparsedeploy.export.artifact import Artifact, Quantization
+    from sparsedeploy.artifacts.description import Artifact, Quantization
 
 
 def export_command(
@@ -32,13 +31,6 @@ def export_command(
         str | None,
         typer.Option("--quantize", help="For vllm: quantise the pruned weights too: fp8-dynamic, w8a8 or w4a16."),
     ] = None,
-    vllm_format: Annotated[
-        str | None,
-        typer.Option(
-            "--vllm-format",
-            help="For vllm: auto or bitmask (with our plugin), or sparse24 (2:4, for vLLM 0.8 to 0.18).",
-        ),
-    ] = None,
     target_option: Annotated[
         list[str] | None, typer.Option("--target-option", help="NAME=VALUE for the target. Repeatable.")
     ] = None,
@@ -47,19 +39,14 @@ def export_command(
     as_json: JsonOption = False,
 ) -> None:
     """Write a model in the form that a runtime takes, and check that it still computes the same."""
-    from sparsedeploy.export.targets import export_checkpoint
     from sparsedeploy.registry import parse_options
+    from sparsedeploy.targets.registry import export_checkpoint
 
-    options = parse_options(target_option or [])
-    if vllm_format is not None:
-        if target != "vllm" or quantize is not None:
-            raise UserError("--vllm-format goes only with --target vllm and without --quantize", "Leave it out.")
-        options["format"] = vllm_format
     artifact = export_checkpoint(
         model,
         target,
         output,
-        options,
+        parse_options(target_option or []),
         quantize=quantize,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,

@@ -51,7 +51,7 @@ from sparsedeploy.cli.recover import (
 from sparsedeploy.errors import UserError
 
 if TYPE_CHECKING:
-    from sparsedeploy.pipeline import PruneOptions
+    from sparsedeploy.workflows.options import PruneOptions
 
 OWN_ENGINE = "sparsedeploy"
 
@@ -85,13 +85,6 @@ def prune_command(
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = None,
     accumulate: AccumulateOption = "float32",
-    true_sequential: Annotated[
-        bool,
-        typer.Option(
-            "--true-sequential",
-            help="Prune a layer's linears in turn, each on what the pruned ones give: one pass, not two; more memory.",
-        ),
-    ] = False,
     method_option: MethodOptionsOption = None,
     allocation_option: AllocationOptionsOption = None,
     pattern_option: PatternOptionsOption = None,
@@ -110,9 +103,11 @@ def prune_command(
     as_json: JsonOption = False,
 ) -> None:
     """Make a model sparse: calibrate, allocate, prune, and write a Hugging Face folder with its plan and masks."""
-    from sparsedeploy.pipeline import CalibrationOptions, PruneOptions, prune
+    from sparsedeploy.calibration.text import CalibrationOptions
     from sparsedeploy.plan import SparsityPlan
-    from sparsedeploy.recipes import load_recipe
+    from sparsedeploy.workflows.options import PruneOptions
+    from sparsedeploy.workflows.prune import prune
+    from sparsedeploy.workflows.recipes import load_recipe
 
     flags = RecipeFlags(context, load_recipe(recipe) if recipe else None)
     if not flags.typed("sparsity") and not flags.typed("pattern"):  # a target that is typed replaces the recipe's whole
@@ -138,7 +133,6 @@ def prune_command(
             batch_size=flags.value("batch_size", batch_size, "calibration", "batch_size"),
             accumulate=flags.value("accumulate", accumulate, "calibration", "accumulate"),
         ),
-        true_sequential=flags.value("true_sequential", true_sequential, "prune", "true_sequential"),
     )
     run: dict[str, Any] = {
         "device": device,
@@ -152,7 +146,8 @@ def prune_command(
     elif recover is None:
         manifest = prune(model, output, options, **run)
     else:
-        from sparsedeploy.recovery.recover import RecoverOptions, prune_and_recover
+        from sparsedeploy.workflows.options import RecoverOptions
+        from sparsedeploy.workflows.recover import prune_and_recover
 
         recover_options = RecoverOptions(
             method=recover,
@@ -195,7 +190,7 @@ def _prune_elsewhere(
     **run: Any,
 ) -> dict[str, Any]:
     """Prune with llm-compressor; refuses another engine and what it cannot do."""
-    from sparsedeploy.pruning.llmcompressor import ENGINE, prune_with_llmcompressor
+    from sparsedeploy.workflows.prune_by_llmcompressor import ENGINE, prune_with_llmcompressor
 
     if engine != ENGINE:
         raise UserError(f"unknown engine '{engine}'", f"Known: {OWN_ENGINE}, {ENGINE}.")
@@ -203,8 +198,6 @@ def _prune_elsewhere(
         raise UserError("--recover does not go with --engine", f"Prune first, then: sparsedeploy recover {output}.")
     if resume:
         raise UserError("a run of --engine llmcompressor cannot be resumed", "Leave --resume out.")
-    if options.true_sequential:
-        raise UserError("--engine llmcompressor has no true sequential pass", "Leave --true-sequential out.")
     if trust_remote_code:
         raise UserError("--engine llmcompressor does not run a model's own code", f"Use --engine {OWN_ENGINE}.")
     return prune_with_llmcompressor(model, output, options, **run)

@@ -10,7 +10,7 @@ import typer
 from sparsedeploy.registry import parse_options
 
 if TYPE_CHECKING:
-    from sparsedeploy.recipes import Recipe
+    from sparsedeploy.workflows.recipes import Recipe
 
 
 class RecipeFlags:

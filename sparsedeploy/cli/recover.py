@@ -68,9 +68,10 @@ def recover_command(
     as_json: JsonOption = False,
 ) -> None:
     """Win a pruned model's quality back inside its mask, by training small adapters or keeping a low-rank part."""
-    from sparsedeploy.pipeline import CalibrationOptions
-    from sparsedeploy.recovery.recover import RecoverOptions, recover_checkpoint
+    from sparsedeploy.calibration.text import CalibrationOptions
     from sparsedeploy.registry import parse_options
+    from sparsedeploy.workflows.options import RecoverOptions
+    from sparsedeploy.workflows.recover import recover_checkpoint
 
     calibration = (
         CalibrationOptions(data, data_field, samples, calibration_length, 0, batch_size) if data is not None else None

@@ -12,6 +12,7 @@ import torch
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.formats import bits
+from sparsedeploy.masks import pack_bits, unpack_bits
 
 LARGEST_COUNT = 2**31 - 1
 _AGAIN = "The file is damaged: export the checkpoint again."
@@ -61,7 +62,7 @@ def pack(weight: torch.Tensor) -> BitmaskWeight:
         values[bounds[start] : bounds[stop]] = integers[start:stop][kept[start:stop]]
 
     bits.for_row_blocks(rows, weight.device, select)
-    return BitmaskWeight(rows, columns, bits.pack_bits(kept), values.view(weight.dtype), offsets)
+    return BitmaskWeight(rows, columns, pack_bits(kept), values.view(weight.dtype), offsets)
 
 
 def unpack(packed: BitmaskWeight) -> torch.Tensor:
@@ -71,7 +72,7 @@ def unpack(packed: BitmaskWeight) -> torch.Tensor:
     bounds = packed.offsets.tolist()
 
     def expand(start: int, stop: int) -> None:
-        kept = bits.unpack_bits(packed.mask[start:stop], packed.columns)
+        kept = unpack_bits(packed.mask[start:stop], packed.columns)
         dense[start:stop].masked_scatter_(kept, source[bounds[start] : bounds[stop]])
 
     bits.for_row_blocks(packed.rows, source.device, expand)

@@ -31,27 +31,6 @@ def as_integers(values: torch.Tensor) -> torch.Tensor:
     return values.view(INTEGER_OF[values.dtype])
 
 
-def pack_bits(bits: torch.Tensor) -> torch.Tensor:
-    """Bool ``[rows, columns]`` to uint8 ``[rows, ceil(columns / 8)]``; the last byte is padded with zeros."""
-    if bits.device.type == "cpu":
-        return torch.from_numpy(np.packbits(bits.numpy(), axis=1, bitorder="little"))
-    rows, columns = bits.shape
-    padded = torch.zeros(rows, -(-columns // 8) * 8, dtype=torch.uint8, device=bits.device)
-    padded[:, :columns] = bits
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (padded.view(rows, -1, 8) * weights).sum(dim=2, dtype=torch.uint8)
-
-
-def unpack_bits(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """The inverse of :func:`pack_bits`: bool ``[rows, columns]``."""
-    if packed.device.type == "cpu":
-        unpacked = np.unpackbits(packed.numpy(), axis=1, count=columns, bitorder="little")
-        return torch.from_numpy(unpacked.view(np.bool_))
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = (packed[:, :, None] >> places) & 1
-    return bits.flatten(1)[:, :columns].bool()
-
-
 def count_bits(packed: torch.Tensor) -> torch.Tensor:
     """Set bits of every row of uint8 ``[rows, bytes]``, as int64 ``[rows]``."""
     if packed.device.type == "cpu":

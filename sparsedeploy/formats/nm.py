@@ -17,6 +17,7 @@ import torch
 from sparsedeploy.errors import UserError
 from sparsedeploy.formats import bits
 from sparsedeploy.formats.bitmask import BitmaskWeight, check_matrix, check_padding, expect_tensor, offsets_of
+from sparsedeploy.masks import pack_bits, unpack_bits
 from sparsedeploy.plan import NM
 
 GROUP_SIZES = (4, 8)
@@ -87,7 +88,7 @@ def pack(weight: torch.Tensor, pattern: NM) -> NMWeight:
     if columns % m:
         raise UserError(f"{columns} columns are not whole groups of {m}", "Pack it as bitmask.")
     integers = bits.as_integers(weight.contiguous())
-    masks = bits.unpack_fields(bits.pack_bits(weight != 0), m, columns // m)
+    masks = bits.unpack_fields(pack_bits(weight != 0), m, columns // m)
     codes = _code_of_mask(pattern).to(weight.device)[masks.int()]
     if bool((codes < 0).any()):
         raise UserError(f"a group of {m} weights has more than {n} non-zeros", f"Prune with --pattern {pattern}.")
@@ -209,7 +210,7 @@ def group_masks(packed: NMWeight, start: int, stop: int) -> torch.Tensor:
 
 def _kept(packed: NMWeight, start: int, stop: int) -> torch.Tensor:
     """Where the values of rows ``start`` to ``stop`` stand, bool ``[rows, columns]``."""
-    return bits.unpack_bits(bits.pack_fields(group_masks(packed, start, stop), packed.pattern.m), packed.columns)
+    return unpack_bits(bits.pack_fields(group_masks(packed, start, stop), packed.pattern.m), packed.columns)
 
 
 def _position_bits(pattern: NM) -> int:

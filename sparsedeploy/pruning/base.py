@@ -28,17 +28,6 @@ class Pruned:
     loss: float | None = None
 
 
-_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 # (weight [rows, columns], statistics of the module's input or None, target, options) -> Pruned
 Pruner = Callable[[torch.Tensor, InputStatistics | None, ModuleTarget, Any], Pruned]
 PRUNERS: Registry[Pruner] = Registry("pruning method")
-
-
-def apply_mask(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The weight with masked entries exactly +0, survivors bit-identical.
-
-    By an "and" of the bits, which is vectorised for every type, where a choice of values is not.
-    """
-    bits = _INTEGER_OF_SIZE[weight.element_size()]
-    return (weight.view(bits) & mask.to(bits).neg_()).view(weight.dtype)

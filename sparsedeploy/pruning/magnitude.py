@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 
 from sparsedeploy.calibration.statistics import InputStatistics
+from sparsedeploy.masks import apply_mask
 from sparsedeploy.plan import ModuleTarget
-from sparsedeploy.pruning.base import PRUNERS, Pruned, apply_mask
-from sparsedeploy.pruning.patterns import keep_all_but_smallest, keep_by_target
+from sparsedeploy.pruning.base import PRUNERS, Pruned
+from sparsedeploy.pruning.selection import keep_all_but_smallest, keep_by_target
 
 
 @dataclass(frozen=True)

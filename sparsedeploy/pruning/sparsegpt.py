@@ -10,9 +10,10 @@ import torch
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.errors import UserError
 from sparsedeploy.linear_algebra import add_product, all_finite, upper_cholesky_
+from sparsedeploy.masks import apply_mask
 from sparsedeploy.plan import NM, ModuleTarget
-from sparsedeploy.pruning.base import PRUNERS, Pruned, apply_mask
-from sparsedeploy.pruning.patterns import keep_all_but_smallest, keep_largest
+from sparsedeploy.pruning.base import PRUNERS, Pruned
+from sparsedeploy.pruning.selection import keep_all_but_smallest, keep_largest
 
 _RETRIES = 3
 # Columns that are updated one by one before a matrix product takes over.

@@ -8,9 +8,10 @@ import torch
 
 from sparsedeploy.calibration.scores import wanda_score_blocks
 from sparsedeploy.calibration.statistics import InputStatistics
+from sparsedeploy.masks import apply_mask
 from sparsedeploy.plan import ModuleTarget
-from sparsedeploy.pruning.base import PRUNERS, Pruned, apply_mask
-from sparsedeploy.pruning.patterns import keep_by_target
+from sparsedeploy.pruning.base import PRUNERS, Pruned
+from sparsedeploy.pruning.selection import keep_by_target
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from sparsedeploy.pruning.base import apply_mask
-from sparsedeploy.recovery.packing import pack, unpack
+from sparsedeploy.masks import apply_mask, pack_bits, unpack_bits
 
 # LoSA keeps alpha / 8 whatever the rank, so that growth does not rescale what was learnt.
 SCALE_RANK = 8
@@ -25,7 +24,7 @@ def masked_product(a: torch.Tensor, b: torch.Tensor, packed: torch.Tensor | None
     """scale * (B A) o M, ``[rows, columns]`` in the factors' type; masked entries are exactly 0."""
     with torch.autocast(a.device.type, enabled=False):
         product = (b * scale) @ a
-    return product if packed is None else product.mul_(unpack(packed, a.shape[1]))
+    return product if packed is None else product.mul_(unpack_bits(packed, a.shape[1]))
 
 
 class _MaskedLowRank(torch.autograd.Function):
@@ -51,7 +50,7 @@ class _MaskedLowRank(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = grad @ masked_product(a, b, packed, ctx.scale).to(grad.dtype)
             weight_grad = grad.flatten(0, -2).T @ x.flatten(0, -2)
-            weight_grad = weight_grad.to(a.dtype).mul_(unpack(packed, a.shape[1])).mul_(ctx.scale)
+            weight_grad = weight_grad.to(a.dtype).mul_(unpack_bits(packed, a.shape[1])).mul_(ctx.scale)
             return grad_x, b.T @ weight_grad, weight_grad @ a.T, None, None
 
 
@@ -106,7 +105,7 @@ class Adapter(nn.Module):
         """Replace the mask, bool ``[rows, columns]``."""
         if mask.shape != (len(self.b), self.a.shape[1]) or mask.dtype != torch.bool:
             raise ValueError(f"the mask is {mask.dtype} {tuple(mask.shape)}")
-        self.packed = pack(mask.to(self.device))
+        self.packed = pack_bits(mask.to(self.device))
 
     def set_rank(self, rank: int, *, regrow: Regrow = "reinit", generator: torch.Generator | None = None) -> None:
         """Grow or shrink; the parameters are new objects afterwards when the rank changes.

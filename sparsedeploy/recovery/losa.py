@@ -14,19 +14,18 @@ from sparsedeploy import progress
 from sparsedeploy.allocation.allocate import measure_layers, model_layers
 from sparsedeploy.allocation.base import ALLOCATORS, Shares
 from sparsedeploy.errors import UserError
+from sparsedeploy.masks import apply_mask, pack_bits, unpack_bits
 from sparsedeploy.models.layers import ResidentLayers
 from sparsedeploy.plan import SparsityPlan
-from sparsedeploy.pruning.base import apply_mask
-from sparsedeploy.pruning.run import prune_layers
+from sparsedeploy.pruning.layers import prune_layers
+from sparsedeploy.recovery.adapter_ranks import allocate_ranks
 from sparsedeploy.recovery.adapters import Adapter, Regrow, merged, unmerged
 from sparsedeploy.recovery.base import Recovered, RecoveryJob
 from sparsedeploy.recovery.data import step_slices
-from sparsedeploy.recovery.packing import pack, unpack
-from sparsedeploy.recovery.ranks import allocate_ranks
-from sparsedeploy.recovery.rates import step_plan
 from sparsedeploy.recovery.reconstruction import reconstruction_losses
 from sparsedeploy.recovery.registry import RECOVERIES
 from sparsedeploy.recovery.schedule import Shape, mean_ranks, sparsity_schedule
+from sparsedeploy.recovery.step_plan import step_plan
 from sparsedeploy.recovery.training import STATE, train_adapters
 
 _PHASE = "phase"
@@ -265,7 +264,7 @@ class _Run:
         tensors: dict[str, torch.Tensor] = {}
         for name, linear in self.linears.items():
             tensors[f"{name}.weight"] = linear.weight
-            tensors[f"{name}.mask"] = pack(self.masks[name])
+            tensors[f"{name}.mask"] = pack_bits(self.masks[name])
             tensors.update({f"{name}.{key}": value for key, value in self.adapters[name].state_dict().items()})
         values = {"step": step, "plan": self.plan.to_dict(), "losses": self.losses, "steps": self.steps}
         self.job.state.save(_PHASE, tensors, values)
@@ -281,7 +280,7 @@ class _Run:
         self.losses, self.steps = values["losses"], values["steps"]
         for name, linear in self.linears.items():
             linear.weight.data.copy_(tensors[f"{name}.weight"])
-            self.masks[name] = unpack(tensors[f"{name}.mask"], linear.in_features)
+            self.masks[name] = unpack_bits(tensors[f"{name}.mask"], linear.in_features)
             self.adapters[name] = adapter = self._adapter(name, len(tensors[f"{name}.a"]))
             adapter.load_tensors({key: tensors[f"{name}.{key}"] for key in adapter.state_dict()})
         return int(values["step"])

@@ -16,12 +16,13 @@ from sparsedeploy.allocation.allocate import allocate, model_layers
 from sparsedeploy.allocation.base import ALLOCATORS
 from sparsedeploy.calibration.driver import LayerDriver, walk_weights
 from sparsedeploy.calibration.statistics import InputStatistics
+from sparsedeploy.masks import apply_mask
 from sparsedeploy.models.low_rank import LowRank, LowRankLinear
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
 from sparsedeploy.pruning import PRUNERS
-from sparsedeploy.pruning.base import Pruned, apply_mask
+from sparsedeploy.pruning.base import Pruned
 from sparsedeploy.pruning.magnitude import MagnitudeOptions
-from sparsedeploy.pruning.patterns import keep_by_target
+from sparsedeploy.pruning.selection import keep_by_target
 from sparsedeploy.pruning.wanda import WandaOptions
 from sparsedeploy.recovery.base import Recovered, RecoveryJob
 from sparsedeploy.recovery.registry import RECOVERIES

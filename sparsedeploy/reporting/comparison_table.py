@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from sparsedeploy.evaluation.benchmark_comparison import Change, Comparison
+from sparsedeploy.speed.comparison import Change, Comparison
 
 
 def comparison_table(comparison: Comparison) -> Table:

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sparsedeploy.artifacts.description import Artifact
+from sparsedeploy.artifacts.folder import describe_folder
 from sparsedeploy.errors import UserError
-from sparsedeploy.export.artifact import Artifact
-from sparsedeploy.export.checkpoint_folder import describe_folder
 from sparsedeploy.runtimes.environments import Environment, require
 from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.runtimes.specification import Runtime, load_runtime, runtime_for_target

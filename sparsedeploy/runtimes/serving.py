@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsedeploy.artifacts.companions import TOKENIZER_CONFIG, older_tokenizer
+from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.errors import UserError
-from sparsedeploy.export.artifact import load_artifact
-from sparsedeploy.export.companions import TOKENIZER_CONFIG, older_tokenizer
 from sparsedeploy.folders import write_json
 from sparsedeploy.runtimes.engine import check_cores, environment_for
 from sparsedeploy.runtimes.environments import Environment, process_environment

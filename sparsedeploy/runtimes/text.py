@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.errors import UserError
-from sparsedeploy.export.artifact import load_artifact
 
 # What a tokenizer puts where the bytes of a character are not complete yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"

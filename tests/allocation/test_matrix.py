@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from sparsedeploy.allocation import ALLOCATORS, MixedOptions, model_layers
+from sparsedeploy.allocation import ALLOCATORS, MixedOptions, allocate, model_layers
 from sparsedeploy.calibration.samples import CalibrationSet
 from sparsedeploy.errors import UserError
-from sparsedeploy.pipeline import make_plan, prune_model
+from sparsedeploy.masks import follows_n_of_m
 from sparsedeploy.plan import MixedNM, SparsityPlan, parse_pattern
 from sparsedeploy.pruning import PRUNERS
-from sparsedeploy.pruning.patterns import follows_n_of_m
+from sparsedeploy.pruning.layers import prune_model
 from tests.small_models import VOCABULARY, random_model
 
 FAMILIES = ("llama", "qwen3", "opt")  # grouped-query attention with k and v of other sizes; head norms; biases
@@ -72,7 +72,8 @@ def plan_of(
     options = ALLOCATORS.get(name).make_options(values)
     parsed = parse_pattern(pattern)
     sparsity = 0.6 if parsed is None else parsed.sparsity
-    return make_plan(model, calibration, sparsity, parsed, name, options, None, batch_size, mixed)
+    tokens = calibration.tokens if calibration else None
+    return allocate(model, tokens, sparsity, parsed, name, options, mixed=mixed, batch_size=batch_size)
 
 
 def is_exact(plan: SparsityPlan, model: nn.Module) -> bool:
@@ -145,9 +146,9 @@ def test_pruning_follows_the_plan(
     pruned, results = copy.deepcopy(model), []
     for batch_size in (1, 4):
         pruned = copy.deepcopy(model)
-        results.append(prune_model(pruned, calibration, plan, method, options, batch_size))
+        results.append(prune_model(pruned, calibration.tokens, plan, method, options, batch_size))
     for target in plan.targets:
-        mask = results[1].masks[target.name]
+        mask = results[1][target.name].mask
         assert int((~mask).sum()) == target.zeros
         assert torch.equal(mask, results[0].masks[target.name])  # no effect of the batch size
         assert not pruned.get_submodule(target.name).weight[~mask].any()

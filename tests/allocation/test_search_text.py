@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from sparsedeploy.calibration.documents import load_documents
+from sparsedeploy.calibration.text import CalibrationOptions
 from sparsedeploy.models.loading import load_tokenizer
-from sparsedeploy.pipeline import CalibrationOptions, PruneOptions, prepare
+from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.plan import prepare
 from tests.small_models import save_model
 
 

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sparsedeploy.calibration.text import CalibrationOptions
 from sparsedeploy.checkpoint.manifest import inspect_checkpoint
 from sparsedeploy.checkpoint.masks import FILE, load_masks
 from sparsedeploy.errors import UserError
-from sparsedeploy.pipeline import CalibrationOptions, PruneOptions, prune
+from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.prune import prune
 from tests.small_models import FAMILIES, save_model
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60

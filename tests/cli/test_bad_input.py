@@ -37,8 +37,6 @@ def prune(cli: Cli, model: Path, text: Path, *more: object) -> Outcome:
     ("options", "message"),
     [
         (["-s", "1.0"], "sparsity 1.0 is outside [0, 1)"),
-        (["-s", "0.5", "-m", "magnitude", "--true-sequential"], "magnitude reads no activations"),
-        (["-s", "0.5", "--recover", "sparselo", "--true-sequential"], "sparselo prunes in its own steps"),
         (["-s", "-0.1"], "sparsity -0.1 is outside [0, 1)"),
         (["-s", "nan"], "sparsity nan is outside [0, 1)"),
         ([], "no sparsity given"),

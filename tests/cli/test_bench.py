@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sparsedeploy.evaluation import contenders
-from sparsedeploy.evaluation.benchmark_comparison import compare_results, parse_threshold
 from sparsedeploy.reporting.benchmark_page import repeat_command
 from sparsedeploy.reporting.benchmark_table import benchmark_heading, benchmark_markdown, benchmark_tables
+from sparsedeploy.speed import candidates
+from sparsedeploy.speed.comparison import compare_results, parse_threshold
 from tests.cli.conftest import Outcome
 from tests.reporting.results import bench_result
 from tests.runtimes.exported import export_small
@@ -101,8 +101,8 @@ def test_one_that_fails_is_a_row_and_the_others_go_on(
     for path in folders[1].iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
     (broken / "model.onnx").write_bytes(b"no graph")
-    describe = contenders.describe_folder
-    monkeypatch.setattr(contenders, "describe_folder", lambda folder, verify: describe(folder))
+    describe = candidates.describe_folder
+    monkeypatch.setattr(candidates, "describe_folder", lambda folder, verify: describe(folder))
     lengths = ("-c", 1, "--prompt-length", 8, "--decode-tokens", 2, "--rounds", 2, "--warmup", 0)
     done = cli("bench", broken, folders[2], "--baseline", folders[0], *lengths, "--json", "-q")
     assert done.code == 0

@@ -20,7 +20,6 @@ Cli = Callable[..., Outcome]
         (["--engine", "llmcompressor", "-m", "magnitude"], "cannot prune by magnitude"),
         (["--engine", "llmcompressor", "--resume"], "cannot be resumed"),
         (["--engine", "llmcompressor", "--recover", "losa"], "--recover does not go with --engine"),
-        (["--engine", "llmcompressor", "--true-sequential"], "has no true sequential pass"),
         (["--engine", "llmcompressor", "--trust-remote-code"], "does not run a model's own code"),
         (["--engine", "llmcompressor"], "runtime llmcompressor is not installed"),
     ],

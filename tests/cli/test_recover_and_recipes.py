@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.recipes import load_recipe, parse_recipe, recipe_names
+from sparsedeploy.workflows.recipes import load_recipe, parse_recipe, recipe_names
 from tests.cli.conftest import Outcome
 
 RECIPE = """

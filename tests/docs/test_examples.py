@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from sparsedeploy.pipeline import CalibrationOptions, PruneOptions, prune
+from sparsedeploy.calibration.text import CalibrationOptions
 from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.reference import reference_model
 from sparsedeploy.runtimes.environments import install
 from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import load_runtime
+from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.prune import prune
 from tests.cli.conftest import Outcome, cli  # noqa: F401 - a fixture
 from tests.docs.examples import Block, blocks, documents, run
 
@@ -34,7 +36,7 @@ def _missing(engine: str) -> str | None:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the examples take for granted: MODEL, a pruned folder, two texts, and both models exported."""
-    from sparsedeploy.export.targets import export_checkpoint
+    from sparsedeploy.targets.registry import export_checkpoint
 
     folder = tmp_path_factory.mktemp("examples")
     shutil.copytree(reference_model("tiny"), folder / "MODEL")

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.errors import UserError
-from sparsedeploy.export.artifact import load_artifact
-from sparsedeploy.export.targets import export_checkpoint
-from sparsedeploy.export.vllm import VllmOptions, export_vllm
 from sparsedeploy.formats import hf
 from sparsedeploy.formats.config import PackedConfig
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.plan import NM
-from sparsedeploy.pruning.patterns import keep_all_but_smallest, keep_n_of_m
+from sparsedeploy.pruning.selection import keep_all_but_smallest, keep_n_of_m
+from sparsedeploy.targets.registry import export_checkpoint
+from sparsedeploy.targets.vllm import VllmOptions, export_vllm
 from tests.small_models import byte_tokenizer, random_model
 
 PROMPT = torch.arange(10, 22)[None]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from sparsedeploy.masks import pack_bits, unpack_bits
 from sparsedeploy.recovery.adapters import Adapter, attached, masked_product, merged, unmerged
-from sparsedeploy.recovery.packing import pack, unpack
 from tests.small_models import random_model
 
 
@@ -30,10 +30,10 @@ def trained(adapter: Adapter, seed: int = 1) -> Adapter:
 @pytest.mark.parametrize("columns", [1, 7, 8, 19, 64])
 def test_packing_keeps_every_bit(columns: int) -> None:
     mask = torch.rand(5, columns) > 0.5
-    packed = pack(mask)
+    packed = pack_bits(mask)
     assert packed.dtype == torch.uint8
     assert packed.shape == (5, -(-columns // 8))
-    assert torch.equal(unpack(packed, columns), mask)
+    assert torch.equal(unpack_bits(packed, columns), mask)
 
 
 def test_gradients_are_autograds_in_float64() -> None:

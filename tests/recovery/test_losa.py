@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparsedeploy.allocation.base import ALLOCATORS
-from sparsedeploy.pruning.patterns import follows_n_of_m
+from sparsedeploy.masks import follows_n_of_m
 from sparsedeploy.recovery import losa as module
 from sparsedeploy.recovery.base import RecoveryJob
 from sparsedeploy.recovery.losa import LosaOptions, losa

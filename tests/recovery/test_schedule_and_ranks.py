@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.recovery.ranks import allocate_ranks
+from sparsedeploy.recovery.adapter_ranks import allocate_ranks
 from sparsedeploy.recovery.schedule import mean_ranks, sparsity_schedule
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from sparsedeploy.masks import apply_mask
 from sparsedeploy.models.low_rank import LowRankLinear, attach_low_rank
-from sparsedeploy.pruning.base import Pruned, apply_mask
-from sparsedeploy.pruning.patterns import keep_all_but_smallest
+from sparsedeploy.pruning.base import Pruned
+from sparsedeploy.pruning.selection import keep_all_but_smallest
 from sparsedeploy.recovery.sparselo import SparseLoOptions, refine_iteratively, sparselo, split_weight
 from sparsedeploy.recovery.svd import low_rank_factors, top_singular
 from tests.recovery.jobs import job, weights

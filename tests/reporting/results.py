@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from sparsedeploy.evaluation.bandwidth import Bandwidth
-from sparsedeploy.evaluation.benchmark import BenchmarkOptions, BenchmarkResult
-from sparsedeploy.evaluation.benchmark_rows import MEASURED, Outcome, Sample, Setting, judge_noise, make_row
-from sparsedeploy.evaluation.contenders import Contender
-from sparsedeploy.evaluation.layer_profile import Profile, by_kind, by_part
 from sparsedeploy.reporting.benchmark_page import repeat_command
 from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import load_runtime
+from sparsedeploy.speed.bandwidth import Bandwidth
+from sparsedeploy.speed.benchmark import BenchmarkOptions, BenchmarkResult
+from sparsedeploy.speed.candidates import Contender
+from sparsedeploy.speed.layer_profile import Profile, by_kind, by_part
+from sparsedeploy.speed.rows import MEASURED, Outcome, Sample, Setting, judge_noise, make_row
 from tests.runtimes.artifacts import describe
 
 # Name -> zeros of 1000 weights, seconds of a prompt and of a token.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from sparsedeploy.export.artifact import Artifact, Engine, Shapes, Source, Sparsity, hash_files, write_artifact
+from sparsedeploy.artifacts.description import Artifact, Engine, Shapes, Source, Sparsity, hash_files, write_artifact
 
 
 def describe(

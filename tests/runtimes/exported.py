@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparsedeploy.export.deepsparse import DeepSparseOptions, export_deepsparse
 from sparsedeploy.models.structure import find_decoder_stack
-from tests.export.graphs import config_for_export
+from sparsedeploy.targets.deepsparse import DeepSparseOptions, export_deepsparse
 from tests.small_models import byte_tokenizer
+from tests.targets.graphs import config_for_export
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ import typer
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
+from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.cli.generate import generate_command
 from sparsedeploy.errors import UserError
-from sparsedeploy.export.artifact import load_artifact
-from sparsedeploy.export.deepsparse import DeepSparseOptions
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import Environment
-from tests.export.graphs import GraphRunner, open_graph, random_tokens
+from sparsedeploy.targets.deepsparse import DeepSparseOptions
 from tests.runtimes.exported import Exported, export_small
+from tests.targets.graphs import GraphRunner, open_graph, random_tokens
 
 pytestmark = pytest.mark.engine
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.evaluation.contenders import load_contenders
-from sparsedeploy.evaluation.layer_profile import profile_contender
-from sparsedeploy.export.targets import export_checkpoint
 from sparsedeploy.resources import shipped
 from sparsedeploy.runtimes.environments import require
+from sparsedeploy.speed.candidates import load_contenders
+from sparsedeploy.speed.layer_profile import profile_contender
+from sparsedeploy.targets.registry import export_checkpoint
 from tests.formats.test_transformers import save_sparse_model
 from tests.small_models import byte_tokenizer
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.errors import UserError
-from sparsedeploy.export.artifact import load_artifact
 from sparsedeploy.runtimes.environments import Environment, process_environment
 from sparsedeploy.runtimes.serving import serve
 from tests.runtimes.artifacts import describe, write_folder

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.export.vllm import export_vllm
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import check, install, remove, require, status
 from sparsedeploy.runtimes.specification import runtime_for_target
-from tests.export.graphs import random_tokens, save_for_export
+from sparsedeploy.targets.vllm import export_vllm
 from tests.formats.test_transformers import save_sparse_model
+from tests.targets.graphs import random_tokens, save_for_export
 
 TOLERANCE = 5e-5
 

@@ -154,8 +154,8 @@ def test_choice_measures_and_obeys(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_transformers_uses_the_kernels(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from sparsedeploy.export.vllm import export_vllm
     from sparsedeploy.formats import hf
+    from sparsedeploy.targets.vllm import export_vllm
     from tests.formats.test_transformers import PROMPT, logits, save_sparse_model
 
     dense = save_sparse_model(tmp_path / "dense", "llama", torch.float32)

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from sparsedeploy.calibration.text import CalibrationOptions, calibration_set
 from sparsedeploy.errors import UserError
-from sparsedeploy.export.quantize import SCHEMES, QuantizeOptions, export_quantized
 from sparsedeploy.models.loading import load_config, load_model
-from sparsedeploy.pipeline import CalibrationOptions, PruneOptions, calibration_set, prune
 from sparsedeploy.reference import reference_model
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import require
+from sparsedeploy.targets.quantize import SCHEMES, QuantizeOptions, export_quantized
+from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.prune import prune
 
 TEXT = CalibrationOptions(data="stdlib", sequences=4, length=96)
 

@@ -1,0 +1,174 @@
+"""Prune a model layer by layer: the loop that every pruner runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsedeploy import progress
+from sparsedeploy.calibration.driver import LayerDriver, LayerView, walk_weights
+from sparsedeploy.calibration.statistics import InputStatistics
+from sparsedeploy.errors import UserError
+from sparsedeploy.memory import return_freed_memory
+from sparsedeploy.models.layers import LayerSource, ResidentLayers
+from sparsedeploy.plan import ModuleShape, SparsityPlan
+from sparsedeploy.processes import ALONE, Ranks
+from sparsedeploy.pruning.base import PRUNERS, Pruned
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """One finished layer.
+
+    Attributes:
+        index: its depth.
+        modules: by full name, until the next layer is asked for; so long the weights are in the model, too.
+    """
+
+    index: int
+    modules: dict[str, Pruned]
+
+
+@torch.no_grad()
+def prune_layers(
+    source: LayerSource,
+    tokens: torch.Tensor | None,
+    plan: SparsityPlan,
+    method: str,
+    options: Any,
+    *,
+    batch_size: int | None = None,
+    accumulate: torch.dtype = torch.float32,
+    ranks: Ranks = ALONE,
+    stored: dict[str, torch.dtype] | None = None,
+    finished: int = 0,
+) -> Iterator[PrunedLayer]:
+    """Prune in place, each layer on the inputs that the pruned layers before it give, and yield what was done.
+
+    Args:
+        tokens: calibration sequences int64 ``[sequences, length]``; None for methods that need none.
+        batch_size, accumulate, ranks: see :class:`~sparsedeploy.calibration.driver.LayerDriver`. With several
+            processes the linears of a layer are dealt out to be solved, and everyone gets all results.
+        stored: the type that each module's weight will be stored in, where it differs from the one computed in: the
+            layers that follow see the stored values.
+        finished: layers before this one are pruned already and only run.
+
+    Raises:
+        UserError: a plan for other modules, no tokens for a method that needs them, or weights or activations that
+            are not finite.
+    """
+    pruner = PRUNERS.get(method)
+    needs = pruner.traits["needs"]
+    stack = source.stack
+    plan.check_modules([ModuleShape(name, m.out_features, m.in_features) for name, m in stack.all_linears().items()])
+    targets = plan.by_name
+    if needs == "none":
+        layers = walk_weights(source, finished=finished)
+    elif tokens is None:
+        raise UserError(f"{method} measures calibration text and none was given", "Add --data.")
+    else:
+        driver = LayerDriver(source, tokens, batch_size=batch_size, accumulate=accumulate, ranks=ranks)
+        layers = driver.walk(needs, changes_weights=True, finished=finished)
+    with progress.bar(f"prune ({method})", len(stack.layers), "layers") as advance:
+        advance(finished)
+        modules: dict[str, Pruned] = {}
+        for layer in layers:
+            owners = deal(layer, ranks.count)
+            for name, linear in layer.linears.items():
+                if owners[name] == ranks.index:
+                    modules[name] = pruner.function(
+                        linear.weight.data, layer.statistics.get(name), targets[name], options
+                    )
+                    _replace(linear, modules[name].weight, stored[name] if stored else None)
+                _let_go(layer.statistics, name)
+            for name, linear in layer.linears.items():
+                pruned = modules[name] = _shared(modules.get(name), linear.weight, owners[name], ranks)
+                if pruned.mask.numel() - int(torch.count_nonzero(pruned.mask)) != targets[name].zeros:
+                    raise RuntimeError(f"{method} pruned another number of weights of {name} than planned")
+                if owners[name] != ranks.index:
+                    _replace(linear, pruned.weight, stored[name] if stored else None)
+            yield PrunedLayer(layer.index, modules)
+            modules.clear()
+            advance()
+
+
+def deal(layer: LayerView, count: int) -> dict[str, int]:
+    """Deal a layer's linears out to ``count`` processes, largest work first to whoever has least.
+
+    Linears that share an input stay together, since a solver shares what it derives from that input.
+    """
+    groups: dict[int, list[str]] = {}
+    for name in layer.linears:
+        groups.setdefault(id(layer.statistics.get(name, name)), []).append(name)
+
+    def work(names: list[str]) -> int:
+        columns = layer.linears[names[0]].in_features
+        return columns**3 + sum(layer.linears[name].out_features for name in names) * columns**2
+
+    loads = [0] * count
+    owners: dict[str, int] = {}
+    for names in sorted(groups.values(), key=work, reverse=True):
+        owner = loads.index(min(loads))
+        loads[owner] += work(names)
+        owners.update(dict.fromkeys(names, owner))
+    return owners
+
+
+def _let_go(statistics: dict[str, InputStatistics], name: str) -> None:
+    """Drop a linear's statistics; with the last linear of an input their memory is given back."""
+    spent = statistics.pop(name, None)
+    shared = spent in statistics.values()
+    del spent
+    if not shared:
+        return_freed_memory()
+
+
+def _replace(linear: nn.Linear, weight: torch.Tensor, stored: torch.dtype | None) -> None:
+    """Give a linear its new weight, as it will be stored. It is not copied: the dense one goes at once."""
+    linear.weight.data = weight.to(stored or weight.dtype).to(linear.weight.dtype)
+
+
+def _shared(pruned: Pruned | None, weight: torch.Tensor, owner: int, ranks: Ranks) -> Pruned:
+    """The owner's result, on every process."""
+    if ranks.count == 1:
+        assert pruned is not None
+        return pruned
+    mask = pruned.mask.to(torch.uint8) if pruned else torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    values = pruned.weight.contiguous() if pruned else torch.empty_like(weight)
+    ranks.spread(mask, owner)
+    ranks.spread(values, owner)
+    return Pruned(mask.bool(), values, ranks.tell(pruned.loss if pruned else None, owner))
+
+
+def prune_model(
+    model: nn.Module,
+    tokens: torch.Tensor | None,
+    plan: SparsityPlan,
+    method: str,
+    options: Any,
+    batch_size: int | None = None,
+) -> dict[str, Pruned]:
+    """Prune a model in place, layer by layer, each on the inputs that the pruned layers before it give.
+
+    Args:
+        tokens: calibration sequences int64 ``[sequences, length]``; None for methods that need none.
+
+    Returns:
+        By module name; masks are on the CPU, weights are those of the model.
+
+    Raises:
+        UserError: a plan for other modules, or weights or activations that are not finite.
+    """
+    result: dict[str, Pruned] = {}
+    for layer in prune_layers(ResidentLayers(model), tokens, plan, method, options, batch_size=batch_size):
+        result.update({name: replace(pruned, mask=pruned.mask.cpu()) for name, pruned in layer.modules.items()})
+    return result
+
+
+def losses_of(modules: Mapping[str, Pruned]) -> dict[str, float]:
+    """The losses of those modules whose pruner reports one."""
+    return {name: pruned.loss for name, pruned in modules.items() if pruned.loss is not None}

@@ -1,0 +1,1 @@
+"""Benchmarks of time: candidates, rounds, intervals, comparison."""

@@ -1,0 +1,399 @@
+"""Speed of models on their runtimes against one dense baseline, measured so that the ratio can be believed.
+
+For each number of cores and each prompt length all contenders are loaded at once and take turns: each round runs every
+one of them, in an order that rotates. A round's speedup compares neighbours in time, and the figure given is the median
+of the rounds' speedups with its bootstrap interval. Prefill and decode are measured apart, because sparsity helps them
+differently. One that cannot be loaded, or fails in the middle, becomes a row with its reason; the others go on.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from sparsedeploy import progress
+from sparsedeploy.errors import UserError
+from sparsedeploy.runtimes.engine import LoadedModel, check_cores, check_lengths, chunk_for, open_model
+from sparsedeploy.runtimes.environments import require
+from sparsedeploy.runtimes.machine import Machine, this_machine
+from sparsedeploy.speed.bandwidth import Bandwidth, measure_bandwidth
+from sparsedeploy.speed.candidates import Contender, load_contenders
+from sparsedeploy.speed.layer_profile import Profile, profile_contender
+from sparsedeploy.speed.rows import (
+    FAILED,
+    FEW_ROUNDS,
+    MEASURED,
+    UNSUPPORTED,
+    Noise,
+    Outcome,
+    Row,
+    Sample,
+    Setting,
+    judge_noise,
+    make_row,
+)
+from sparsedeploy.version import __version__
+
+FORMAT = 2
+_BUSY = 0.5
+_DENSE = 0.01
+# The threads of some runtimes go on spinning for a while after their last work; another one's turn waits for that.
+_SETTLE_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What was asked for: enough to run it again.
+
+    Attributes:
+        artifacts: as given, ``FOLDER`` or ``RUNTIME=FOLDER``; the baseline likewise.
+        runtime: of those that name none; None for the one that runs the folder's export target.
+        python: interpreter of an environment of the user's own; None for the managed one.
+        prompt_chunks: prompt length -> prompt tokens that a runtime with fixed shapes runs at once.
+        warmup_rounds: rounds that are run and not counted.
+        seed: of the random prompt tokens.
+    """
+
+    artifacts: list[str]
+    baseline: str
+    runtime: str | None
+    python: str | None
+    cores: list[int]
+    prompt_lengths: list[int]
+    prompt_chunks: dict[int, int]
+    batches: list[int]
+    decode_tokens: int
+    rounds: int
+    warmup_rounds: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """Everything that was measured and everything needed to measure it again.
+
+    Attributes:
+        machine: processor, flags, cores, governor and memory.
+        load_average: the system's of the last minute at the start; None where there is none.
+        busy_cores: cores that other processes used in the half second before the start.
+        runtime: contender -> what the runtime said about itself and how it loaded the model the first time.
+        bandwidth: number of cores -> measured with so many threads.
+        rows: by setting; in each the baseline first, then the artifacts in the order given.
+        samples: every run that was counted, of failed contenders too.
+        profiles: time by operator and layer, where asked for.
+        notes: what to bear in mind when reading the figures.
+    """
+
+    options: BenchmarkOptions
+    started: str
+    machine: Machine
+    load_average: float | None
+    busy_cores: float
+    versions: dict[str, str]
+    runtime: dict[str, dict[str, Any]]
+    bandwidth: dict[int, Bandwidth]
+    rows: list[Row]
+    noise: list[Noise]
+    samples: list[Sample]
+    profiles: list[Profile]
+    notes: list[str]
+
+    @property
+    def failed(self) -> bool:
+        """Whether the comparison itself failed: the baseline did somewhere, or no artifact was measured anywhere."""
+        return any(row.status == FAILED for row in self.rows if row.baseline) or not any(
+            row.status == MEASURED for row in self.rows if not row.baseline
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the keys of dictionaries are text."""
+        values = {"format": FORMAT, **asdict(self), "failed": self.failed}
+        values["bandwidth"] = {
+            str(cores): {**asdict(one), "best": one.best} for cores, one in sorted(self.bandwidth.items())
+        }
+        chunks = self.options.prompt_chunks
+        values["options"]["prompt_chunks"] = {str(length): chunk for length, chunk in chunks.items()}
+        return values
+
+
+def benchmark(
+    artifacts: Sequence[str | Path],
+    baseline: str | Path,
+    *,
+    runtime: str | None = None,
+    python: str | None = None,
+    cores: Sequence[int] | None = None,
+    prompt_lengths: Sequence[int] = (64,),
+    batches: Sequence[int] = (1,),
+    decode_tokens: int = 64,
+    rounds: int = 10,
+    warmup_rounds: int = 2,
+    chunk: int | None = None,
+    seed: int = 0,
+    profile: bool = False,
+    timeout: float = 600.0,
+) -> BenchmarkResult:
+    """Measure prefill, decode and both together against a dense baseline, in every combination of the settings.
+
+    Args:
+        artifacts: folders to compare with the baseline, each ``FOLDER`` or ``RUNTIME=FOLDER``: exported ones, or plain
+            checkpoints for a runtime that loads those.
+        baseline: the dense model's folder, likewise; it may be on another runtime.
+        runtime: of the folders that name none; by default the one that runs their export target.
+        python: interpreter of an environment of the user's own that has the runtime.
+        cores: numbers of threads to use; by default all that this process may use.
+        batches: numbers of copies of the prompt that are run at once, where the runtime can.
+        chunk: prompt tokens that are run at once; by default the prompt's length, at most 64.
+        profile: also measure the time of every operator, where the runtime tells.
+        timeout: seconds that one step of the runtime may take.
+
+    Raises:
+        UserError: nothing was started, because the folders cannot be compared (see
+            :func:`~sparsedeploy.speed.candidates.load_contenders`), the model cannot take the lengths, another
+            option is out of range, or a runtime is not installed.
+    """
+    if rounds < 1 or warmup_rounds < 0:
+        raise UserError(f"{rounds} rounds after {warmup_rounds} to warm up", "Give at least 1 and 0.")
+    contenders = load_contenders(artifacts, baseline, runtime)
+    base = contenders[0]
+    lengths = _each_once(prompt_lengths, "prompt length")
+    for contender in contenders:
+        for length in lengths:
+            check_lengths(contender.artifact, length, decode_tokens)
+    options = BenchmarkOptions(
+        artifacts=[str(one) for one in artifacts],
+        baseline=str(baseline),
+        runtime=runtime,
+        python=python,
+        cores=[check_cores(one) for one in _each_once(cores, "number of cores")] if cores else [check_cores(None)],
+        prompt_lengths=lengths,
+        prompt_chunks={length: chunk_for(length, chunk) for length in lengths},
+        batches=_check_batches(batches, contenders),
+        decode_tokens=decode_tokens,
+        rounds=rounds,
+        warmup_rounds=warmup_rounds,
+        seed=seed,
+    )
+    for one in contenders:
+        require(one.runtime.name, python)
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    busy_cores = psutil.cpu_percent(interval=0.5) / 100 * (psutil.cpu_count() or 1)
+    bandwidth = {}
+    rows: list[Row] = []
+    noise: list[Noise] = []
+    samples: list[Sample] = []
+    facts: dict[str, dict[str, Any]] = {}
+    for count in options.cores:
+        progress.note(f"measure memory bandwidth with {count} thread{'s' if count > 1 else ''}")
+        bandwidth[count] = measure_bandwidth(count)
+        for length in lengths:
+            for setting, outcomes in _measure(contenders, count, length, options, timeout, samples, facts):
+                rows.extend(
+                    make_row(one, base, setting, samples, outcomes[one.name], bandwidth[count]) for one in contenders
+                )
+                judged = judge_noise(setting, samples)
+                noise.extend([judged] if judged is not None else [])
+    profiles = _profiles(contenders, options, timeout) if profile else []
+    return BenchmarkResult(
+        options=options,
+        started=started,
+        machine=this_machine(),
+        load_average=load_average,
+        busy_cores=busy_cores,
+        versions={"sparsedeploy": __version__, "python": platform.python_version(), "numpy": np.__version__},
+        runtime=facts,
+        bandwidth=bandwidth,
+        rows=rows,
+        noise=noise,
+        samples=samples,
+        profiles=profiles,
+        notes=_notes(rows, noise, options, busy_cores),
+    )
+
+
+def _each_once(values: Sequence[int], what: str) -> list[int]:
+    if not values:
+        raise UserError(f"no {what} is given", "Give at least one.")
+    if len(set(values)) != len(values):
+        raise UserError(f"a {what} is given twice", "Give each once.")
+    return sorted(values)
+
+
+def _check_batches(batches: Sequence[int], contenders: Sequence[Contender]) -> list[int]:
+    """The batch sizes, smallest first.
+
+    Raises:
+        UserError: one below 1, or above what any of the runtimes can.
+    """
+    asked = _each_once(batches, "batch size")
+    most = max(one.runtime.max_batch for one in contenders)
+    if asked[0] < 1 or asked[-1] > most:
+        raise UserError(
+            f"a batch of {asked[0] if asked[0] < 1 else asked[-1]} was asked for, these runtimes run 1 to {most}",
+            "Use another --batch.",
+        )
+    return asked
+
+
+def _measure(
+    contenders: Sequence[Contender],
+    cores: int,
+    length: int,
+    options: BenchmarkOptions,
+    timeout: float,
+    samples: list[Sample],
+    facts: dict[str, dict[str, Any]],
+) -> Iterator[tuple[Setting, dict[str, Outcome]]]:
+    """Load everyone, run each batch size, unload; adds to ``samples`` and ``facts``."""
+    random = np.random.default_rng(options.seed)
+    prompt = random.integers(0, contenders[0].artifact.shapes.vocab, length).tolist()
+    failures: dict[str, str] = {}
+    models: dict[str, LoadedModel] = {}
+    load_seconds: dict[str, float] = {}
+    with ExitStack() as stack:
+        for one in progress.track(contenders, f"load for {length} tokens on {cores} core{'s' if cores > 1 else ''}"):
+            started = time.perf_counter()
+            try:
+                models[one.name] = stack.enter_context(
+                    open_model(
+                        one.folder,
+                        prompt_length=length,
+                        new_tokens=options.decode_tokens,
+                        runtime=one.runtime.name,
+                        python=options.python,
+                        cores=cores,
+                        chunk=options.prompt_chunks[length],
+                        batch=max([batch for batch in options.batches if batch <= one.runtime.max_batch], default=1),
+                        timeout=timeout,
+                    )
+                )
+            except Exception as error:  # whatever a runtime does, the others' results are kept
+                failures[one.name] = _one_line(error)
+                continue
+            load_seconds[one.name] = time.perf_counter() - started
+            facts.setdefault(one.name, models[one.name].facts)
+        for batch in options.batches:
+            setting = Setting(cores, length, batch)
+            alive = [one for one in contenders if one.name not in failures and batch <= one.runtime.max_batch]
+            failures.update(_take_turns(alive, models, setting, prompt, options, samples))
+            yield (
+                setting,
+                {
+                    one.name: _outcome(one, batch, failures, models.get(one.name), load_seconds.get(one.name))
+                    for one in contenders
+                },
+            )
+
+
+def _take_turns(
+    contenders: Sequence[Contender],
+    models: dict[str, LoadedModel],
+    setting: Setting,
+    prompt: list[int],
+    options: BenchmarkOptions,
+    samples: list[Sample],
+) -> dict[str, str]:
+    """Run the rounds of one setting; returns who failed and why, and leaves those out of the rest."""
+    failures: dict[str, str] = {}
+    alive = list(contenders)
+    total = options.warmup_rounds + options.rounds
+    last_runtime = ""
+    for number in progress.track(range(total), f"measure {setting}", total, unit=" rounds"):
+        first = number % len(alive) if alive else 0
+        for turn, one in enumerate(alive[first:] + alive[:first]):
+            if one.runtime.name != last_runtime:
+                time.sleep(_SETTLE_SECONDS)
+            last_runtime = one.runtime.name
+            try:
+                timing = models[one.name].measure(prompt, options.decode_tokens, setting.batch)
+            except Exception as error:  # as above
+                failures[one.name] = _one_line(error)
+                alive = [other for other in alive if other is not one]
+                continue
+            at = number - options.warmup_rounds
+            if at >= 0:
+                samples.append(Sample(one.name, setting, at, turn, timing.prefill_seconds, list(timing.decode_seconds)))
+    return failures
+
+
+def _outcome(
+    one: Contender, batch: int, failures: dict[str, str], model: LoadedModel | None, load_seconds: float | None
+) -> Outcome:
+    if batch > one.runtime.max_batch:
+        most = "one sequence" if one.runtime.max_batch == 1 else f"{one.runtime.max_batch} sequences"
+        return Outcome(UNSUPPORTED, f"{one.runtime.title} runs {most} at once", load_seconds)
+    if one.name in failures:
+        return Outcome(FAILED, failures[one.name], load_seconds)
+    assert model is not None
+    return Outcome(MEASURED, None, load_seconds, model.peak_memory())
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def _profiles(contenders: Sequence[Contender], options: BenchmarkOptions, timeout: float) -> list[Profile]:
+    """At the first number of cores and prompt length."""
+    cores, length = options.cores[0], options.prompt_lengths[0]
+    asked = {
+        "cores": cores,
+        "prompt_length": length,
+        "new_tokens": options.decode_tokens,
+        "chunk": options.prompt_chunks[length],
+        "seed": options.seed,
+    }
+    return [
+        profile_contender(one, phase, python=options.python, timeout=timeout, **asked)
+        for one in progress.track(contenders, "time by operator")
+        for phase in ("prefill", "decode")
+    ]
+
+
+def _notes(rows: Sequence[Row], noise: Sequence[Noise], options: BenchmarkOptions, busy_cores: float) -> list[str]:
+    notes = []
+    base = rows[0]
+    if base.sparsity > _DENSE:
+        notes.append(f"The baseline {base.name} is itself {base.sparsity:.0%} sparse.")
+    if options.rounds < FEW_ROUNDS:
+        notes.append(f"{options.rounds} rounds are too few to judge the spread; use --rounds {2 * FEW_ROUNDS}.")
+    if busy_cores > _BUSY:
+        notes.append(
+            f"Other processes used {busy_cores:.1f} cores before the start; a quiet machine gives surer figures."
+        )
+    notes.extend(
+        f"Too noisy to conclude at {one.setting}: the runs vary by {one.variation:.0%} and drift by {one.drift:.0%}."
+        for one in noise
+        if one.too_noisy
+    )
+    notes.extend(_missing(rows))
+    for row in rows:
+        if row.status != MEASURED or row.baseline:
+            continue
+        for phase, title in (("prefill", "Prefill"), ("decode", "Decode")):
+            speedup = row.phase(phase).speedup
+            if speedup is not None and speedup.includes_one:
+                notes.append(
+                    f"{title} of {row.name} at {row.setting}: no difference from the baseline is shown "
+                    f"({speedup.low:.2f}x to {speedup.high:.2f}x)."
+                )
+    return notes
+
+
+def _missing(rows: Sequence[Row]) -> list[str]:
+    """One line for each contender and reason, with the settings that it holds for."""
+    settings: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.reason is not None:
+            settings.setdefault((row.name, row.reason.rstrip(".")), []).append(str(row.setting))
+    return [f"{name}: {reason} ({'; '.join(where)})." for (name, reason), where in settings.items()]

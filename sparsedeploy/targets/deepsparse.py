@@ -1,0 +1,210 @@
+"""Export for DeepSparse 1.8.0: an ONNX graph with a key/value cache, and the files around it.
+
+DeepSparse sparsifies constant matrices by itself when it compiles the graph, so pruned weights go in as they are. The
+option ``int8`` computes the pruned linears in 8-bit integers as well, see ``sparsedeploy/targets/int8_graph.py``.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from sparsedeploy.artifacts.companions import copy_companions
+from sparsedeploy.artifacts.description import (
+    Artifact,
+    Engine,
+    Quantization,
+    Shapes,
+    Sparsity,
+    hash_files,
+    write_artifact,
+)
+from sparsedeploy.artifacts.folder import Checkpoint, open_checkpoint
+from sparsedeploy.calibration.text import CalibrationOptions, calibration_set, recorded_tokens
+from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
+from sparsedeploy.errors import UserError
+from sparsedeploy.folders import check_writable, new_folder
+from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.quality.perplexity import text_windows
+from sparsedeploy.targets.check import check_graph, graph_perplexity, reference_logits
+from sparsedeploy.targets.int8_graph import Range, activation_ranges, write_int8
+from sparsedeploy.targets.kv_graph import KVCacheGraph
+from sparsedeploy.targets.onnx_file import (
+    DATA_FILE,
+    LARGEST_SINGLE_FILE,
+    MODEL_FILE,
+    OPSET,
+    count_weights,
+    import_onnx,
+    write_onnx,
+)
+from sparsedeploy.targets.registry import TARGETS
+
+ENGINE = Engine(name="deepsparse", version="1.8.0")
+# int8 moves logits; a graph that is wrong moves them by as much as they are large. The perplexities tell the quality.
+INT8_TOLERANCE = 0.5
+
+
+@dataclass(frozen=True)
+class DeepSparseOptions:
+    """Options of the DeepSparse target.
+
+    Attributes:
+        largest_single_file: bytes of weights above which they go to ``model.data`` beside ``model.onnx``.
+        int8: compute the pruned linears in 8-bit integers, with ranges from the calibration text.
+        int8_keep: linears to keep in float32, by the ends of their names, separated by commas, such as ``down_proj``.
+        data: the calibration text; None takes the one that the checkpoint's manifest names, again.
+        sequences: sequences of that text to take the ranges from.
+        windows: windows of the text's test split to take the perplexity on, before and after; 0 takes none.
+    """
+
+    largest_single_file: int = LARGEST_SINGLE_FILE
+    int8: bool = False
+    int8_keep: str | None = None
+    data: str | None = None
+    sequences: int = 16
+    windows: int = 16
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1 or self.windows < 0:
+            raise ValueError("sequences must be 1 or more, windows 0 or more")
+
+
+@TARGETS.register("deepsparse", DeepSparseOptions)
+def export_deepsparse(
+    checkpoint: str | Path,
+    output: Path,
+    options: DeepSparseOptions | None = None,
+    *,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Artifact:
+    """An ONNX graph with a key/value cache for the DeepSparse engine on CPUs.
+
+    Args:
+        checkpoint: a Hugging Face model folder, dense or pruned, or a hub id.
+        output: the folder to create.
+
+    Raises:
+        UserError: not a causal LM, an architecture that cannot be exported, quantised or non-finite weights, no
+            tokenizer, a graph that does not reproduce the model, or an output folder that exists.
+    """
+    options = options or DeepSparseOptions()
+    output = Path(output)
+    check_writable(output, overwrite)
+    import_onnx()
+    opened = open_checkpoint(checkpoint, adapters=True, trust_remote_code=trust_remote_code)
+    model = opened.load()
+    linears = find_decoder_stack(model).all_linears()
+    # The small linears inside a linear are the factors of an adapter: dense by design, and not prunable.
+    linears = {path: linear for path, linear in linears.items() if path.rpartition(".")[0] not in linears}
+    graph = KVCacheGraph(model)
+    shapes = _shapes(graph)
+    tokens, expected = reference_logits(model, shapes.vocab)
+    ranges, windows = _calibrate(opened, model, linears, options) if options.int8 else ({}, None)
+    with new_folder(output, overwrite=overwrite) as folder:
+        write_onnx(graph, folder, largest_single_file=options.largest_single_file)
+        counted = count_weights(folder / MODEL_FILE, linears)
+        # The engine of the check holds the weights once more: let go of the model's first.
+        del graph, model, linears
+        gc.collect()
+        check = check_graph(folder / MODEL_FILE, tokens, expected)
+        quantization, new_zeros = None, 0
+        if options.int8:
+            quantization, new_zeros = _quantize(folder, ranges, windows, options)
+            check = check_graph(folder / MODEL_FILE, tokens, expected, INT8_TOLERANCE)
+        copy_companions(opened.folder, folder)
+        artifact = Artifact(
+            target="deepsparse",
+            source=opened.source,
+            model_type=opened.config.model_type,
+            shapes=shapes,
+            dtype="int8" if options.int8 else "float32",
+            opset=OPSET,
+            files=hash_files(folder),
+            sparsity=Sparsity(weights=counted.weights, zeros=counted.zeros + new_zeros),
+            engine=ENGINE,
+            check=check,
+            quantization=quantization,
+        )
+        write_artifact(folder, artifact)
+    return artifact
+
+
+def _calibrate(
+    opened: Checkpoint, model: Any, linears: dict[str, nn.Linear], options: DeepSparseOptions
+) -> tuple[dict[str, Range], np.ndarray | None]:
+    """Ranges of the inputs of the linears that become integers, and windows [N, T] of the test text."""
+    ends = tuple(end.strip() for end in (options.int8_keep or "").split(",") if end.strip())
+    chosen = {name: linear for name, linear in linears.items() if not (ends and name.endswith(ends))}
+    if not chosen:
+        raise UserError("int8_keep leaves no linear to compute in integers", "Name fewer, or leave int8 out.")
+    if any(isinstance(child, nn.Linear) for linear in chosen.values() for child in linear.modules() if child != linear):
+        raise UserError("an adapter that is not merged cannot be computed in integers", "Merge it first.")
+    manifest = load_manifest(opened.folder) if (opened.folder / MANIFEST).is_file() else None
+    recorded = manifest["calibration"] if manifest else None
+    data = options.data or (recorded and recorded["data"])
+    if data is None:
+        raise UserError(f"{opened.folder} names no calibration text", "Name one: --target-option data=TEXT.")
+    if manifest is not None and options.data is None:
+        tokens = recorded_tokens(opened.folder, manifest)
+    else:
+        wish = CalibrationOptions(data=data, sequences=options.sequences)
+        tokens = calibration_set(opened.folder, model.config, wish).tokens
+    ranges = activation_ranges(model, chosen, tokens[: options.sequences])
+    if options.windows == 0:
+        return ranges, None
+    windows = text_windows(data, opened.tokenizer, tokens.shape[1], limit=options.windows)
+    return ranges, windows.numpy()
+
+
+def _quantize(
+    folder: Path, ranges: dict[str, Range], windows: np.ndarray | None, options: DeepSparseOptions
+) -> tuple[Quantization, int]:
+    """Replace the folder's float32 graph by the one in integers; also returns how many small weights became zero."""
+    before = None if windows is None else graph_perplexity(folder / MODEL_FILE, windows)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".float-") as scratch:
+        for name in (MODEL_FILE, DATA_FILE):
+            if (folder / name).is_file():
+                (folder / name).rename(Path(scratch) / name)
+        counted = write_int8(
+            Path(scratch) / MODEL_FILE, folder, ranges, largest_single_file=options.largest_single_file
+        )
+    after = None if windows is None else graph_perplexity(folder / MODEL_FILE, windows)
+    if counted.zeros < counted.float_zeros:
+        raise UserError("a pruned weight is not zero after quantisation", "Please report this as a bug.")
+    quantization = Quantization(
+        scheme="w8a8-static",
+        algorithm="round",
+        group_size=None,
+        pruned=counted.float_zeros,
+        revived=0,
+        perplexity_before=before,
+        perplexity_after=after,
+        text=options.data or "the calibration text",
+    )
+    return quantization, counted.zeros - counted.float_zeros
+
+
+def _shapes(graph: KVCacheGraph) -> Shapes:
+    config: Any = graph.config
+    first = graph.cache_shapes[0]
+    if any(shape != first for shape in graph.cache_shapes) or first.key_size != first.value_size:
+        raise UserError(
+            f"the layers of {type(graph.model).__name__} cache keys and values of different sizes",
+            "DeepSparse needs the same number of key/value heads and head size in every layer.",
+        )
+    return Shapes(
+        layers=len(graph.cache_shapes),
+        kv_heads=first.heads,
+        head_dim=first.key_size,
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+        max_positions=graph.max_positions,
+    )

@@ -1,0 +1,178 @@
+"""Export for llm-compressor: recipe, calibration tokens, the dense model's place and a script that replays it all."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from sparsedeploy.artifacts.description import (
+    Artifact,
+    Engine,
+    Source,
+    Sparsity,
+    config_shapes,
+    hash_files,
+    write_artifact,
+)
+from sparsedeploy.calibration.text import recorded_tokens
+from sparsedeploy.checkpoint.manifest import RECIPE, load_manifest
+from sparsedeploy.checkpoint.recipe import recipe_yaml
+from sparsedeploy.errors import UserError
+from sparsedeploy.folders import check_writable, new_folder, write_json, write_text
+from sparsedeploy.models.fingerprint import file_sha256, model_sha256, weight_files
+from sparsedeploy.models.loading import load_config, resolve_model
+from sparsedeploy.models.tensor_files import TensorFiles
+from sparsedeploy.plan import SparsityPlan
+from sparsedeploy.resources import shipped
+from sparsedeploy.runtimes import llmcompressor
+from sparsedeploy.targets.registry import TARGETS
+
+TOKENS = "calibration.safetensors"
+DENSE = "dense_model.json"
+SCRIPT = "replay.py"
+PLAN = "plan.json"
+_README = """\
+# {name} for llm-compressor
+
+`{recipe}` prunes the dense model below to this checkpoint's plan: {method}, {allocation}, {pattern},
+{sparsity:.2%} of {weights:,} weights in {modules} modules.
+
+    pip install llmcompressor=={version}
+    python {script} --output PRUNED
+
+The dense model is `{folder}` (hashes in `{dense}`); name another place with `--model`. In a program of your own:
+
+    llmcompressor.oneshot(model=..., recipe="{recipe}", dataset=..., pipeline="sequential")
+
+with the {sequences} sequences of {length} tokens in `{tokens}` (tensor `tokens`) one at a time and unshuffled. The
+`sequential` pipeline runs all modifiers in one pass over the calibration text; the default, `independent`, makes one
+for each and shows later modifiers a model that the earlier ones have pruned already.
+
+`{plan}` has the zeros that each module should get. Wanda and N:M give them exactly. SparseGPT selects in blocks of
+columns and rounds a block's share up: at most one zero more for each block.{recovered}
+"""
+_RECOVERED = """
+
+The checkpoint was recovered after pruning ({recovery}); the recipe gives the pruned model before that."""
+
+
+@dataclass(frozen=True)
+class LlmcompressorOptions:
+    """Options of the llm-compressor target.
+
+    Attributes:
+        model: folder or hub id of the dense model; None takes the one that the checkpoint's manifest names.
+        data: the calibration text; None takes the one that the manifest names.
+        field: its text column, for JSONL rows and data sets.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    field: str = "text"
+
+
+@TARGETS.register("llmcompressor", LlmcompressorOptions)
+def export_llmcompressor(
+    checkpoint: str | Path,
+    output: Path,
+    options: LlmcompressorOptions | None = None,
+    *,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Artifact:
+    """A folder that makes ``llmcompressor.oneshot`` prune the dense model as this checkpoint was.
+
+    Args:
+        checkpoint: a folder that ``sparsedeploy prune`` wrote.
+        output: the folder to create.
+
+    Raises:
+        UserError: a folder without a plan, a pruner that llm-compressor cannot replay, another dense model or other
+            calibration text than the checkpoint was made from, or an output folder that exists.
+    """
+    options = options or LlmcompressorOptions()
+    checkpoint, output = resolve_model(checkpoint), Path(output)
+    check_writable(output, overwrite)
+    manifest = load_manifest(checkpoint)
+    llmcompressor.check_method(manifest["method"])
+    plan = SparsityPlan.from_dict(manifest["plan"])
+    dense = _dense_model(options.model or manifest["source"]["name"], manifest["source"]["sha256"])
+    tokens = recorded_tokens(
+        checkpoint, manifest, data=options.data, field=options.field, trust_remote_code=trust_remote_code
+    )
+    version = llmcompressor.pinned_version()
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    with new_folder(output, overwrite=overwrite) as folder:
+        write_text(folder / RECIPE, recipe_yaml(plan, manifest["method"], manifest["options"]))
+        plan.save(folder / PLAN)
+        save_file({"tokens": tokens}, folder / TOKENS)
+        write_json(folder / DENSE, _describe_dense(dense, manifest))
+        shutil.copyfile(shipped("export") / llmcompressor.RUNTIME / SCRIPT, folder / SCRIPT)
+        write_text(folder / "README.md", _readme(checkpoint, dense, manifest, plan, tokens.shape, version))
+        stored = TensorFiles(dense).locate(f"{plan.targets[0].name}.weight")
+        artifact = Artifact(
+            target="llmcompressor",
+            source=Source(name=checkpoint.resolve().name, sha256=model_sha256(checkpoint)),
+            model_type=config.model_type,
+            shapes=config_shapes(config),
+            dtype=str(stored.dtype).removeprefix("torch."),
+            opset=None,
+            files=hash_files(folder),
+            sparsity=Sparsity(
+                sum(target.size for target in plan.targets), sum(target.zeros for target in plan.targets)
+            ),
+            engine=Engine(name="llmcompressor", version=version),
+        )
+        write_artifact(folder, artifact)
+    return artifact
+
+
+def _dense_model(name: str, sha256: str | None) -> Path:
+    """The dense model's folder, checked against the hash that the manifest has."""
+    fix = "Name it: --target-option model=FOLDER."
+    try:
+        folder = resolve_model(name)
+    except UserError as error:
+        raise UserError(f"the dense model cannot be found: {error.message}", fix) from error
+    if sha256 is not None and model_sha256(folder) != sha256:
+        raise UserError(f"{folder} is not the dense model that the checkpoint was pruned from (its hash differs)", fix)
+    return folder
+
+
+def _describe_dense(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    files = [folder / "config.json", *weight_files(folder)]
+    return {
+        "name": manifest["source"]["name"],
+        "folder": str(folder.resolve()),
+        "sha256": manifest["source"]["sha256"],
+        "files": {path.name: file_sha256(path) for path in files},
+    }
+
+
+def _readme(
+    checkpoint: Path, dense: Path, manifest: dict[str, Any], plan: SparsityPlan, shape: Any, version: str
+) -> str:
+    recovery = manifest.get("recovery")
+    return _README.format(
+        name=checkpoint.resolve().name,
+        recipe=RECIPE,
+        script=SCRIPT,
+        dense=DENSE,
+        tokens=TOKENS,
+        plan=PLAN,
+        method=manifest["method"],
+        allocation=plan.allocation,
+        pattern=plan.pattern,
+        sparsity=plan.achieved,
+        weights=sum(target.size for target in plan.targets),
+        modules=len(plan.targets),
+        version=version,
+        folder=dense.resolve(),
+        sequences=shape[0],
+        length=shape[1],
+        recovered=_RECOVERED.format(recovery=recovery["method"]) if recovery else "",
+    )

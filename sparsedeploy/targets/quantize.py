@@ -1,0 +1,176 @@
+"""``export --target vllm --quantize``: pruned weights quantised by llm-compressor with their zeros kept.
+
+The result is a compressed-tensors checkpoint that vLLM loads without a plugin. It is read back and decompressed before
+the folder appears; a pruned weight that is not zero there is an error.
+
+vLLM 0.32 for CPUs runs all three schemes: w8a8 with its int8 kernel, w4a16 with its 4-bit kernel, which takes 16-bit
+activations only (a float32 checkpoint is therefore stored in bfloat16), fp8-dynamic with torch's product, which is
+right but no faster; fp8 pays on GPUs that compute in it (compute capability 8.9 or more).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sparsedeploy import progress
+from sparsedeploy.artifacts.companions import copy_companions
+from sparsedeploy.artifacts.description import (
+    Artifact,
+    Quantization,
+    Sparsity,
+    config_shapes,
+    hash_files,
+    write_artifact,
+)
+from sparsedeploy.artifacts.folder import Checkpoint, open_checkpoint
+from sparsedeploy.calibration.samples import default_length
+from sparsedeploy.calibration.text import recorded_tokens
+from sparsedeploy.checkpoint import masks as mask_file
+from sparsedeploy.checkpoint.manifest import RECIPE, load_manifest
+from sparsedeploy.errors import UserError
+from sparsedeploy.folders import check_writable, new_folder
+from sparsedeploy.models.tensor_files import TensorFiles
+from sparsedeploy.plan import SparsityPlan
+from sparsedeploy.quality.perplexity import text_windows
+from sparsedeploy.runtimes import llmcompressor
+from sparsedeploy.targets.vllm import ENGINE
+
+SCHEMES = ("fp8-dynamic", "w8a8", "w4a16")
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Options of a quantised export.
+
+    Attributes:
+        algorithm: ``round`` to the nearest value, or ``gptq``, which needs the calibration text. GPTQ moves errors on
+            to later weights, and where those are pruned they are lost: measured on 70 % sparse weights, rounding is
+            the better one, with 4 bits too.
+        data: the calibration text; None takes the one that the checkpoint's manifest names.
+        field: text column of JSONL rows and data sets.
+        text: what to take the perplexity on, before and after (its test split); None takes the calibration text's.
+        windows: windows of it, each min(2048, the model's positions) long; 0 takes no perplexity.
+    """
+
+    algorithm: Literal["round", "gptq"] = "round"
+    data: str | None = None
+    field: str = "text"
+    text: str | None = None
+    windows: int = 32
+
+    def __post_init__(self) -> None:
+        if self.windows < 0:
+            raise ValueError(f"windows is {self.windows}, it counts from 0")
+
+
+def export_quantized(
+    checkpoint: str | Path,
+    output: Path,
+    scheme: str,
+    options: QuantizeOptions | None = None,
+    *,
+    python: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Artifact:
+    """A quantised checkpoint for vLLM in the compressed-tensors format, its pruned weights still zero.
+
+    Args:
+        checkpoint: a folder that ``sparsedeploy prune`` wrote.
+        output: the folder to create.
+        scheme: ``fp8-dynamic`` (8-bit floats), ``w8a8`` (8-bit integers), both with activations quantised on the fly,
+            or ``w4a16`` (4-bit integer weights).
+        python: interpreter of an environment with llm-compressor; by default the managed one.
+
+    Raises:
+        UserError: an unknown scheme, a folder without a plan, an adapter that is not merged, no environment, or a
+            pruned weight that did not stay zero.
+    """
+    if scheme not in SCHEMES:
+        raise UserError(f"unknown quantisation scheme '{scheme}'", f"Known: {', '.join(SCHEMES)}.")
+    options = options or QuantizeOptions()
+    output = Path(output)
+    check_writable(output, overwrite)
+    if trust_remote_code:
+        raise UserError("--quantize does not run a model's own code", "Leave --trust-remote-code out.")
+    opened = open_checkpoint(checkpoint)
+    manifest = load_manifest(opened.folder)
+    where = llmcompressor.environment(python)
+    plan = SparsityPlan.from_dict(manifest["plan"])
+    masks = mask_file.load_masks(opened.folder / mask_file.FILE, {t.name: t.columns for t in plan.targets})
+    stored = TensorFiles(opened.folder).locate(f"{plan.targets[0].name}.weight").dtype
+    dtype = str(torch.bfloat16 if scheme == "w4a16" and stored == torch.float32 else stored).removeprefix("torch.")
+    tokens = None
+    if options.algorithm == "gptq":
+        tokens = recorded_tokens(opened.folder, manifest, data=options.data, field=options.field)
+    text, windows = _windows(opened, manifest, options)
+    with new_folder(output, overwrite=overwrite) as folder:
+        found = llmcompressor.quantize_folder(
+            where, opened.folder, folder, scheme, options.algorithm, masks, tokens, windows, dtype=dtype
+        )
+        if found["revived"]:
+            raise UserError(
+                f"{found['revived']:,} of {found['pruned']:,} pruned weights are not zero after quantisation",
+                "Use --target-option algorithm=round, and report this as a bug.",
+            )
+        artifact = _complete(opened, folder, scheme, options.algorithm, dtype, found, text)
+        write_artifact(folder, artifact)
+    return artifact
+
+
+def _complete(
+    opened: Checkpoint,
+    folder: Path,
+    scheme: str,
+    algorithm: str,
+    dtype: str,
+    found: dict[str, Any],
+    text: str | None,
+) -> Artifact:
+    """Add the small files to the quantised folder and describe it."""
+    # llm-compressor's record of its steps names a modifier that only our worker knows.
+    (folder / RECIPE).unlink(missing_ok=True)
+    copy_companions(opened.folder, folder, without=("config.json",))
+    return Artifact(
+        target="vllm",
+        source=opened.source,
+        model_type=opened.config.model_type,
+        shapes=config_shapes(opened.config),
+        dtype=dtype,
+        opset=None,
+        files=hash_files(folder),
+        sparsity=Sparsity(weights=found["weights"], zeros=found["zeros"]),
+        engine=ENGINE,
+        quantization=Quantization(
+            scheme=scheme,
+            algorithm=algorithm,
+            group_size=found["group_size"],
+            pruned=found["pruned"],
+            revived=found["revived"],
+            perplexity_before=found["perplexity_before"],
+            perplexity_after=found["perplexity_after"],
+            text=text,
+        ),
+    )
+
+
+def _windows(
+    opened: Checkpoint, manifest: dict[str, Any], options: QuantizeOptions
+) -> tuple[str | None, torch.Tensor | None]:
+    """The name of the text for the perplexity and its windows; None and None where there is none."""
+    recorded = manifest["calibration"]
+    text = options.text or options.data or (recorded and recorded["data"])
+    if options.windows == 0 or text is None:
+        return None, None
+    try:
+        length = default_length(opened.config)
+        return text, text_windows(text, opened.tokenizer, length, field=options.field, limit=options.windows)
+    except UserError as error:
+        if options.text is not None:
+            raise
+        progress.note(f"no perplexity is taken: {error.message}; name a text with --target-option text=TEXT")
+        return None, None

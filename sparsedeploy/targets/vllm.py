@@ -1,0 +1,174 @@
+"""Export for vLLM: a Hugging Face folder whose sparse linears are packed, read by the ``sparsedeploy-vllm`` plugin.
+
+transformers reads it too once ``sparsedeploy`` is imported. The weights keep their values: every packed tensor is
+unpacked again and compared before it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sparsedeploy import progress
+from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity, config_shapes, hash_files, write_artifact
+from sparsedeploy.artifacts.folder import open_checkpoint
+from sparsedeploy.errors import UserError
+from sparsedeploy.folders import check_writable, new_folder, write_json
+from sparsedeploy.formats import packed as packing
+from sparsedeploy.formats.config import BITMASK, ModuleFormat, PackedConfig
+from sparsedeploy.models.structure import check_finite, find_decoder_stack
+from sparsedeploy.models.tensor_files import INDEX, TensorFiles
+from sparsedeploy.targets.registry import TARGETS
+
+ENGINE = Engine(name="vllm", version="0.32.0")
+# Copied are the small files of the model folder; weights in any format are written anew or left out.
+_COPIED = (".json", ".txt", ".model", ".jinja", ".py")
+_NOT_COPIED = ("config.json", INDEX, "artifact.json", "sparsity.json")
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """Options of the vLLM target.
+
+    Attributes:
+        format: ``auto`` takes for each module the format in which it is smallest (N:M where its weights follow one);
+            ``bitmask`` takes only that.
+    """
+
+    format: Literal["auto", "bitmask"] = "auto"
+
+
+@TARGETS.register("vllm", VllmOptions)
+def export_vllm(
+    checkpoint: str | Path,
+    output: Path,
+    options: VllmOptions | None = None,
+    *,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Artifact:
+    """A folder with packed sparse weights for vLLM with the sparsedeploy-vllm plugin, and for transformers.
+
+    Args:
+        checkpoint: a pruned Hugging Face model folder, or a hub id.
+        output: the folder to create.
+
+    Raises:
+        UserError: not a causal LM, quantised or non-finite weights, no tokenizer, nothing sparse enough to be worth
+            packing, or an output folder that exists.
+    """
+    options = options or VllmOptions()
+    output = Path(output)
+    check_writable(output, overwrite)
+    opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    files = TensorFiles(opened.folder)
+    inside, outside = _linears(opened.folder, opened.config, trust_remote_code)
+    module_of = {files.locate(f"{module}.weight").name: module for module in inside}
+    with new_folder(output, overwrite=overwrite) as folder:
+        packer = _Packer(options, set(module_of))
+        for shard in progress.track(files.shards, "pack weights"):
+            packer.write_shard(shard, folder / shard.name)
+        if not packer.packed:
+            raise UserError(
+                f"no linear of {opened.folder} is smaller packed than dense",
+                "Prune the model first: sparsedeploy prune.",
+            )
+        left = sorted(set(module_of) - {f"{module}.weight" for module in packer.modules})
+        ignored = [tensor.removesuffix(".weight") for tensor in left] + outside
+        _write_configuration(opened.folder, folder, PackedConfig(packer.modules, tuple(ignored)).to_dict())
+        if len(files.shards) > 1:
+            metadata = {"total_size": packer.bytes}
+            write_json(folder / INDEX, {"metadata": metadata, "weight_map": packer.weight_map})
+        artifact = Artifact(
+            target="vllm",
+            source=opened.source,
+            model_type=opened.config.model_type,
+            shapes=config_shapes(opened.config),
+            dtype=packer.dtype,
+            opset=None,
+            files=hash_files(folder),
+            sparsity=Sparsity(weights=packer.weights, zeros=packer.zeros),
+            engine=ENGINE,
+        )
+        write_artifact(folder, artifact)
+    progress.note(
+        f"packed {packer.packed} linears: {packer.packed_bytes / 1e6:.1f} MB instead of "
+        f"{packer.dense_bytes / 1e6:.1f} MB ({packer.packed_bytes / packer.dense_bytes:.3f} of dense)"
+    )
+    return artifact
+
+
+class _Packer:
+    """Writes shards with the wanted tensors packed and counts what it did."""
+
+    def __init__(self, options: VllmOptions, wanted: set[str]) -> None:
+        self.options = options
+        self.wanted = wanted
+        self.modules: dict[str, ModuleFormat] = {}
+        self.weight_map: dict[str, str] = {}
+        self.dtype = "float32"
+        self.packed = self.weights = self.zeros = self.bytes = self.packed_bytes = self.dense_bytes = 0
+
+    def write_shard(self, source: Path, target: Path) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        with safe_open(source, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                tensor = file.get_tensor(name)
+                tensors.update(self._pack(name, tensor) if name in self.wanted else {name: tensor})
+        self.weight_map.update(dict.fromkeys(tensors, target.name))
+        self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        save_file(tensors, target, metadata={"format": "pt"})
+
+    def _pack(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        module = name.removesuffix(".weight")
+        check_finite(module, weight)
+        self.weights += weight.numel()
+        self.zeros += weight.numel() - int(weight.count_nonzero())
+        self.dtype = str(weight.dtype).removeprefix("torch.")
+        kind = packing.smallest_kind(weight)
+        if kind is None:
+            return {name: weight}
+        packed = packing.pack(weight, kind if self.options.format == "auto" else BITMASK)
+        packing.check(packed, module)
+        if not torch.equal(packing.unpack(packed), weight):
+            raise UserError(f"{module} did not come back equal from its packed form", "Report this as a bug.")
+        self.modules[module] = packing.describe(packed)
+        self._count(weight, packing.size(packed))
+        return {f"{module}.{part}": tensor.contiguous() for part, tensor in packed.tensors().items()}
+
+    def _count(self, weight: torch.Tensor, packed_bytes: int) -> None:
+        self.packed += 1
+        self.packed_bytes += packed_bytes
+        self.dense_bytes += weight.numel() * weight.element_size()
+
+
+def _linears(checkpoint: Path, config: Any, trust_remote_code: bool) -> tuple[list[str], list[str]]:
+    """Names of the linears inside the decoder layers, and of those outside (the output head)."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{checkpoint} is no causal LM ({reason})", "Use a decoder-only language model.") from error
+    inside = list(find_decoder_stack(model).all_linears())
+    every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return inside, [name for name in every if name not in set(inside)]
+
+
+def _write_configuration(checkpoint: Path, folder: Path, quantization: dict[str, Any]) -> None:
+    """Copy the small files and write ``config.json`` with the ``quantization_config``."""
+    for path in sorted(checkpoint.iterdir()):
+        if path.is_file() and path.suffix in _COPIED and path.name not in _NOT_COPIED:
+            shutil.copyfile(path, folder / path.name)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", {**config, "quantization_config": quantization})

@@ -1,0 +1,264 @@
+"""Check a request, read what it needs, and choose the sparsity plan."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsedeploy.allocation import ALLOCATORS, MixedOptions, allocate, model_layers
+from sparsedeploy.allocation.allocate import check_pattern, effective_needs
+from sparsedeploy.allocation.atp import ATPOptions, search_beta, trial_betas
+from sparsedeploy.calibration.samples import CalibrationSet, default_length
+from sparsedeploy.calibration.text import calibration_set
+from sparsedeploy.errors import UserError
+from sparsedeploy.models.fingerprint import model_sha256
+from sparsedeploy.models.layers import LayerSource, StreamedLayers
+from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
+from sparsedeploy.plan import NM, MixedNM, SparsityPlan, check_sparsity, parse_pattern
+from sparsedeploy.processes import ALONE, Ranks
+from sparsedeploy.pruning import PRUNERS
+from sparsedeploy.pruning.layers import prune_model
+from sparsedeploy.quality.perplexity import perplexity, text_windows
+from sparsedeploy.registry import build_options
+from sparsedeploy.workflows.options import PruneOptions
+
+
+@dataclass(frozen=True)
+class AllocationChoice:
+    """Everything that decides a plan, checked.
+
+    Attributes:
+        pattern: None for unstructured.
+        options: of the allocation ``name``; ``mixed`` of a mixed pattern.
+    """
+
+    sparsity: float
+    pattern: NM | MixedNM | None
+    name: str
+    options: Any
+    mixed: MixedOptions
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether making the plan reads calibration text; a search prunes, and what pruning reads comes on top."""
+        marginal = isinstance(self.pattern, MixedNM) and self.mixed.rule == "marginal"
+        needs = effective_needs(ALLOCATORS.get(self.name).traits["needs"], marginal=marginal)
+        return needs not in ("none", "weights")
+
+    @property
+    def searches(self) -> bool:
+        return isinstance(self.options, ATPOptions) and self.options.search
+
+
+def resolve_allocation(options: PruneOptions) -> AllocationChoice:
+    """Check target, pattern, allocation and their options against each other.
+
+    Raises:
+        UserError: what cannot be or does not go together.
+    """
+    sparsity, pattern = resolve_pattern(options.sparsity, options.pattern)
+    allocation_options = ALLOCATORS.get(options.allocation).make_options(options.allocation_options)
+    check_pattern(options.allocation, allocation_options, pattern)
+    mixed = build_options("a mixed pattern", MixedOptions, options.pattern_options or {})
+    if options.pattern_options and not isinstance(pattern, MixedNM):
+        raise UserError(f"pattern {options.pattern} has no options", "They belong to mixed-N:M patterns.")
+    return AllocationChoice(sparsity, pattern, options.allocation, allocation_options, mixed)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was checked, with its model found and its calibration text read.
+
+    Attributes:
+        choice: what decides the plan; None where the options hold a ready one.
+        sha256: of the model.
+        calibration: None where nothing reads it.
+    """
+
+    options: PruneOptions
+    folder: Path
+    config: Any
+    sha256: str
+    choice: AllocationChoice | None
+    pruner_options: Any
+    calibration: CalibrationSet | None
+    trust_remote_code: bool
+
+    @property
+    def described(self) -> dict[str, Any] | None:
+        """The calibration text, for a manifest."""
+        return self.calibration.describe() if self.calibration else None
+
+    def request(self) -> dict[str, Any]:
+        """What decides the pruned weights: a resumed run must ask for the same."""
+        plan = self.options.plan
+        return {
+            "model_sha256": self.sha256,
+            "plan": asdict(self.choice) if self.choice is not None else plan.to_dict() if plan else None,
+            "method": self.options.method,
+            "method_options": asdict(self.pruner_options),
+            "calibration": self.described,
+        }
+
+    def selection_windows(self) -> torch.Tensor:
+        """The windows that a search compares its trials on, int64 ``[windows, length]``.
+
+        Raises:
+            UserError: no tokenizer, no text or too little.
+        """
+        assert self.choice is not None
+        asked, calibration = self.choice.options, self.options.calibration
+        data = asked.text or calibration.data
+        tokenizer = load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+        length = calibration.length or default_length(self.config)
+        return text_windows(
+            data, tokenizer, length, field=calibration.field, split=asked.selection, limit=asked.windows
+        )
+
+
+def prepare(
+    source: str,
+    options: PruneOptions,
+    *,
+    prunes: bool = True,
+    calibrates: bool = False,
+    trust_remote_code: bool = False,
+) -> Prepared:
+    """Check a request against its model and read what calibration text it needs.
+
+    Args:
+        prunes: False where only a plan is wanted.
+        calibrates: read the text whatever the pruner and the allocation need.
+
+    Raises:
+        UserError: any input that cannot be used.
+    """
+    choice = None if options.plan is not None else resolve_allocation(options)
+    pruner = PRUNERS.get(options.method)
+    pruner_options = pruner.make_options(options.method_options)
+    folder = resolve_model(source)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    sha256 = model_sha256(folder)
+    if options.plan is not None and options.plan.model_sha256 not in (None, sha256):
+        raise UserError(
+            "the plan was made for another model (its hash differs)", "Make it again: sparsedeploy allocate."
+        )
+    prunes = prunes or (choice is not None and choice.searches)
+    needs_text = (
+        calibrates or (prunes and pruner.traits["needs"] != "none") or (choice is not None and choice.needs_data)
+    )
+    calibration = None
+    if needs_text:
+        calibration = calibration_set(folder, config, options.calibration, trust_remote_code=trust_remote_code)
+    return Prepared(options, folder, config, sha256, choice, pruner_options, calibration, trust_remote_code)
+
+
+def plan_model(
+    source: str,
+    options: PruneOptions,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> SparsityPlan:
+    """Make the plan that :func:`prune` would follow, without pruning.
+
+    Raises:
+        UserError: any input that cannot be used.
+    """
+    on = resolve_device(device)
+    prepared = prepare(source, replace(options, plan=None), prunes=False, trust_remote_code=trust_remote_code)
+    return choose_plan(model_to_measure(prepared, on, dtype), prepared)
+
+
+def resolve_pattern(sparsity: float | None, pattern: str) -> tuple[float, NM | MixedNM | None]:
+    """The target and the N:M pattern, if any.
+
+    Raises:
+        UserError: neither given, a target outside [0, 1), or one that the pattern contradicts.
+    """
+    nm = parse_pattern(pattern)
+    if sparsity is not None:
+        check_sparsity(sparsity)
+    if nm is None:
+        if sparsity is None:
+            raise UserError("no sparsity given", "Add --sparsity 0.7 (the fraction of zeros), or --pattern 2:4.")
+        return sparsity, None
+    if sparsity is not None and abs(sparsity - nm.sparsity) > 1e-6:
+        kept = nm.n if isinstance(nm, NM) else nm.keep
+        raise UserError(
+            f"pattern {nm} keeps {kept:g} of {nm.m}: {nm.sparsity:g} sparsity, not {sparsity:g}",
+            "Leave --sparsity out, or choose another pattern.",
+        )
+    return nm.sparsity, nm
+
+
+def model_to_measure(
+    prepared: Prepared, device: torch.device, dtype: torch.dtype | None, layers: StreamedLayers | None = None
+) -> nn.Module | LayerSource:
+    """What :func:`choose_plan` measures: one layer at a time, but the whole model for a search, which prunes copies.
+
+    Args:
+        layers: the model's, where they are open already.
+    """
+    trust = prepared.trust_remote_code
+    if prepared.choice is not None and prepared.choice.searches:
+        return load_model(prepared.folder, dtype=dtype, device=device, trust_remote_code=trust)
+    return layers or StreamedLayers(prepared.folder, device=device, dtype=dtype, trust_remote_code=trust)
+
+
+def choose_plan(model: nn.Module | LayerSource, prepared: Prepared, ranks: Ranks = ALONE) -> SparsityPlan:
+    """The plan by measuring the dense model or, for a search, by pruning copies of it; the model is not changed.
+
+    Raises:
+        UserError: a target or pattern that the allocation or the shapes cannot meet, or too little text for a search.
+    """
+    options, choice = prepared.options, prepared.choice
+    assert choice is not None, "there is a plan already"
+    tokens = prepared.calibration.tokens if prepared.calibration else None
+    batch_size = options.calibration.batch_size
+
+    def plan_with(allocation_options: Any) -> SparsityPlan:
+        return allocate(
+            model,
+            tokens,
+            choice.sparsity,
+            choice.pattern,
+            choice.name,
+            allocation_options,
+            mixed=choice.mixed,
+            model_sha256=prepared.sha256,
+            batch_size=batch_size,
+            accumulate=options.calibration.accumulation,
+            ranks=ranks,
+        )
+
+    if not choice.searches:
+        return plan_with(choice.options)
+    assert isinstance(model, nn.Module), "a search prunes whole copies of the model"
+    dense, selection = model, prepared.selection_windows()
+
+    def trial(plan: SparsityPlan) -> float:
+        candidate = copy.deepcopy(dense)
+        prune_model(candidate, tokens, plan, options.method, prepared.pruner_options, batch_size)
+        try:
+            return perplexity(candidate, selection, batch_size=batch_size or 1).perplexity
+        except UserError:  # its only reason: the pruned model has diverged
+            return math.inf
+
+    asked = choice.options
+    betas = trial_betas(choice.sparsity, len(model_layers(model)), asked.step, asked.trials)
+    found = search_beta(
+        trial, lambda beta: plan_with(replace(asked, search=False, beta=beta)), betas, patience=asked.patience
+    )
+    return replace(
+        found.plan,
+        options=asdict(asked) | {"beta": found.beta},
+        details={**found.plan.details, "search": {"selection": asked.selection, "trials": found.to_dict()}},
+    )

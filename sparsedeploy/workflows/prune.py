@@ -1,0 +1,128 @@
+"""The job ``prune``: calibrate, allocate, prune layer by layer, write."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsedeploy.allocation import model_layers
+from sparsedeploy.checkpoint.journal import Journal, journalled_folder
+from sparsedeploy.checkpoint.tensor_writer import TensorWriter
+from sparsedeploy.checkpoint.writer import Provenance, complete
+from sparsedeploy.folders import check_free_space, check_writable
+from sparsedeploy.memory import use_huge_pages
+from sparsedeploy.models.layers import StreamedLayers
+from sparsedeploy.models.loading import resolve_device
+from sparsedeploy.plan import SparsityPlan
+from sparsedeploy.processes import Ranks, joined, local_device
+from sparsedeploy.pruning.layers import losses_of, prune_layers
+from sparsedeploy.version import __version__
+from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.plan import choose_plan, model_to_measure, prepare
+
+
+def prune(
+    source: str,
+    output: Path,
+    options: PruneOptions,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Prune a model folder or hub id into ``output`` and return the new checkpoint's manifest.
+
+    Memory holds the embeddings, one decoder layer and the activations of the calibration text; never the whole model.
+
+    Args:
+        resume: go on with a run of the same request that was interrupted; the result is identical, byte for byte.
+
+    Raises:
+        UserError: any input that cannot be used; ``output`` then does not exist or is as it was.
+    """
+    use_huge_pages()
+    on = local_device(resolve_device(device))
+    with joined(on) as ranks:
+        return _prune(source, output, options, on, dtype, resume, overwrite, trust_remote_code, ranks)
+
+
+def _prune(
+    source: str,
+    output: Path,
+    options: PruneOptions,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    resume: bool,
+    overwrite: bool,
+    trust_remote_code: bool,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """:func:`prune` on one of possibly several processes; the first one writes."""
+    check_writable(output, overwrite)
+    prepared = prepare(source, options, trust_remote_code=trust_remote_code)
+    folder, calibration = prepared.folder, prepared.calibration
+    layers = StreamedLayers(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if options.plan is not None:
+        options.plan.check_modules([shape for layer in model_layers(layers) for shape in layer])
+    request = {
+        **prepared.request(),
+        "accumulate": options.calibration.accumulate,
+        "dtype": str(dtype),
+        "device": device.type,
+        "processes": ranks.count,
+        "torch": torch.__version__,
+        "sparsedeploy": __version__,
+    }
+    place: AbstractContextManager[Journal | None] = nullcontext()
+    if ranks.main:
+        place = journalled_folder(output, request, resume=resume, overwrite=overwrite)
+    with place as journal:
+        state = (journal.folder, journal.plan, journal.finished) if journal else (Path(), None, 0)
+        making, known, finished = ranks.tell(state)
+        if known is not None:
+            plan = SparsityPlan.from_dict(known)
+        elif options.plan is not None:
+            plan = options.plan
+        else:
+            plan = choose_plan(model_to_measure(prepared, device, dtype, layers), prepared, ranks)
+        writer = TensorWriter(layers.files, making, plan.targets)
+        if journal is not None and journal.plan is None:
+            check_free_space(journal.folder, layers.files.size)
+            writer.create()
+            journal.record_plan(plan.to_dict())
+        for index in range(finished):
+            layers.redirect(index, making)
+        for pruned in prune_layers(
+            layers,
+            calibration.tokens if calibration else None,
+            plan,
+            options.method,
+            prepared.pruner_options,
+            batch_size=options.calibration.batch_size,
+            accumulate=options.calibration.accumulation,
+            ranks=ranks,
+            stored={target.name: layers.files.locate(f"{target.name}.weight").dtype for target in plan.targets},
+            finished=finished,
+        ):
+            if journal is not None:
+                for name, module in pruned.modules.items():
+                    writer.put(name, module.weight, module.mask)
+                writer.sync()
+                journal.record_layer(pruned.index, losses_of(pruned.modules))
+        manifest = None
+        if journal is not None:
+            provenance = Provenance(
+                source,
+                plan,
+                options.method,
+                asdict(prepared.pruner_options),
+                prepared.described,
+            )
+            manifest = complete(folder, journal.folder, layers.files, provenance, journal.losses)
+        return ranks.tell(manifest) or {}

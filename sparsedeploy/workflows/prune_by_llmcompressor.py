@@ -1,0 +1,117 @@
+"""``prune --engine llmcompressor``: our plan, pruned by llm-compressor elsewhere, written as our checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsedeploy.allocation import model_layers
+from sparsedeploy.checkpoint.recipe import recipe_yaml
+from sparsedeploy.checkpoint.tensor_writer import TensorWriter
+from sparsedeploy.checkpoint.writer import Provenance, complete
+from sparsedeploy.errors import UserError
+from sparsedeploy.folders import check_free_space, check_writable, new_folder, write_text
+from sparsedeploy.masks import apply_mask
+from sparsedeploy.models.layers import StreamedLayers
+from sparsedeploy.models.loading import resolve_device
+from sparsedeploy.plan import ModuleTarget, SparsityPlan
+from sparsedeploy.pruning.sparsegpt import check_block
+from sparsedeploy.runtimes import llmcompressor
+from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.plan import choose_plan, model_to_measure, prepare
+
+ENGINE = "llmcompressor"
+
+
+def prune_with_llmcompressor(
+    source: str,
+    output: Path,
+    options: PruneOptions,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    python: str | None = None,
+) -> dict[str, Any]:
+    """:func:`sparsedeploy.workflows.prune.prune` with llm-compressor as the pruner; returns the checkpoint's manifest.
+
+    Unlike the built-in engine it holds the whole model in memory and cannot resume.
+
+    Args:
+        python: interpreter of an environment with llm-compressor; by default the managed one.
+
+    Raises:
+        UserError: a method that llm-compressor cannot replay, no environment, or what ``prune`` refuses.
+    """
+    llmcompressor.check_method(options.method)
+    where = llmcompressor.environment(python)
+    check_writable(output, overwrite)
+    prepared = prepare(source, options, calibrates=True)
+    assert prepared.calibration is not None
+    on = resolve_device(device)
+    layers = StreamedLayers(prepared.folder, device=on, dtype=dtype)
+    if options.plan is not None:
+        plan = options.plan
+        plan.check_modules([shape for layer in model_layers(layers) for shape in layer])
+    else:
+        plan = choose_plan(model_to_measure(prepared, on, dtype, layers), prepared)
+    method_options = asdict(prepared.pruner_options)
+    if options.method == "sparsegpt":
+        for target in plan.targets:
+            check_block(target.pattern, method_options["block"])
+    with tempfile.TemporaryDirectory(prefix="sparsedeploy-recipe-") as temporary:
+        recipe = Path(temporary) / "recipe.yaml"
+        write_text(recipe, recipe_yaml(plan, options.method, method_options))
+        weights, facts = llmcompressor.prune_by_recipe(
+            where,
+            prepared.folder,
+            recipe,
+            plan,
+            prepared.calibration.tokens,
+            dtype="auto" if dtype is None else str(dtype).removeprefix("torch."),
+            device=device,
+        )
+    engine = {"name": ENGINE, "versions": facts["versions"], "surplus_zeros": surplus_zeros(plan, weights)}
+    provenance = Provenance(source, plan, options.method, method_options, prepared.described, engine=engine)
+    with new_folder(output, overwrite=overwrite) as staging:
+        check_free_space(staging, layers.files.size)
+        writer = TensorWriter(layers.files, staging, plan.targets)
+        writer.create()
+        for target in plan.targets:
+            weight = weights[target.name]
+            mask = mask_from_zeros(weight, target)
+            writer.put(target.name, apply_mask(weight, mask), mask)
+        return complete(prepared.folder, staging, layers.files, provenance, {})
+
+
+def mask_from_zeros(weight: torch.Tensor, target: ModuleTarget) -> torch.Tensor:
+    """The mask of a pruned weight ``[rows, columns]``: True where kept, exactly ``target.zeros`` entries False.
+
+    Of more zeros than planned (a block's share rounded up, or zeros that the dense weight had) the last ones count as
+    kept; they are zero all the same.
+
+    Raises:
+        UserError: fewer zeros than planned, or groups that do not follow the pattern.
+    """
+    rows, columns = weight.shape
+    if target.pattern is None:
+        groups, wanted = (weight == 0).reshape(1, -1), target.zeros
+    else:
+        groups, wanted = (weight == 0).reshape(-1, target.pattern.m), target.pattern.m - target.pattern.n
+    if int(groups.sum(dim=1).min()) < wanted:
+        kind = f"does not follow {target.pattern}" if target.pattern else f"has {int(groups.sum())} zeros"
+        raise UserError(
+            f"llm-compressor left {target.name} short of the plan's {target.zeros} zeros (it {kind})",
+            "Use the built-in engine, or more calibration sequences.",
+        )
+    pruned = groups & (groups.cumsum(dim=1) <= wanted)
+    return ~pruned.reshape(rows, columns)
+
+
+def surplus_zeros(plan: SparsityPlan, weights: dict[str, torch.Tensor]) -> int:
+    """Zeros beyond the plan's, over all modules."""
+    return sum(int((weights[target.name] == 0).sum()) - target.zeros for target in plan.targets)

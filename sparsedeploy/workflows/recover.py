@@ -1,0 +1,340 @@
+"""The edges: prune and recover a dense model in one run, or recover a checkpoint that is pruned already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsedeploy.allocation import MixedOptions
+from sparsedeploy.calibration.text import CalibrationOptions
+from sparsedeploy.checkpoint.manifest import load_manifest
+from sparsedeploy.checkpoint.masks import FILE as MASKS
+from sparsedeploy.checkpoint.masks import load_masks
+from sparsedeploy.checkpoint.writer import Provenance, write_checkpoint
+from sparsedeploy.errors import UserError
+from sparsedeploy.folders import check_writable
+from sparsedeploy.models.fingerprint import model_sha256
+from sparsedeploy.models.layers import StreamedLayers
+from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
+from sparsedeploy.models.low_rank import FOLDER as ADAPTER
+from sparsedeploy.plan import SparsityPlan, parse_pattern
+from sparsedeploy.pruning.layers import losses_of, prune_model
+from sparsedeploy.recovery.base import Recovered, RecoveryJob, check_masks
+from sparsedeploy.recovery.data import TrainingData, load_training_data
+from sparsedeploy.recovery.registry import RECOVERIES
+from sparsedeploy.recovery.state import RunState
+from sparsedeploy.recovery.training import TrainingOptions
+from sparsedeploy.registry import Method, build_options
+from sparsedeploy.version import __version__
+from sparsedeploy.workflows.options import PruneOptions, RecoverOptions
+from sparsedeploy.workflows.plan import choose_plan, prepare
+
+# What may change when a run that diverged is resumed.
+_MENDABLE = ("learning_rate", "clip")
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """Arguments of both entries that only matter at the edge."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    resume: bool
+    overwrite: bool
+    trust_remote_code: bool
+
+
+def prune_and_recover(
+    source: str,
+    output: Path,
+    prune: PruneOptions,
+    recover: RecoverOptions,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Make a sparse checkpoint of a dense model and win its quality back; returns the manifest.
+
+    Args:
+        resume: go on with the same run after a kill; on one machine the result is the same, bit for bit.
+
+    Raises:
+        UserError: any input that cannot be used, or training that diverges; ``output`` then does not exist.
+    """
+    method = RECOVERIES.get(recover.method)
+    check_writable(output, overwrite)
+    edge = _Edge(resolve_device(device), dtype, resume, overwrite, trust_remote_code)
+    return _from_dense(source, output, prune, recover, method, edge)
+
+
+def recover_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    recover: RecoverOptions,
+    *,
+    dense: str | None = None,
+    calibration: CalibrationOptions | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Recover a pruned checkpoint into ``output``; returns the new manifest.
+
+    Methods that start from the dense model (LoSA, SparseLo) take the one that the manifest names and prune it anew to
+    the checkpoint's target with its method, allocation and calibration text.
+
+    Args:
+        dense: where that model is now; its hash must be the manifest's.
+        calibration: other text than the checkpoint's.
+
+    Raises:
+        UserError: no manifest, masks that do not match the weights, a dense model that is missing or another one.
+    """
+    method = RECOVERIES.get(recover.method)
+    manifest = load_manifest(checkpoint)
+    check_writable(output, overwrite)
+    edge = _Edge(resolve_device(device), dtype, resume, overwrite, trust_remote_code)
+    if (checkpoint / ADAPTER).is_dir():
+        raise UserError(
+            f"{checkpoint} has been recovered with adapters beside its weights",
+            "Recover the folder before it.",
+        )
+    plan = SparsityPlan.from_dict(manifest["plan"])
+    if method.traits["starts_from"] == "pruned":
+        return _from_pruned(checkpoint, output, manifest, plan, recover, method, edge)
+    name = dense or manifest["source"]["name"]
+    try:
+        folder = resolve_model(name)
+    except UserError as error:
+        raise UserError(
+            f"{recover.method} starts from the dense model, which is not at {name}", "Say where it is: --dense."
+        ) from error
+    if model_sha256(folder) != manifest["source"]["sha256"]:
+        raise UserError(f"{name} is not the model that {checkpoint} was pruned from", "Give that one: --dense.")
+    prune = PruneOptions(
+        sparsity=plan.sparsity,
+        pattern=plan.pattern,
+        method=manifest["method"],
+        method_options=manifest["options"],
+        allocation=plan.allocation,
+        allocation_options=plan.options,
+        calibration=calibration or _calibration_of(manifest),
+    )
+    return _from_dense(name, output, prune, recover, method, edge)
+
+
+def _from_dense(
+    source: str,
+    output: Path,
+    prune: PruneOptions,
+    recover: RecoverOptions,
+    method: Method[Any],
+    edge: _Edge,
+) -> dict[str, Any]:
+    options, training = _options(method, recover)
+    prepared = prepare(source, prune, calibrates=method.traits["calibrates"], trust_remote_code=edge.trust_remote_code)
+    folder, choice, calibration = prepared.folder, prepared.choice, prepared.calibration
+    if recover.method == "losa" and (choice is None or choice.searches):
+        raise UserError("LoSA chooses its rates at every step", "Leave out --plan, or a search for the allocation.")
+    data = _training_data(folder, prepared.config, recover, method, edge)
+    request = {**prepared.request(), **_request(recover, options, training, data, edge)}
+    state = RunState(output, request, resume=edge.resume) if method.traits["trains"] else None
+    model = load_model(folder, dtype=edge.dtype, device=edge.device, trust_remote_code=edge.trust_remote_code)
+    job = RecoveryJob(
+        model=model,
+        dense=lambda: StreamedLayers(
+            folder, device=edge.device, dtype=_dtype_of(model), trust_remote_code=edge.trust_remote_code
+        ),
+        sparsity=choice.sparsity if choice else prune.plan.sparsity if prune.plan else 0.0,
+        pattern=choice.pattern if choice else None,
+        pruner=prune.method,
+        pruner_options=prepared.pruner_options,
+        plan=prune.plan,
+        # The default, uniform, leaves LoSA its own allocation.
+        allocation=choice.name if choice and choice.name != "uniform" else None,
+        allocation_options=choice.options if choice and choice.name != "uniform" else None,
+        mixed=choice.mixed if choice else MixedOptions(),
+        calibration=calibration,
+        batch_size=prune.calibration.batch_size,
+        data=data,
+        training=training,
+        seed=recover.seed,
+        state=state,
+        model_sha256=prepared.sha256,
+    )
+    losses: Mapping[str, float] = {}
+    if method.traits["starts_from"] == "pruned":
+        if choice is not None:
+            job.plan = choose_plan(model, prepared)
+        assert job.plan is not None
+        pruned = prune_model(
+            model,
+            calibration.tokens if calibration else None,
+            job.plan,
+            prune.method,
+            prepared.pruner_options,
+            job.batch_size,
+        )
+        job.masks, losses = {name: module.mask for name, module in pruned.items()}, losses_of(pruned)
+    recovered = method.function(job, options)
+    return _write(
+        folder,
+        output,
+        job,
+        recovered,
+        losses,
+        source_name=source,
+        pruning=(prune.method, asdict(prepared.pruner_options)),
+        calibration=prepared.described,
+        recovery=_recovery(recover, options, training, data, method, recovered),
+        edge=edge,
+    )
+
+
+def _from_pruned(
+    folder: Path,
+    output: Path,
+    manifest: dict[str, Any],
+    plan: SparsityPlan,
+    recover: RecoverOptions,
+    method: Method[Any],
+    edge: _Edge,
+) -> dict[str, Any]:
+    options, training = _options(method, recover)
+    config = load_config(folder, trust_remote_code=edge.trust_remote_code)
+    masks = load_masks(folder / MASKS, {target.name: target.columns for target in plan.targets})
+    data = _training_data(folder, config, recover, method, edge)
+    request = {"model_sha256": model_sha256(folder), **_request(recover, options, training, data, edge)}
+    model = load_model(folder, dtype=edge.dtype, device=edge.device, trust_remote_code=edge.trust_remote_code)
+    job = RecoveryJob(
+        model=model,
+        dense=lambda: model,
+        sparsity=plan.sparsity,
+        pattern=parse_pattern(plan.pattern),
+        pruner=manifest["method"],
+        pruner_options=None,
+        plan=plan,
+        masks=masks,
+        data=data,
+        training=training,
+        seed=recover.seed,
+        model_sha256=plan.model_sha256,
+    )
+    check_masks(job.linears, masks)
+    job.state = RunState(output, request, resume=edge.resume)
+    recovered = method.function(job, options)
+    return _write(
+        folder,
+        output,
+        job,
+        recovered,
+        {name: module["loss"] for name, module in manifest["modules"].items() if module["loss"] is not None},
+        source_name=manifest["source"]["name"],
+        pruning=(manifest["method"], manifest["options"]),
+        calibration=manifest["calibration"],
+        recovery=_recovery(recover, options, training, data, method, recovered),
+        edge=edge,
+    )
+
+
+def _options(method: Method[Any], recover: RecoverOptions) -> tuple[Any, TrainingOptions]:
+    if recover.data is None and method.traits["trains"]:
+        raise UserError(
+            f"{method.name} trains and no training text was given",
+            "Add --train-data: a .jsonl of rows with text, or with instruction and output; or any text.",
+        )
+    return method.make_options(recover.options), build_options("training", TrainingOptions, recover.training or {})
+
+
+def _training_data(
+    folder: Path, config: Any, recover: RecoverOptions, method: Method[Any], edge: _Edge
+) -> TrainingData | None:
+    if recover.data is None or not method.traits["trains"]:
+        return None
+    positions = getattr(config, "max_position_embeddings", None) or recover.data.max_length
+    tokenizer = load_tokenizer(folder, trust_remote_code=edge.trust_remote_code)
+    return load_training_data(tokenizer, replace(recover.data, max_length=min(recover.data.max_length, positions)))
+
+
+def _request(
+    recover: RecoverOptions, options: Any, training: TrainingOptions, data: TrainingData | None, edge: _Edge
+) -> dict[str, Any]:
+    return {
+        "recover": recover.method,
+        "recover_options": asdict(options),
+        "training": {key: value for key, value in asdict(training).items() if key not in _MENDABLE},
+        "training_data": data.describe() if data else None,
+        "seed": recover.seed,
+        "dtype": str(edge.dtype),
+        "device": edge.device.type,
+        "torch": torch.__version__,
+        "sparsedeploy": __version__,
+    }
+
+
+def _recovery(
+    recover: RecoverOptions,
+    options: Any,
+    training: TrainingOptions,
+    data: TrainingData | None,
+    method: Method[Any],
+    recovered: Recovered,
+) -> dict[str, Any]:
+    """The manifest's section."""
+    return {
+        "method": recover.method,
+        "options": asdict(options),
+        "training": asdict(training) if method.traits["trains"] else None,
+        "data": data.describe() if data else None,
+        "seed": recover.seed,
+        "report": recovered.report,
+    }
+
+
+def _write(
+    folder: Path,
+    output: Path,
+    job: RecoveryJob,
+    recovered: Recovered,
+    losses: Mapping[str, float],
+    *,
+    source_name: str,
+    pruning: tuple[str, dict[str, Any]],
+    calibration: dict[str, Any] | None,
+    recovery: dict[str, Any],
+    edge: _Edge,
+) -> dict[str, Any]:
+    manifest = write_checkpoint(
+        folder,
+        output,
+        Provenance(source_name, recovered.plan, *pruning, calibration, recovery),
+        linears=job.linears,
+        masks=recovered.masks,
+        losses=recovered.losses or losses,
+        low_rank=recovered.low_rank,
+        overwrite=edge.overwrite,
+    )
+    if job.state is not None:
+        job.state.remove()
+    return manifest
+
+
+def _calibration_of(manifest: dict[str, Any]) -> CalibrationOptions:
+    used = manifest["calibration"]
+    if used is None:
+        raise UserError(f"{manifest['method']} read no calibration text and this recovery needs some", "Add --data.")
+    return CalibrationOptions(data=used["data"], sequences=used["sequences"], length=used["length"], seed=used["seed"])
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype

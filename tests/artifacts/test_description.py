@@ -1,0 +1,98 @@
+"""artifact.json: what is written is read back, and what is broken is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from sparsedeploy.artifacts.description import (
+    Artifact,
+    Check,
+    Engine,
+    Shapes,
+    Source,
+    Sparsity,
+    hash_files,
+    load_artifact,
+    write_artifact,
+)
+from sparsedeploy.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model.onnx").write_bytes(b"graph")
+    (tmp_path / "config.json").write_text("{}")
+    write_artifact(tmp_path, artifact_of(tmp_path))
+    return tmp_path
+
+
+def artifact_of(folder: Path) -> Artifact:
+    return Artifact(
+        target="deepsparse",
+        source=Source(name="model", sha256="ab" * 32),
+        model_type="llama",
+        shapes=Shapes(layers=2, kv_heads=2, head_dim=8, hidden=32, vocab=259, max_positions=None),
+        dtype="float32",
+        opset=14,
+        files=hash_files(folder),
+        sparsity=Sparsity(weights=1000, zeros=700),
+        engine=Engine(name="deepsparse", version="1.8.0"),
+        check=Check(tokens=15, largest_difference=1e-6, largest_logit=4.5),
+    )
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "artifact.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("check", [None, Check(tokens=15, largest_difference=1e-6, largest_logit=4.5)])
+def test_round_trip(folder: Path, check: Check | None) -> None:
+    artifact = dataclasses.replace(artifact_of(folder), check=check)
+    write_artifact(folder, artifact)
+    assert load_artifact(folder, verify=True) == artifact
+    assert set(artifact.files) == {"model.onnx", "config.json"}
+    written = json.loads((folder / "artifact.json").read_text())
+    assert written["sparsity"] == {"weights": 1000, "zeros": 700, "fraction": 0.7}
+    assert written["format"] == 1
+
+
+def test_folder_without_description(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not an exported artifact"):
+        load_artifact(tmp_path)
+
+
+def test_missing_file(folder: Path) -> None:
+    (folder / "model.onnx").unlink()
+    with pytest.raises(UserError, match=r"lacks its file model\.onnx"):
+        load_artifact(folder)
+
+
+def test_changed_file_is_found_when_asked(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(b"other")
+    load_artifact(folder)
+    with pytest.raises(UserError, match="was changed"):
+        load_artifact(folder, verify=True)
+
+
+def test_newer_format(folder: Path) -> None:
+    edit(folder, format=2)
+    with pytest.raises(UserError, match="format 2"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "{}", '{"format": 1}'])
+def test_broken_description(folder: Path, text: str) -> None:
+    (folder / "artifact.json").write_text(text)
+    with pytest.raises(UserError, match="not a valid artifact description"):
+        load_artifact(folder)
+
+
+def test_broken_shapes(folder: Path) -> None:
+    edit(folder, shapes={"layers": 2})
+    with pytest.raises(UserError, match="not a valid artifact description"):
+        load_artifact(folder)

@@ -1,0 +1,49 @@
+"""What every export starts from: a folder that is refused in the same words whatever the target."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsedeploy.artifacts.folder import open_checkpoint
+from sparsedeploy.errors import UserError
+from sparsedeploy.models.fingerprint import model_sha256
+from sparsedeploy.models.low_rank import LowRank, save_adapter
+from sparsedeploy.targets.registry import export_checkpoint
+from tests.small_models import random_model, save_model
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "model")
+
+
+def test_what_is_opened(folder: Path) -> None:
+    opened = open_checkpoint(folder)
+    assert (opened.folder, opened.config.model_type) == (folder, "llama")
+    assert (opened.source.name, opened.source.sha256) == ("model", model_sha256(folder))
+    model, expected = opened.load(), random_model("llama").state_dict()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(torch.equal(tensor, expected[name].float()) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("target", ["deepsparse", "vllm"])
+def test_quantised_weights_are_refused_for_every_target(folder: Path, tmp_path: Path, target: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UserError, match="model is quantised or packed"):
+        export_checkpoint(folder, target, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_for_targets_that_ask_for_it(folder: Path, tmp_path: Path) -> None:
+    rows, columns = random_model("llama").get_parameter(f"{UP}.weight").shape
+    save_adapter(folder / "adapter", {UP: LowRank(torch.ones(2, columns), torch.ones(rows, 2))}, "model")
+    with pytest.raises(UserError, match="adapter that is not merged"):
+        export_checkpoint(folder, "vllm", tmp_path / "out")
+    assert open_checkpoint(folder, adapters=True).folder == folder
