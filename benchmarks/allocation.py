@@ -25,7 +25,7 @@ from torch import nn
 
 from sparsedeploy.allocation import ALLOCATORS, measure_layers, model_layers
 from sparsedeploy.allocation.mixed import layer_step_costs
-from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.folders import write_json, write_text
 
 REPEATS = 2
@@ -75,14 +75,14 @@ def measure(setup: str, case: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (shape["sequences"], shape["length"]), generator=generator)
 
-    def nothing(layer: LayerView) -> None:
+    def nothing(layer: LayerContext) -> None:
         return None
 
-    def run(needs: Any, reduce: Callable[[LayerView], Any]) -> tuple[float, float, int]:
+    def run(needs: Any, reduce: Callable[[LayerContext], Any]) -> tuple[float, float, int]:
         """Processor seconds in all, those of the method's own work, and the peak of the resident set in bytes."""
         own = 0.0
 
-        def timed(layer: LayerView) -> None:
+        def timed(layer: LayerContext) -> None:
             nonlocal own
             before = time.process_time()
             reduce(layer)

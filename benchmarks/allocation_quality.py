@@ -25,7 +25,7 @@ from sparsedeploy import progress
 from sparsedeploy.allocation import ALLOCATORS, measure_layers, model_layers, plan_from_shares
 from sparsedeploy.allocation.atp import search_beta, trial_betas
 from sparsedeploy.calibration.documents import load_documents
-from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.calibration.samples import CalibrationSet, sample_tokens
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
@@ -114,7 +114,7 @@ class Bench:
         """What each allocation measures, all in one pass: a Hessian's diagonal holds the sums of squares."""
         allocators = {label: _allocator(label) for label in ALLOCATIONS}
 
-        def reduce(layer: LayerView) -> dict[str, Any]:
+        def reduce(layer: LayerContext) -> dict[str, Any]:
             return {label: allocator.measure(layer) for label, allocator in allocators.items()}
 
         by_layer = measure_layers(self.model, calibration.tokens, "hessian", reduce, name="all", batch_size=4)

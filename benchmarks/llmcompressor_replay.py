@@ -35,8 +35,8 @@ from sparsedeploy.reference import reference_model
 from sparsedeploy.runtimes import llmcompressor
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import Environment, process_environment, require
-from sparsedeploy.targets.quantize import SCHEMES, QuantizeOptions, export_quantized
 from sparsedeploy.targets.registry import export_checkpoint
+from sparsedeploy.targets.vllm import VllmOptions, export_vllm
 from sparsedeploy.version import __version__
 from sparsedeploy.workflows.options import PruneOptions
 from sparsedeploy.workflows.prune import prune
@@ -176,10 +176,15 @@ def costs(environment: Environment, dense: Path, cases: Mapping[str, Pruned], fo
 def quantisations(environment: Environment, case: Pruned, folder: Path, in_vllm: bool) -> list[dict[str, Any]]:
     """Every scheme and algorithm on the SparseGPT checkpoint, with masks held, and GPTQ without."""
     rows = []
-    choices = [(scheme, algorithm) for scheme in SCHEMES for algorithm in ("round", "gptq") if scheme != "fp8-dynamic"]
+    choices = [
+        (scheme, algorithm)
+        for scheme in ("fp8-dynamic", "w8a8", "w4a16")
+        for algorithm in ("round", "gptq")
+        if scheme != "fp8-dynamic"
+    ]
     for scheme, algorithm in [("fp8-dynamic", "round"), *choices]:
         output = folder / f"{scheme}-{algorithm}"
-        export_quantized(case.folder, output, scheme, QuantizeOptions(algorithm=algorithm))  # type: ignore[arg-type]
+        export_vllm(case.folder, output, VllmOptions(quantize=scheme, algorithm=algorithm))  # type: ignore[arg-type]
         artifact = load_artifact(output)
         assert artifact.quantization is not None
         row = {"masks": "held", **artifact.to_json()["quantization"], "dtype": artifact.dtype}

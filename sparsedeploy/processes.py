@@ -17,11 +17,11 @@ from sparsedeploy.errors import UserError
 
 T = TypeVar("T")
 # One process may work for hours (a large solve, an export) while the others wait for its result.
-_PATIENCE = datetime.timedelta(hours=12)
+_TIMEOUT = datetime.timedelta(hours=12)
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Processes:
     """This process among ``count``; a process alone is rank 0 of 1, and every operation is then free."""
 
     index: int = 0
@@ -32,7 +32,7 @@ class Ranks:
         """Whether this process writes the files and speaks to the user."""
         return self.index == 0
 
-    def share(self, tokens: torch.Tensor) -> torch.Tensor:
+    def shard(self, tokens: torch.Tensor) -> torch.Tensor:
         """This process's part of the calibration sequences.
 
         Raises:
@@ -45,17 +45,17 @@ class Ranks:
             )
         return tokens.tensor_split(self.count)[self.index]
 
-    def add_up(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         """Replace a tensor by its sum over all processes."""
         if self.count > 1:
             dist.all_reduce(tensor)
 
-    def spread(self, tensor: torch.Tensor, owner: int) -> None:
+    def broadcast(self, tensor: torch.Tensor, owner: int) -> None:
         """Replace a tensor by the owner's."""
         if self.count > 1:
             dist.broadcast(tensor, owner)
 
-    def tell(self, value: T, owner: int = 0) -> T:
+    def broadcast_object(self, value: T, owner: int = 0) -> T:
         """The owner's value, plain data, for everyone."""
         if self.count == 1:
             return value
@@ -64,7 +64,7 @@ class Ranks:
         return box[0]
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Processes()
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -75,19 +75,19 @@ def local_device(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
+def process_group(device: torch.device) -> Iterator[Processes]:
     """Join the other processes that ``torchrun`` started, if it did; progress is then shown by the first one only."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1 or dist.is_initialized():
-        yield ALONE if count == 1 else Ranks(dist.get_rank(), dist.get_world_size())
+        yield SINGLE_PROCESS if count == 1 else Processes(dist.get_rank(), dist.get_world_size())
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size())
-    if not ranks.main:
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    processes = Processes(dist.get_rank(), dist.get_world_size())
+    if not processes.main:
         progress.show(False)
     try:
-        yield ranks
+        yield processes
     finally:
         dist.destroy_process_group()

@@ -13,12 +13,12 @@ from sparsedeploy import progress
 from sparsedeploy.allocation.base import ALLOCATORS, Needs
 from sparsedeploy.allocation.budget import plan_from_shares, unequal_rates
 from sparsedeploy.allocation.mixed import MixedOptions, layer_step_costs, mixed_plan
-from sparsedeploy.calibration.driver import LayerDriver, LayerView, as_source, walk_weights
+from sparsedeploy.calibration.driver import LayerContext, LayerDriver, as_source, iterate_weights
 from sparsedeploy.calibration.statistics import Kind, richest
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import LayerSource
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, SparsityPlan
-from sparsedeploy.processes import ALONE, Ranks
+from sparsedeploy.processes import SINGLE_PROCESS, Processes
 
 T = TypeVar("T")
 _STATISTICS: dict[Needs, Kind] = {"inputs": "none", "sum_squares": "sum_squares", "hessian": "hessian"}
@@ -36,7 +36,7 @@ def allocate(
     model_sha256: str | None = None,
     batch_size: int | None = None,
     accumulate: torch.dtype = torch.float32,
-    ranks: Ranks = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> SparsityPlan:
     """Measure the dense model, layer by layer in one pass, and meet the budget; the model is not changed.
 
@@ -57,7 +57,7 @@ def allocate(
     marginal = isinstance(pattern, MixedNM) and mixed is not None and mixed.rule == "marginal"
     costs: dict[str, torch.Tensor] = {}
 
-    def reduce(layer: LayerView) -> Any:
+    def reduce(layer: LayerContext) -> Any:
         if marginal:
             assert isinstance(pattern, MixedNM)
             costs.update(layer_step_costs(layer, pattern.m))
@@ -69,7 +69,14 @@ def allocate(
     measured: list[Any] = [None] * len(layers)
     if reads != "none":
         measured = measure_layers(
-            model, tokens, reads, reduce, name=allocation, batch_size=batch_size, accumulate=accumulate, ranks=ranks
+            model,
+            tokens,
+            reads,
+            reduce,
+            name=allocation,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            processes=processes,
         )
     shares = allocator.shares(measured, layers, sparsity)
     if isinstance(pattern, MixedNM):
@@ -117,12 +124,12 @@ def measure_layers(
     model: nn.Module | LayerSource,
     tokens: torch.Tensor | None,
     needs: Needs,
-    reduce: Callable[[LayerView], T],
+    reduce: Callable[[LayerContext], T],
     *,
     name: str,
     batch_size: int | None = None,
     accumulate: torch.dtype = torch.float32,
-    ranks: Ranks = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> list[T]:
     """Apply ``reduce`` to each decoder layer of the dense model, in one pass; only its results are kept.
 
@@ -130,16 +137,16 @@ def measure_layers(
         UserError: no tokens where ``needs`` wants them, or weights or activations that are not finite.
     """
     if needs in ("none", "weights"):
-        walk = walk_weights(as_source(model))
+        walk = iterate_weights(as_source(model))
         return [reduce(layer) for layer in progress.track(walk, f"allocate ({name})", unit="layers")]
     if tokens is None:
         raise UserError(f"allocation {name} measures calibration text and none was given", "Add --data.")
     # Whoever compares whole sequences with each other needs all of them; statistics of inputs add up.
-    shared = ALONE if needs == "inputs" else ranks
-    driver = LayerDriver(model, tokens, batch_size=batch_size, accumulate=accumulate, ranks=shared)
+    shared = SINGLE_PROCESS if needs == "inputs" else processes
+    driver = LayerDriver(model, tokens, batch_size=batch_size, accumulate=accumulate, processes=shared)
     results: list[T] = []
     with progress.bar(f"allocate ({name})", len(driver), "layers") as advance:
-        for layer in driver.walk(_STATISTICS[needs], changes_weights=False):
+        for layer in driver.iterate(_STATISTICS[needs], changes_weights=False):
             results.append(reduce(layer))
             advance()
     return results

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from sparsedeploy.allocation.base import ALLOCATORS, Shares, check_scores, layer_units, module_units
-from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.plan import ModuleShape
 
 _SMALLEST_EIGENVALUE = 1e-5  # relative to the largest: below it is the rounding of a rank-deficient matrix
@@ -47,7 +47,7 @@ class AlphaPruning:
     def __init__(self, options: AlphaPruningOptions) -> None:
         self.options = options
 
-    def measure(self, layer: LayerView) -> list[float]:
+    def measure(self, layer: LayerContext) -> list[float]:
         """The exponent of every linear of the layer."""
         return [
             tail_exponent(eigenvalues(linear.weight), self.options.metric, self.options.lower_bound)

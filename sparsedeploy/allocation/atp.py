@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sparsedeploy import progress
 from sparsedeploy.allocation.base import ALLOCATORS, Shares, layer_units
-from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import ModuleShape, SparsityPlan
 
@@ -54,7 +54,7 @@ class ATP:
     def __init__(self, options: ATPOptions) -> None:
         self.options = options
 
-    def measure(self, layer: LayerView) -> None:
+    def measure(self, layer: LayerContext) -> None:
         return None
 
     def shares(self, measured: list[None], layers: list[list[ModuleShape]], sparsity: float) -> Shares:

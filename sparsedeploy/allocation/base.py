@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.calibration.scores import wanda_score_blocks
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import ModuleShape
@@ -70,7 +70,7 @@ class Allocator(Protocol):
     allocation uniform at 0 (None for a method that always is).
     """
 
-    def measure(self, layer: LayerView) -> Any:
+    def measure(self, layer: LayerContext) -> Any:
         """Reduce one layer of the dense model to a few numbers; not called with ``needs="none"``."""
 
     def shares(self, measured: list[Any], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
@@ -86,7 +86,7 @@ class Allocator(Protocol):
 ALLOCATORS: Registry[Any] = Registry("allocation method")
 
 
-def layer_scores(layer: LayerView) -> Iterator[torch.Tensor]:
+def layer_scores(layer: LayerContext) -> Iterator[torch.Tensor]:
     """The Wanda scores of all of a layer's linears, block by block; their order and sizes are always the same."""
     for name, linear in layer.linears.items():
         yield from wanda_score_blocks(linear.weight, layer.statistics[name].mean_square)

@@ -16,7 +16,7 @@ from sparsedeploy.allocation.base import (
     tabulated_strength,
 )
 from sparsedeploy.allocation.select import lower_median
-from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.plan import ModuleShape
 
 
@@ -44,7 +44,7 @@ class DLP:
     def __init__(self, options: DLPOptions) -> None:
         self.options = options
 
-    def measure(self, layer: LayerView) -> float:
+    def measure(self, layer: LayerContext) -> float:
         """R_l over all of the layer's linears together; their scores are never concatenated."""
         if self.options.reduce == "median":
             return lower_median(lambda: layer_scores(layer))

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from sparsedeploy.allocation.base import ALLOCATORS, Shares, Unit, centred_range, layer_units, tabulated_strength
-from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.plan import ModuleShape
 
 _FINE_STRENGTH = 0.07
@@ -54,7 +54,7 @@ class LSA:
     def __init__(self, options: LSAOptions) -> None:
         self.options = options
 
-    def measure(self, layer: LayerView) -> list[float]:
+    def measure(self, layer: LayerContext) -> list[float]:
         """E of every linear of the layer, in order; linears that share an input go through the greedy together."""
         sharing: dict[int, list[str]] = {}
         for name in layer.linears:

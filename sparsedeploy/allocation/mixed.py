@@ -12,7 +12,7 @@ import torch
 
 from sparsedeploy.allocation.base import Shares, check_scores
 from sparsedeploy.allocation.budget import meet_target, nm_target, unit_sizes
-from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.calibration.scores import wanda_score_blocks
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, SparsityPlan
@@ -215,7 +215,7 @@ def step_costs(blocks: Iterable[torch.Tensor], m: int) -> torch.Tensor:
     return total
 
 
-def layer_step_costs(layer: LayerView, m: int) -> dict[str, torch.Tensor]:
+def layer_step_costs(layer: LayerContext, m: int) -> dict[str, torch.Tensor]:
     """:func:`step_costs` of the Wanda scores of each linear of a layer, by name."""
     return {
         name: step_costs(wanda_score_blocks(linear.weight, layer.statistics[name].mean_square), m)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsedeploy.allocation.base import ALLOCATORS, Shares, centred_range, layer_scores, layer_units
-from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.plan import ModuleShape
 
 
@@ -35,7 +35,7 @@ class OWL:
     def __init__(self, options: OWLOptions) -> None:
         self.options = options
 
-    def measure(self, layer: LayerView) -> float:
+    def measure(self, layer: LayerContext) -> float:
         """Percent of the layer's Wanda scores above ``m`` times the mean of all of them; two passes, nothing kept."""
         total, count, above = 0.0, 0, 0
         for scores in layer_scores(layer):

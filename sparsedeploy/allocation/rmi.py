@@ -11,7 +11,7 @@ import torch
 
 from sparsedeploy.allocation.base import ALLOCATORS, Shares, check_scores, layer_units
 from sparsedeploy.allocation.budget import HIGHEST_RATE, LOWEST_RATE
-from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import ModuleShape
 
@@ -48,7 +48,7 @@ class RMI:
     def __init__(self, options: RMIOptions) -> None:
         self.options = options
 
-    def measure(self, layer: LayerView) -> torch.Tensor:
+    def measure(self, layer: LayerContext) -> torch.Tensor:
         """The centred Gram matrix of the layer's feature, float64 ``[samples, samples]``."""
         hidden = layer.inputs if self.options.feature == "input" else layer.outputs
         assert hidden is not None

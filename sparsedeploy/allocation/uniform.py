@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsedeploy.allocation.base import ALLOCATORS, Shares, layer_units
-from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.plan import ModuleShape
 
 
@@ -21,7 +21,7 @@ class Uniform:
     def __init__(self, options: UniformOptions) -> None:
         self.options = options
 
-    def measure(self, layer: LayerView) -> None:
+    def measure(self, layer: LayerContext) -> None:
         return None
 
     def shares(self, measured: list[None], layers: list[list[ModuleShape]], sparsity: float) -> Shares:

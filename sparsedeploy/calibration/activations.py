@@ -14,9 +14,9 @@ Keep = Literal["auto", "memory", "disk"]
 # The share of what is free that a buffer or a batch may take: the layer, its statistics and the solver need the rest.
 _SHARE = 0.5
 # Tokens per layer call from which products run at full speed.
-_ENOUGH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_MIN_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
 # Activations of a layer that are alive at once, in units of its widest one; a generous guess.
-_ALIVE = 8
+_LIVE_ACTIVATION_FACTOR = 8
 
 
 def free_bytes(device: torch.device) -> int:
@@ -51,6 +51,6 @@ def choose_batch_size(sequences: int, length: int, widest: int, device: torch.de
     Args:
         widest: features of the layer's widest activation.
     """
-    enough = max(1, _ENOUGH_TOKENS[device.type] // length)
-    fitting = int(_SHARE * free_bytes(device) // (_ALIVE * 4 * length * widest))
+    enough = max(1, _MIN_TOKENS_PER_BATCH[device.type] // length)
+    fitting = int(_SHARE * free_bytes(device) // (_LIVE_ACTIVATION_FACTOR * 4 * length * widest))
     return max(1, min(enough, fitting, sequences))

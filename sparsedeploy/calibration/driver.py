@@ -20,7 +20,7 @@ from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
 from sparsedeploy.models.loading import exact_matmul
 from sparsedeploy.models.structure import check_finite
-from sparsedeploy.processes import ALONE, Ranks
+from sparsedeploy.processes import SINGLE_PROCESS, Processes
 
 # The hidden states are the caller's; a replayed cache object would append keys and values across sequences.
 _NOT_REPLAYED = ("hidden_states", "past_key_values", "past_key_value")
@@ -35,7 +35,7 @@ def _pass_through(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tor
 
 
 @dataclass
-class LayerView:
+class LayerContext:
     """One decoder layer during a pass, before it is changed.
 
     Attributes:
@@ -53,7 +53,7 @@ class LayerView:
     outputs: torch.Tensor | None = None
 
 
-def walk_weights(source: nn.Module | LayerSource, *, finished: int = 0) -> Iterator[LayerView]:
+def iterate_weights(source: nn.Module | LayerSource, *, finished: int = 0) -> Iterator[LayerContext]:
     """Yield each layer from ``finished`` on with its weights only: no text, no statistics.
 
     Raises:
@@ -66,7 +66,7 @@ def walk_weights(source: nn.Module | LayerSource, *, finished: int = 0) -> Itera
             linears = layers.stack.linears(index)
             for name, linear in linears.items():
                 check_finite(name, linear.weight)
-            yield LayerView(index, linears, {}, torch.empty(0))
+            yield LayerContext(index, linears, {}, torch.empty(0))
 
 
 def as_source(model: nn.Module | LayerSource) -> LayerSource:
@@ -91,7 +91,7 @@ class LayerDriver:
         batch_size: sequences per layer call; it changes memory and speed, not results. None chooses by free memory.
         keep: where the hidden states of all sequences are kept.
         accumulate: the type that statistics are summed in.
-        ranks: the processes that share the sequences; each runs its part, and statistics are of all.
+        processes: the processes that share the sequences; each runs its part, and statistics are of all.
     """
 
     def __init__(
@@ -102,14 +102,14 @@ class LayerDriver:
         batch_size: int | None = None,
         keep: Keep = "auto",
         accumulate: torch.dtype = torch.float32,
-        ranks: Ranks = ALONE,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         exact_matmul()
         self.source = as_source(model)
         self.stack = self.source.stack
-        self.tokens = ranks.share(tokens)
+        self.tokens = processes.shard(tokens)
         self.accumulate = accumulate
-        self.ranks = ranks
+        self.processes = processes
         self.keep = keep
         self.device = self.source.device
         self.widest = max(max(linear.in_features, linear.out_features) for linear in self.stack.linears(0).values())
@@ -121,7 +121,7 @@ class LayerDriver:
         return len(self.stack.layers)
 
     @torch.no_grad()
-    def walk(self, kind: Kind, *, changes_weights: bool, finished: int = 0) -> Iterator[LayerView]:
+    def iterate(self, kind: Kind, *, changes_weights: bool, finished: int = 0) -> Iterator[LayerContext]:
         """Yield each layer with its statistics; after the caller is done with it, go on to the next.
 
         Args:
@@ -155,7 +155,7 @@ class LayerDriver:
                 elif spare is not None:
                     self._run(layer, hidden, arguments[index], spare)
                 return_freed_memory()
-                yield LayerView(index, linears, statistics, hidden, spare)
+                yield LayerContext(index, linears, statistics, hidden, spare)
                 if spare is not None:
                     hidden, spare = spare, hidden
                 else:
@@ -164,7 +164,7 @@ class LayerDriver:
                         self._run(layer, hidden, arguments[index], hidden)
 
     @torch.no_grad()
-    def states(self) -> Iterator[torch.Tensor]:
+    def hidden_states(self) -> Iterator[torch.Tensor]:
         """Run the layers in order and yield the hidden states ``[sequences, tokens, hidden]`` that leave each.
 
         There is one buffer: what is yielded is overwritten by the next layer.
@@ -303,11 +303,11 @@ class LayerDriver:
             for handle in handles:
                 handle.remove()
         # A routed expert may have been reached on some processes only.
-        for rank in range(self.ranks.count):
-            leaders = {**self.ranks.tell(leaders, rank), **leaders}
+        for rank in range(self.processes.count):
+            leaders = {**self.processes.broadcast_object(leaders, rank), **leaders}
         leaders = {name: leaders.get(name, name) for name in linears}
         for leader in dict.fromkeys(leaders.values()):
             statistics = by_leader[leader] = by_leader.get(leader) or new(leader)
-            statistics.combine(self.ranks)
+            statistics.combine(self.processes)
             statistics.check(leader)
         return {name: by_leader[leader] for name, leader in leaders.items()}

@@ -8,7 +8,7 @@ import torch
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.linear_algebra import add_gram, all_finite
-from sparsedeploy.processes import Ranks
+from sparsedeploy.processes import Processes
 
 Kind = Literal["none", "sum_squares", "hessian"]
 _RANK: dict[str, int] = {"none": 0, "sum_squares": 1, "hessian": 2}
@@ -76,11 +76,11 @@ class InputStatistics:
         self._add_pending()
         return self._sum
 
-    def combine(self, ranks: Ranks) -> None:
+    def combine(self, processes: Processes) -> None:
         """Add up what each process of a job accumulated over its share of the sequences."""
-        ranks.add_up(self._total)
+        processes.all_reduce(self._total)
         counts = torch.tensor([self.sequences], device=self._total.device)
-        ranks.add_up(counts)
+        processes.all_reduce(counts)
         self.sequences = int(counts)
 
     @property
@@ -98,7 +98,7 @@ class InputStatistics:
         whole += whole.triu(1).T
         return whole.mul_(2 / self.sequences).to(torch.float32)
 
-    def take_hessian(self) -> torch.Tensor:
+    def consume_hessian(self) -> torch.Tensor:
         """The upper triangle of :attr:`hessian`; what is below it is not defined. Takes no memory of its own: the sums
         become the Hessian, and of them the diagonal alone stays here.
         """

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from sparsedeploy import progress
-from sparsedeploy.calibration.driver import LayerDriver, LayerView, walk_weights
+from sparsedeploy.calibration.driver import LayerContext, LayerDriver, iterate_weights
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.errors import UserError
 from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
 from sparsedeploy.plan import ModuleShape, SparsityPlan
-from sparsedeploy.processes import ALONE, Ranks
+from sparsedeploy.processes import SINGLE_PROCESS, Processes
 from sparsedeploy.pruning.base import PRUNERS, Pruned
 
 
@@ -43,7 +43,7 @@ def prune_layers(
     *,
     batch_size: int | None = None,
     accumulate: torch.dtype = torch.float32,
-    ranks: Ranks = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     stored: dict[str, torch.dtype] | None = None,
     finished: int = 0,
 ) -> Iterator[PrunedLayer]:
@@ -51,7 +51,7 @@ def prune_layers(
 
     Args:
         tokens: calibration sequences int64 ``[sequences, length]``; None for methods that need none.
-        batch_size, accumulate, ranks: see :class:`~sparsedeploy.calibration.driver.LayerDriver`. With several
+        batch_size, accumulate, processes: see :class:`~sparsedeploy.calibration.driver.LayerDriver`. With several
             processes the linears of a layer are dealt out to be solved, and everyone gets all results.
         stored: the type that each module's weight will be stored in, where it differs from the one computed in: the
             layers that follow see the stored values.
@@ -67,37 +67,37 @@ def prune_layers(
     plan.check_modules([ModuleShape(name, m.out_features, m.in_features) for name, m in stack.all_linears().items()])
     targets = plan.by_name
     if needs == "none":
-        layers = walk_weights(source, finished=finished)
+        layers = iterate_weights(source, finished=finished)
     elif tokens is None:
         raise UserError(f"{method} measures calibration text and none was given", "Add --data.")
     else:
-        driver = LayerDriver(source, tokens, batch_size=batch_size, accumulate=accumulate, ranks=ranks)
-        layers = driver.walk(needs, changes_weights=True, finished=finished)
+        driver = LayerDriver(source, tokens, batch_size=batch_size, accumulate=accumulate, processes=processes)
+        layers = driver.iterate(needs, changes_weights=True, finished=finished)
     with progress.bar(f"prune ({method})", len(stack.layers), "layers") as advance:
         advance(finished)
         modules: dict[str, Pruned] = {}
         for layer in layers:
-            owners = deal(layer, ranks.count)
+            owners = assign(layer, processes.count)
             for name, linear in layer.linears.items():
-                if owners[name] == ranks.index:
+                if owners[name] == processes.index:
                     modules[name] = pruner.function(
                         linear.weight.data, layer.statistics.get(name), targets[name], options
                     )
                     _replace(linear, modules[name].weight, stored[name] if stored else None)
-                _let_go(layer.statistics, name)
+                _release(layer.statistics, name)
             for name, linear in layer.linears.items():
-                pruned = modules[name] = _shared(modules.get(name), linear.weight, owners[name], ranks)
+                pruned = modules[name] = _shared(modules.get(name), linear.weight, owners[name], processes)
                 if pruned.mask.numel() - int(torch.count_nonzero(pruned.mask)) != targets[name].zeros:
                     raise RuntimeError(f"{method} pruned another number of weights of {name} than planned")
-                if owners[name] != ranks.index:
+                if owners[name] != processes.index:
                     _replace(linear, pruned.weight, stored[name] if stored else None)
             yield PrunedLayer(layer.index, modules)
             modules.clear()
             advance()
 
 
-def deal(layer: LayerView, count: int) -> dict[str, int]:
-    """Deal a layer's linears out to ``count`` processes, largest work first to whoever has least.
+def assign(layer: LayerContext, count: int) -> dict[str, int]:
+    """Assign a layer's linears to ``count`` processes, largest work first to whoever has least.
 
     Linears that share an input stay together, since a solver shares what it derives from that input.
     """
@@ -118,7 +118,7 @@ def deal(layer: LayerView, count: int) -> dict[str, int]:
     return owners
 
 
-def _let_go(statistics: dict[str, InputStatistics], name: str) -> None:
+def _release(statistics: dict[str, InputStatistics], name: str) -> None:
     """Drop a linear's statistics; with the last linear of an input their memory is given back."""
     spent = statistics.pop(name, None)
     shared = spent in statistics.values()
@@ -132,16 +132,16 @@ def _replace(linear: nn.Linear, weight: torch.Tensor, stored: torch.dtype | None
     linear.weight.data = weight.to(stored or weight.dtype).to(linear.weight.dtype)
 
 
-def _shared(pruned: Pruned | None, weight: torch.Tensor, owner: int, ranks: Ranks) -> Pruned:
+def _shared(pruned: Pruned | None, weight: torch.Tensor, owner: int, processes: Processes) -> Pruned:
     """The owner's result, on every process."""
-    if ranks.count == 1:
+    if processes.count == 1:
         assert pruned is not None
         return pruned
     mask = pruned.mask.to(torch.uint8) if pruned else torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     values = pruned.weight.contiguous() if pruned else torch.empty_like(weight)
-    ranks.spread(mask, owner)
-    ranks.spread(values, owner)
-    return Pruned(mask.bool(), values, ranks.tell(pruned.loss if pruned else None, owner))
+    processes.broadcast(mask, owner)
+    processes.broadcast(values, owner)
+    return Pruned(mask.bool(), values, processes.broadcast_object(pruned.loss if pruned else None, owner))
 
 
 def prune_model(

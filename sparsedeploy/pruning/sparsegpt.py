@@ -44,7 +44,7 @@ def sparsegpt(
     """Drop weights by W^2 / U_jj^2 block by block and let the survivors make up for it (Frantar & Alistarh 2023)."""
     assert statistics is not None
     if options.damping not in statistics.memo:
-        statistics.memo[options.damping] = hessian_factor(statistics.take_hessian(), options.damping, target.name)
+        statistics.memo[options.damping] = hessian_factor(statistics.consume_hessian(), options.damping, target.name)
     factor, dead = statistics.memo[options.damping]
     solved, mask, loss = solve(weight, factor, dead, target, options.block)
     # The cast may not revive a pruned weight, and the mask, not the value, says what is pruned.

@@ -26,7 +26,7 @@ def reconstruction_losses(
     Raises:
         UserError: weights that are not finite.
     """
-    streams = (LayerDriver(model, tokens, batch_size=batch_size).states() for model in (dense, pruned))
+    streams = (LayerDriver(model, tokens, batch_size=batch_size).hidden_states() for model in (dense, pruned))
     losses = []
     with progress.bar("reconstruction loss", None, "layers") as advance:
         for wanted, got in zip(*streams, strict=True):

@@ -14,7 +14,7 @@ from torch import nn
 from sparsedeploy import progress
 from sparsedeploy.allocation.allocate import allocate, model_layers
 from sparsedeploy.allocation.base import ALLOCATORS
-from sparsedeploy.calibration.driver import LayerDriver, walk_weights
+from sparsedeploy.calibration.driver import LayerDriver, iterate_weights
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.masks import apply_mask
 from sparsedeploy.models.low_rank import LowRank, LowRankLinear
@@ -90,9 +90,9 @@ def sparselo(job: RecoveryJob, options: SparseLoOptions) -> Recovered:
     replaced: dict[str, LowRankLinear] = {}
     needs = _needs(job, options)
     walk = (
-        walk_weights(job.model)
+        iterate_weights(job.model)
         if needs == "none"
-        else LayerDriver(job.model, job.calibration_tokens(), batch_size=job.batch_size).walk(
+        else LayerDriver(job.model, job.calibration_tokens(), batch_size=job.batch_size).iterate(
             needs, changes_weights=True
         )
     )

@@ -137,7 +137,7 @@ def phase_cells(row: Mapping[str, Any], phase: str) -> tuple[str, ...]:
 
 
 def size_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """One line for each contender: its first measured setting's load time, its highest peak of memory."""
+    """One line for each candidate: its first measured setting's load time, its highest peak of memory."""
     by_name: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:
         by_name.setdefault(row["name"], []).append(row)

@@ -1,6 +1,6 @@
 """Speed of models on their runtimes against one dense baseline, measured so that the ratio can be believed.
 
-For each number of cores and each prompt length all contenders are loaded at once and take turns: each round runs every
+For each number of cores and each prompt length all candidates are loaded at once and take turns: each round runs every
 one of them, in an order that rotates. A round's speedup compares neighbours in time, and the figure given is the median
 of the rounds' speedups with its bootstrap interval. Prefill and decode are measured apart, because sparsity helps them
 differently. One that cannot be loaded, or fails in the middle, becomes a row with its reason; the others go on.
@@ -26,7 +26,7 @@ from sparsedeploy.runtimes.engine import LoadedModel, check_cores, check_lengths
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.machine import Machine, this_machine
 from sparsedeploy.speed.bandwidth import Bandwidth, measure_bandwidth
-from sparsedeploy.speed.candidates import Contender, load_contenders
+from sparsedeploy.speed.candidates import Candidate, load_contenders
 from sparsedeploy.speed.layer_profile import Profile, profile_contender
 from sparsedeploy.speed.rows import (
     FAILED,
@@ -85,10 +85,10 @@ class BenchmarkResult:
         machine: processor, flags, cores, governor and memory.
         load_average: the system's of the last minute at the start; None where there is none.
         busy_cores: cores that other processes used in the half second before the start.
-        runtime: contender -> what the runtime said about itself and how it loaded the model the first time.
+        runtime: candidate -> what the runtime said about itself and how it loaded the model the first time.
         bandwidth: number of cores -> measured with so many threads.
         rows: by setting; in each the baseline first, then the artifacts in the order given.
-        samples: every run that was counted, of failed contenders too.
+        samples: every run that was counted, of failed candidates too.
         profiles: time by operator and layer, where asked for.
         notes: what to bear in mind when reading the figures.
     """
@@ -163,12 +163,12 @@ def benchmark(
     """
     if rounds < 1 or warmup_rounds < 0:
         raise UserError(f"{rounds} rounds after {warmup_rounds} to warm up", "Give at least 1 and 0.")
-    contenders = load_contenders(artifacts, baseline, runtime)
-    base = contenders[0]
+    candidates = load_contenders(artifacts, baseline, runtime)
+    base = candidates[0]
     lengths = _each_once(prompt_lengths, "prompt length")
-    for contender in contenders:
+    for candidate in candidates:
         for length in lengths:
-            check_lengths(contender.artifact, length, decode_tokens)
+            check_lengths(candidate.artifact, length, decode_tokens)
     options = BenchmarkOptions(
         artifacts=[str(one) for one in artifacts],
         baseline=str(baseline),
@@ -177,13 +177,13 @@ def benchmark(
         cores=[check_cores(one) for one in _each_once(cores, "number of cores")] if cores else [check_cores(None)],
         prompt_lengths=lengths,
         prompt_chunks={length: chunk_for(length, chunk) for length in lengths},
-        batches=_check_batches(batches, contenders),
+        batches=_check_batches(batches, candidates),
         decode_tokens=decode_tokens,
         rounds=rounds,
         warmup_rounds=warmup_rounds,
         seed=seed,
     )
-    for one in contenders:
+    for one in candidates:
         require(one.runtime.name, python)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -197,13 +197,13 @@ def benchmark(
         progress.note(f"measure memory bandwidth with {count} thread{'s' if count > 1 else ''}")
         bandwidth[count] = measure_bandwidth(count)
         for length in lengths:
-            for setting, outcomes in _measure(contenders, count, length, options, timeout, samples, facts):
+            for setting, outcomes in _measure(candidates, count, length, options, timeout, samples, facts):
                 rows.extend(
-                    make_row(one, base, setting, samples, outcomes[one.name], bandwidth[count]) for one in contenders
+                    make_row(one, base, setting, samples, outcomes[one.name], bandwidth[count]) for one in candidates
                 )
                 judged = judge_noise(setting, samples)
                 noise.extend([judged] if judged is not None else [])
-    profiles = _profiles(contenders, options, timeout) if profile else []
+    profiles = _profiles(candidates, options, timeout) if profile else []
     return BenchmarkResult(
         options=options,
         started=started,
@@ -229,14 +229,14 @@ def _each_once(values: Sequence[int], what: str) -> list[int]:
     return sorted(values)
 
 
-def _check_batches(batches: Sequence[int], contenders: Sequence[Contender]) -> list[int]:
+def _check_batches(batches: Sequence[int], candidates: Sequence[Candidate]) -> list[int]:
     """The batch sizes, smallest first.
 
     Raises:
         UserError: one below 1, or above what any of the runtimes can.
     """
     asked = _each_once(batches, "batch size")
-    most = max(one.runtime.max_batch for one in contenders)
+    most = max(one.runtime.max_batch for one in candidates)
     if asked[0] < 1 or asked[-1] > most:
         raise UserError(
             f"a batch of {asked[0] if asked[0] < 1 else asked[-1]} was asked for, these runtimes run 1 to {most}",
@@ -246,7 +246,7 @@ def _check_batches(batches: Sequence[int], contenders: Sequence[Contender]) -> l
 
 
 def _measure(
-    contenders: Sequence[Contender],
+    candidates: Sequence[Candidate],
     cores: int,
     length: int,
     options: BenchmarkOptions,
@@ -256,12 +256,12 @@ def _measure(
 ) -> Iterator[tuple[Setting, dict[str, Outcome]]]:
     """Load everyone, run each batch size, unload; adds to ``samples`` and ``facts``."""
     random = np.random.default_rng(options.seed)
-    prompt = random.integers(0, contenders[0].artifact.shapes.vocab, length).tolist()
+    prompt = random.integers(0, candidates[0].artifact.shapes.vocab, length).tolist()
     failures: dict[str, str] = {}
     models: dict[str, LoadedModel] = {}
     load_seconds: dict[str, float] = {}
     with ExitStack() as stack:
-        for one in progress.track(contenders, f"load for {length} tokens on {cores} core{'s' if cores > 1 else ''}"):
+        for one in progress.track(candidates, f"load for {length} tokens on {cores} core{'s' if cores > 1 else ''}"):
             started = time.perf_counter()
             try:
                 models[one.name] = stack.enter_context(
@@ -284,19 +284,19 @@ def _measure(
             facts.setdefault(one.name, models[one.name].facts)
         for batch in options.batches:
             setting = Setting(cores, length, batch)
-            alive = [one for one in contenders if one.name not in failures and batch <= one.runtime.max_batch]
+            alive = [one for one in candidates if one.name not in failures and batch <= one.runtime.max_batch]
             failures.update(_take_turns(alive, models, setting, prompt, options, samples))
             yield (
                 setting,
                 {
                     one.name: _outcome(one, batch, failures, models.get(one.name), load_seconds.get(one.name))
-                    for one in contenders
+                    for one in candidates
                 },
             )
 
 
 def _take_turns(
-    contenders: Sequence[Contender],
+    candidates: Sequence[Candidate],
     models: dict[str, LoadedModel],
     setting: Setting,
     prompt: list[int],
@@ -305,7 +305,7 @@ def _take_turns(
 ) -> dict[str, str]:
     """Run the rounds of one setting; returns who failed and why, and leaves those out of the rest."""
     failures: dict[str, str] = {}
-    alive = list(contenders)
+    alive = list(candidates)
     total = options.warmup_rounds + options.rounds
     last_runtime = ""
     for number in progress.track(range(total), f"measure {setting}", total, unit=" rounds"):
@@ -327,7 +327,7 @@ def _take_turns(
 
 
 def _outcome(
-    one: Contender, batch: int, failures: dict[str, str], model: LoadedModel | None, load_seconds: float | None
+    one: Candidate, batch: int, failures: dict[str, str], model: LoadedModel | None, load_seconds: float | None
 ) -> Outcome:
     if batch > one.runtime.max_batch:
         most = "one sequence" if one.runtime.max_batch == 1 else f"{one.runtime.max_batch} sequences"
@@ -343,7 +343,7 @@ def _one_line(error: Exception) -> str:
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
-def _profiles(contenders: Sequence[Contender], options: BenchmarkOptions, timeout: float) -> list[Profile]:
+def _profiles(candidates: Sequence[Candidate], options: BenchmarkOptions, timeout: float) -> list[Profile]:
     """At the first number of cores and prompt length."""
     cores, length = options.cores[0], options.prompt_lengths[0]
     asked = {
@@ -355,7 +355,7 @@ def _profiles(contenders: Sequence[Contender], options: BenchmarkOptions, timeou
     }
     return [
         profile_contender(one, phase, python=options.python, timeout=timeout, **asked)
-        for one in progress.track(contenders, "time by operator")
+        for one in progress.track(candidates, "time by operator")
         for phase in ("prefill", "decode")
     ]
 
@@ -391,7 +391,7 @@ def _notes(rows: Sequence[Row], noise: Sequence[Noise], options: BenchmarkOption
 
 
 def _missing(rows: Sequence[Row]) -> list[str]:
-    """One line for each contender and reason, with the settings that it holds for."""
+    """One line for each candidate and reason, with the settings that it holds for."""
     settings: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.reason is not None:

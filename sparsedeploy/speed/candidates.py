@@ -21,7 +21,7 @@ _RUNTIME = re.compile(r"([a-z0-9_-]+)=(.+)")
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """A folder on a runtime.
 
     Attributes:
@@ -38,7 +38,7 @@ class Contender:
     bytes: int
 
 
-def load_contenders(artifacts: Sequence[str | Path], baseline: str | Path, runtime: str | None) -> list[Contender]:
+def load_contenders(artifacts: Sequence[str | Path], baseline: str | Path, runtime: str | None) -> list[Candidate]:
     """The baseline and the artifacts, their files verified and their runtimes found.
 
     Args:
@@ -70,7 +70,7 @@ def load_contenders(artifacts: Sequence[str | Path], baseline: str | Path, runti
         raise UserError(f"{repeated[0]} is given twice", "Name the baseline and each artifact once.")
     names = _names([folder for _, folder in asked], runtimes)
     return [
-        Contender(name, one, folder, artifact, _sha256(folder, artifact), _size(folder))
+        Candidate(name, one, folder, artifact, _sha256(folder, artifact), _size(folder))
         for name, one, (_, folder), artifact in zip(names, runtimes, asked, described, strict=True)
     ]
 

@@ -1,6 +1,6 @@
 """Two results of ``sparsedeploy bench``, an old and a new one: what became slower or larger, and is it sure.
 
-Rows match by contender, runtime and setting. A time is a regression when its median grew by more than the threshold and
+Rows match by candidate, runtime and setting. A time is a regression when its median grew by more than the threshold and
 the 95 % bootstrap interval of the ratio lies above 1 altogether. Sizes have no interval: the threshold alone decides.
 """
 

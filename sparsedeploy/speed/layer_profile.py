@@ -13,7 +13,7 @@ from typing import Any
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.engine import environment_for
-from sparsedeploy.speed.candidates import Contender
+from sparsedeploy.speed.candidates import Candidate
 
 RUNS = 3
 _ATTEMPTS = 4
@@ -57,7 +57,7 @@ class KindTime:
 
 @dataclass(frozen=True)
 class Profile:
-    """One contender's time by part and by kind.
+    """One candidate's time by part and by kind.
 
     Attributes:
         phase: ``prefill`` or ``decode``.
@@ -79,7 +79,7 @@ class Profile:
 
 
 def profile_contender(
-    contender: Contender,
+    candidate: Candidate,
     phase: str,
     *,
     cores: int,
@@ -90,16 +90,16 @@ def profile_contender(
     python: str | None = None,
     timeout: float = 600.0,
 ) -> Profile:
-    """The engine's own profile of one contender; one without ``reason`` has figures.
+    """The engine's own profile of one candidate; one without ``reason`` has figures.
 
     Args:
         phase: ``prefill`` or ``decode``.
         seed: of the random tokens.
     """
-    runtime = contender.runtime
+    runtime = candidate.runtime
     if not runtime.profile:
-        return Profile(contender.name, runtime.name, phase, "", f"{runtime.title} has no profile", 0.0, [], [])
-    environment = environment_for(contender.artifact, contender.folder, runtime.name, python)
+        return Profile(candidate.name, runtime.name, phase, "", f"{runtime.title} has no profile", 0.0, [], [])
+    environment = environment_for(candidate.artifact, candidate.folder, runtime.name, python)
     found: list[dict[str, Any]] = []
     problem = ""
     for _ in range(_ATTEMPTS):
@@ -108,7 +108,7 @@ def profile_contender(
                 found.append(
                     worker.call(
                         "profile",
-                        folder=str(contender.folder.resolve()),
+                        folder=str(candidate.folder.resolve()),
                         phase=phase,
                         cores=cores,
                         prompt_length=prompt_length,
@@ -122,10 +122,10 @@ def profile_contender(
         if len(found) == RUNS:
             break
     if not found:
-        return Profile(contender.name, runtime.name, phase, "", problem, 0.0, [], [])
+        return Profile(candidate.name, runtime.name, phase, "", problem, 0.0, [], [])
     operators = least_of_runs([run["operators"] for run in found])
     return Profile(
-        name=contender.name,
+        name=candidate.name,
         runtime=runtime.name,
         phase=phase,
         what=found[0]["what"],

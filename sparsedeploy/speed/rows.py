@@ -1,4 +1,4 @@
-"""From the samples of a benchmark to its rows: one for each contender in each setting, measured or not."""
+"""From the samples of a benchmark to its rows: one for each candidate in each setting, measured or not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sparsedeploy.speed.bandwidth import Bandwidth
 from sparsedeploy.speed.byte_limit import bytes_per_token, decode_limit
-from sparsedeploy.speed.candidates import Contender
+from sparsedeploy.speed.candidates import Candidate
 from sparsedeploy.speed.intervals import Summary, summarize, variation
 
 PHASES = ("prefill", "decode", "total")
@@ -33,7 +33,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sample:
-    """One contender's run in one round. ``turn`` is its place in the round's order, from 0; times are in seconds."""
+    """One candidate's run in one round. ``turn`` is its place in the round's order, from 0; times are in seconds."""
 
     name: str
     setting: Setting
@@ -69,7 +69,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one setting.
+    """One candidate in one setting.
 
     Attributes:
         status: ``measured``, ``failed`` or ``unsupported`` (the runtime does not do the setting).
@@ -116,7 +116,7 @@ class Noise:
     """How steady the machine was in one setting.
 
     Attributes:
-        variation: of the whole runs' times, the contenders' median of it (see :func:`~.intervals.variation`).
+        variation: of the whole runs' times, the candidates' median of it (see :func:`~.intervals.variation`).
         drift: how far the later half of the rounds lies from the earlier one, as a part, likewise.
         too_noisy: either is above 10 %, so the setting's figures are not to be concluded from; None with fewer than 5
             rounds, which cannot tell.
@@ -130,7 +130,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a contender in a setting, besides its samples."""
+    """What became of a candidate in a setting, besides its samples."""
 
     status: str
     reason: str | None = None
@@ -139,40 +139,40 @@ class Outcome:
 
 
 def make_row(
-    contender: Contender,
-    base: Contender,
+    candidate: Candidate,
+    base: Candidate,
     setting: Setting,
     samples: Sequence[Sample],
     outcome: Outcome,
     bandwidth: Bandwidth,
 ) -> Row:
-    """The row of a contender; the samples of a failed one are not summed up.
+    """The row of a candidate; the samples of a failed one are not summed up.
 
     Args:
         samples: its own and the baseline's in this setting, and any others.
     """
-    own = _of(samples, contender, setting)
+    own = _of(samples, candidate, setting)
     theirs = _of(samples, base, setting)
     measured = outcome.status == MEASURED
-    phases = {name: _phase(name, setting, own, theirs, contender is base) if measured else None for name in PHASES}
-    weight_bytes = bytes_per_token(contender.artifact)
+    phases = {name: _phase(name, setting, own, theirs, candidate is base) if measured else None for name in PHASES}
+    weight_bytes = bytes_per_token(candidate.artifact)
     return Row(
-        name=contender.name,
-        runtime=contender.runtime.name,
-        folder=str(contender.folder),
-        sha256=contender.sha256,
-        source_sha256=contender.artifact.source.sha256,
-        dtype=contender.artifact.dtype,
-        sparsity=contender.artifact.sparsity.fraction,
-        baseline=contender is base,
+        name=candidate.name,
+        runtime=candidate.runtime.name,
+        folder=str(candidate.folder),
+        sha256=candidate.sha256,
+        source_sha256=candidate.artifact.source.sha256,
+        dtype=candidate.artifact.dtype,
+        sparsity=candidate.artifact.sparsity.fraction,
+        baseline=candidate is base,
         setting=setting,
         status=outcome.status,
         reason=outcome.reason,
         **phases,
-        artifact_bytes=contender.bytes,
+        artifact_bytes=candidate.bytes,
         load_seconds=outcome.load_seconds,
         peak_memory_bytes=outcome.peak_memory_bytes,
-        decode_limit=decode_limit(contender.artifact, base.artifact),
+        decode_limit=decode_limit(candidate.artifact, base.artifact),
         weight_bytes=weight_bytes,
         read_ms=1e3 * weight_bytes / (bandwidth.best * 1e9),
     )
@@ -193,9 +193,9 @@ def judge_noise(setting: Setting, samples: Sequence[Sample]) -> Noise | None:
     return Noise(setting, spread, drift, too_noisy)
 
 
-def _of(samples: Sequence[Sample], contender: Contender, setting: Setting) -> dict[int, Sample]:
+def _of(samples: Sequence[Sample], candidate: Candidate, setting: Setting) -> dict[int, Sample]:
     """By round."""
-    return {one.round: one for one in samples if one.name == contender.name and one.setting == setting}
+    return {one.round: one for one in samples if one.name == candidate.name and one.setting == setting}
 
 
 def _phase(name: str, setting: Setting, own: dict[int, Sample], base: dict[int, Sample], is_base: bool) -> Phase:

@@ -10,9 +10,8 @@ right but no faster; fp8 pays on GPUs that compute in it (compute capability 8.9
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +19,7 @@ from sparsedeploy import progress
 from sparsedeploy.artifacts.companions import copy_companions
 from sparsedeploy.artifacts.description import (
     Artifact,
+    Engine,
     Quantization,
     Sparsity,
     config_shapes,
@@ -37,42 +37,17 @@ from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.runtimes import llmcompressor
-from sparsedeploy.targets.vllm import ENGINE
 
-SCHEMES = ("fp8-dynamic", "w8a8", "w4a16")
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """Options of a quantised export.
-
-    Attributes:
-        algorithm: ``round`` to the nearest value, or ``gptq``, which needs the calibration text. GPTQ moves errors on
-            to later weights, and where those are pruned they are lost: measured on 70 % sparse weights, rounding is
-            the better one, with 4 bits too.
-        data: the calibration text; None takes the one that the checkpoint's manifest names.
-        field: text column of JSONL rows and data sets.
-        text: what to take the perplexity on, before and after (its test split); None takes the calibration text's.
-        windows: windows of it, each min(2048, the model's positions) long; 0 takes no perplexity.
-    """
-
-    algorithm: Literal["round", "gptq"] = "round"
-    data: str | None = None
-    field: str = "text"
-    text: str | None = None
-    windows: int = 32
-
-    def __post_init__(self) -> None:
-        if self.windows < 0:
-            raise ValueError(f"windows is {self.windows}, it counts from 0")
+if TYPE_CHECKING:
+    from sparsedeploy.targets.vllm import VllmOptions
 
 
 def export_quantized(
     checkpoint: str | Path,
     output: Path,
-    scheme: str,
-    options: QuantizeOptions | None = None,
+    options: VllmOptions,
     *,
+    engine: Engine,
     python: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -82,17 +57,16 @@ def export_quantized(
     Args:
         checkpoint: a folder that ``sparsedeploy prune`` wrote.
         output: the folder to create.
-        scheme: ``fp8-dynamic`` (8-bit floats), ``w8a8`` (8-bit integers), both with activations quantised on the fly,
-            or ``w4a16`` (4-bit integer weights).
+        options: of the target, with ``quantize`` set.
+        engine: what the artifact is for.
         python: interpreter of an environment with llm-compressor; by default the managed one.
 
     Raises:
-        UserError: an unknown scheme, a folder without a plan, an adapter that is not merged, no environment, or a
+        UserError: a folder without a plan, an adapter that is not merged, no environment, or a
             pruned weight that did not stay zero.
     """
-    if scheme not in SCHEMES:
-        raise UserError(f"unknown quantisation scheme '{scheme}'", f"Known: {', '.join(SCHEMES)}.")
-    options = options or QuantizeOptions()
+    scheme = options.quantize
+    assert scheme is not None
     output = Path(output)
     check_writable(output, overwrite)
     if trust_remote_code:
@@ -117,7 +91,7 @@ def export_quantized(
                 f"{found['revived']:,} of {found['pruned']:,} pruned weights are not zero after quantisation",
                 "Use --target-option algorithm=round, and report this as a bug.",
             )
-        artifact = _complete(opened, folder, scheme, options.algorithm, dtype, found, text)
+        artifact = _complete(opened, folder, scheme, options.algorithm, dtype, found, text, engine)
         write_artifact(folder, artifact)
     return artifact
 
@@ -130,6 +104,7 @@ def _complete(
     dtype: str,
     found: dict[str, Any],
     text: str | None,
+    engine: Engine,
 ) -> Artifact:
     """Add the small files to the quantised folder and describe it."""
     # llm-compressor's record of its steps names a modifier that only our worker knows.
@@ -144,7 +119,7 @@ def _complete(
         opset=None,
         files=hash_files(folder),
         sparsity=Sparsity(weights=found["weights"], zeros=found["zeros"]),
-        engine=ENGINE,
+        engine=engine,
         quantization=Quantization(
             scheme=scheme,
             algorithm=algorithm,
@@ -159,7 +134,7 @@ def _complete(
 
 
 def _windows(
-    opened: Checkpoint, manifest: dict[str, Any], options: QuantizeOptions
+    opened: Checkpoint, manifest: dict[str, Any], options: VllmOptions
 ) -> tuple[str | None, torch.Tensor | None]:
     """The name of the text for the perplexity and its windows; None and None where there is none."""
     recorded = manifest["calibration"]

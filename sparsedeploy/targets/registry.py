@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from sparsedeploy.artifacts.description import Artifact
 from sparsedeploy.errors import UserError
-from sparsedeploy.registry import Registry, build_options
+from sparsedeploy.registry import Registry
 
 # Called as function(checkpoint, output, options, trust_remote_code=..., overwrite=...).
 ExportFunction = Callable[..., Artifact]
@@ -39,25 +40,19 @@ def export_checkpoint(
     Args:
         checkpoint: a model folder (dense or pruned) or a hub id.
         options: the target's own options, by name; the rest keep their defaults.
-        quantize: a scheme to quantise the weights by, for vLLM; the options are then those of
-            :class:`~sparsedeploy.targets.quantize.QuantizeOptions`.
+        quantize: a scheme to quantise the weights by; the option ``quantize`` of the targets that have it.
 
     Raises:
         UserError: an unknown target or option, or whatever the target refuses.
     """
     method = export_targets().get(target)
     if quantize is not None:
-        from sparsedeploy.targets.quantize import QuantizeOptions, export_quantized
-
-        if target != "vllm":
+        if "quantize" not in {field.name for field in dataclasses.fields(method.options)}:
             raise UserError(
                 f"--quantize does not go with --target {target}",
                 "Use --target vllm; for DeepSparse it is --target-option int8=true.",
             )
-        quantize_options = build_options("--quantize", QuantizeOptions, options or {})
-        return export_quantized(
-            checkpoint, output, quantize, quantize_options, trust_remote_code=trust_remote_code, overwrite=overwrite
-        )
+        options = {**(options or {}), "quantize": quantize}
     return method.function(
         checkpoint, output, method.make_options(options), trust_remote_code=trust_remote_code, overwrite=overwrite
     )

@@ -21,7 +21,7 @@ from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import LayerSource, StreamedLayers
 from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
 from sparsedeploy.plan import NM, MixedNM, SparsityPlan, check_sparsity, parse_pattern
-from sparsedeploy.processes import ALONE, Ranks
+from sparsedeploy.processes import SINGLE_PROCESS, Processes
 from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.pruning.layers import prune_model
 from sparsedeploy.quality.perplexity import perplexity, text_windows
@@ -213,7 +213,9 @@ def model_to_measure(
     return layers or StreamedLayers(prepared.folder, device=device, dtype=dtype, trust_remote_code=trust)
 
 
-def choose_plan(model: nn.Module | LayerSource, prepared: Prepared, ranks: Ranks = ALONE) -> SparsityPlan:
+def choose_plan(
+    model: nn.Module | LayerSource, prepared: Prepared, processes: Processes = SINGLE_PROCESS
+) -> SparsityPlan:
     """The plan by measuring the dense model or, for a search, by pruning copies of it; the model is not changed.
 
     Raises:
@@ -236,7 +238,7 @@ def choose_plan(model: nn.Module | LayerSource, prepared: Prepared, ranks: Ranks
             model_sha256=prepared.sha256,
             batch_size=batch_size,
             accumulate=options.calibration.accumulation,
-            ranks=ranks,
+            processes=processes,
         )
 
     if not choice.searches:

@@ -18,7 +18,7 @@ from sparsedeploy.memory import use_huge_pages
 from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.models.loading import resolve_device
 from sparsedeploy.plan import SparsityPlan
-from sparsedeploy.processes import Ranks, joined, local_device
+from sparsedeploy.processes import Processes, local_device, process_group
 from sparsedeploy.pruning.layers import losses_of, prune_layers
 from sparsedeploy.version import __version__
 from sparsedeploy.workflows.options import PruneOptions
@@ -48,8 +48,8 @@ def prune(
     """
     use_huge_pages()
     on = local_device(resolve_device(device))
-    with joined(on) as ranks:
-        return _prune(source, output, options, on, dtype, resume, overwrite, trust_remote_code, ranks)
+    with process_group(on) as processes:
+        return _prune(source, output, options, on, dtype, resume, overwrite, trust_remote_code, processes)
 
 
 def _prune(
@@ -61,7 +61,7 @@ def _prune(
     resume: bool,
     overwrite: bool,
     trust_remote_code: bool,
-    ranks: Ranks,
+    processes: Processes,
 ) -> dict[str, Any]:
     """:func:`prune` on one of possibly several processes; the first one writes."""
     check_writable(output, overwrite)
@@ -75,22 +75,22 @@ def _prune(
         "accumulate": options.calibration.accumulate,
         "dtype": str(dtype),
         "device": device.type,
-        "processes": ranks.count,
+        "processes": processes.count,
         "torch": torch.__version__,
         "sparsedeploy": __version__,
     }
     place: AbstractContextManager[Journal | None] = nullcontext()
-    if ranks.main:
+    if processes.main:
         place = journalled_folder(output, request, resume=resume, overwrite=overwrite)
     with place as journal:
         state = (journal.folder, journal.plan, journal.finished) if journal else (Path(), None, 0)
-        making, known, finished = ranks.tell(state)
+        making, known, finished = processes.broadcast_object(state)
         if known is not None:
             plan = SparsityPlan.from_dict(known)
         elif options.plan is not None:
             plan = options.plan
         else:
-            plan = choose_plan(model_to_measure(prepared, device, dtype, layers), prepared, ranks)
+            plan = choose_plan(model_to_measure(prepared, device, dtype, layers), prepared, processes)
         writer = TensorWriter(layers.files, making, plan.targets)
         if journal is not None and journal.plan is None:
             check_free_space(journal.folder, layers.files.size)
@@ -106,7 +106,7 @@ def _prune(
             prepared.pruner_options,
             batch_size=options.calibration.batch_size,
             accumulate=options.calibration.accumulation,
-            ranks=ranks,
+            processes=processes,
             stored={target.name: layers.files.locate(f"{target.name}.weight").dtype for target in plan.targets},
             finished=finished,
         ):
@@ -125,4 +125,4 @@ def _prune(
                 prepared.described,
             )
             manifest = complete(folder, journal.folder, layers.files, provenance, journal.losses)
-        return ranks.tell(manifest) or {}
+        return processes.broadcast_object(manifest) or {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.calibration.statistics import InputStatistics, Kind
 from sparsedeploy.plan import ModuleShape
 
@@ -27,7 +27,7 @@ def llama_layers(
 
 def view(
     weights: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor] | None = None, kind: Kind = "hessian"
-) -> LayerView:
+) -> LayerContext:
     """A layer of linears with the statistics of ``inputs [tokens, columns]``; equal tensors share an object."""
     linears = {}
     for name, weight in weights.items():
@@ -41,4 +41,4 @@ def view(
             shared[id(x)] = InputStatistics(x.shape[1], kind, torch.device("cpu"))
             shared[id(x)].add(x, 1)
         statistics[name] = shared[id(x)]
-    return LayerView(0, linears, statistics, torch.empty(0))
+    return LayerContext(0, linears, statistics, torch.empty(0))

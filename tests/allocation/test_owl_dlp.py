@@ -12,11 +12,11 @@ from sparsedeploy.allocation.budget import plan_from_shares
 from sparsedeploy.allocation.dlp import DLP, DLPOptions
 from sparsedeploy.allocation.owl import OWL, OWLOptions
 from sparsedeploy.allocation.select import lower_median
-from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.driver import LayerContext
 from tests.allocation.shapes import llama_layers, view
 
 
-def layer(scale: float = 1.0, seed: int = 0, heavy: float = 0.0) -> LayerView:
+def layer(scale: float = 1.0, seed: int = 0, heavy: float = 0.0) -> LayerContext:
     generator = torch.Generator().manual_seed(seed)
     weights = {name: torch.randn(24, 32, generator=generator) * scale for name in ("q", "k", "down")}
     weights["q"][:, :2] *= 1 + heavy
@@ -65,7 +65,7 @@ def test_owl_counts_outliers_of_the_whole_layer() -> None:
     assert OWL(OWLOptions(m=3)).measure(one) == pytest.approx(expected)
 
 
-def rates(allocator: Allocator, layers: list[LayerView], sparsity: float = 0.7) -> list[float]:
+def rates(allocator: Allocator, layers: list[LayerContext], sparsity: float = 0.7) -> list[float]:
     shapes = llama_layers(len(layers), 64, 128)
     shares = allocator.shares([allocator.measure(one) for one in layers], shapes, sparsity)
     return [unit.value + sparsity for unit in shares.units]

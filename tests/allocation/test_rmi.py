@@ -16,7 +16,7 @@ from sparsedeploy.allocation.rmi import (
     linear_cka,
     rmi_importance,
 )
-from sparsedeploy.calibration.driver import LayerView
+from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.errors import UserError
 from tests.allocation.shapes import llama_layers
 
@@ -118,8 +118,8 @@ def test_windows_by_target() -> None:
     assert [default_delta(s) for s in (0.3, 0.5, 0.55, 0.6, 0.7, 0.9)] == [0.01, 0.01, 0.02, 0.02, 0.03, 0.03]
 
 
-def layer(hidden: torch.Tensor, outputs: torch.Tensor) -> LayerView:
-    return LayerView(0, {}, {}, hidden, outputs)
+def layer(hidden: torch.Tensor, outputs: torch.Tensor) -> LayerContext:
+    return LayerContext(0, {}, {}, hidden, outputs)
 
 
 def test_feature_and_samples() -> None:

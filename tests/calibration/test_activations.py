@@ -16,7 +16,7 @@ def test_a_mapped_file_holds_what_memory_holds() -> None:
     runs = []
     for keep in ("memory", "disk"):
         driver = LayerDriver(random_model("llama"), tokens, batch_size=2, keep=keep)
-        runs.append([layer.outputs.clone() for layer in driver.walk("sum_squares", changes_weights=False)])
+        runs.append([layer.outputs.clone() for layer in driver.iterate("sum_squares", changes_weights=False)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

@@ -24,7 +24,7 @@ def test_statistics_equal_those_of_full_forward_passes(family: str, batch_size: 
     driver = LayerDriver(model, batch, batch_size=batch_size)
     got = {
         name: statistics.hessian
-        for layer in driver.walk("hessian", changes_weights=False)
+        for layer in driver.iterate("hessian", changes_weights=False)
         for name, statistics in layer.statistics.items()
     }
     expected: dict[str, torch.Tensor] = {}
@@ -52,7 +52,7 @@ def test_statistics_are_bit_identical_on_any_batch_size(family: str) -> None:
     runs = [
         [
             stats.hessian
-            for layer in LayerDriver(model, tokens(), batch_size=size).walk("hessian", changes_weights=False)
+            for layer in LayerDriver(model, tokens(), batch_size=size).iterate("hessian", changes_weights=False)
             for stats in layer.statistics.values()
         ]
         for size in (1, 3, 5)
@@ -62,7 +62,7 @@ def test_statistics_are_bit_identical_on_any_batch_size(family: str) -> None:
 
 def test_modules_with_one_input_share_one_statistic() -> None:
     driver = LayerDriver(random_model("llama"), tokens())
-    layer = next(iter(driver.walk("sum_squares", changes_weights=False)))
+    layer = next(iter(driver.iterate("sum_squares", changes_weights=False)))
     by_object: dict[int, set[str]] = {}
     for name, statistics in layer.statistics.items():
         by_object.setdefault(id(statistics), set()).add(name.rpartition(".")[2])
@@ -73,7 +73,7 @@ def test_modules_with_one_input_share_one_statistic() -> None:
 
 def test_a_changed_layer_changes_the_next_ones_inputs() -> None:
     seen = []
-    for layer in LayerDriver(random_model("llama"), tokens()).walk("sum_squares", changes_weights=True):
+    for layer in LayerDriver(random_model("llama"), tokens()).iterate("sum_squares", changes_weights=True):
         seen.append(layer.inputs.clone())
         for linear in layer.linears.values():
             linear.weight.data.zero_()
@@ -95,7 +95,7 @@ def test_activations_that_overflow_are_refused() -> None:
     model = random_model("llama")
     model.model.embed_tokens.weight.data[:] = float("nan")
     with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj overflow or hold NaN"):
-        next(iter(LayerDriver(model, tokens()).walk("sum_squares", changes_weights=False)))
+        next(iter(LayerDriver(model, tokens()).iterate("sum_squares", changes_weights=False)))
 
 
 def test_a_model_in_training_mode_is_a_mistake() -> None:

@@ -144,7 +144,7 @@ def test_refusals(cli: Callable[..., Outcome], arguments: list[str], words: str)
 
 
 def change(result: dict[str, Any], name: str, factor: float, rounds: int = 10**9) -> dict[str, Any]:
-    """The same result with one contender's decoding slower in the first rounds."""
+    """The same result with one candidate's decoding slower in the first rounds."""
     changed = copy.deepcopy(result)
     for sample in changed["samples"]:
         if sample["name"] == name and sample["round"] < rounds:

@@ -132,7 +132,7 @@ def test_taking_the_hessian_leaves_the_sums_of_squares() -> None:
     stats = InputStatistics(24, "hessian", torch.device("cpu"))
     stats.add(torch.randn(3, 30, 24, generator=torch.Generator().manual_seed(0)), 3)
     whole, squares = stats.hessian, stats.mean_square
-    assert torch.equal(stats.take_hessian().triu(), whole.triu())
+    assert torch.equal(stats.consume_hessian().triu(), whole.triu())
     assert torch.equal(stats.mean_square, squares)
     with pytest.raises(ValueError, match="no Hessian"):
-        stats.take_hessian()
+        stats.consume_hessian()

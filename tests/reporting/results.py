@@ -12,7 +12,7 @@ from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import load_runtime
 from sparsedeploy.speed.bandwidth import Bandwidth
 from sparsedeploy.speed.benchmark import BenchmarkOptions, BenchmarkResult
-from sparsedeploy.speed.candidates import Contender
+from sparsedeploy.speed.candidates import Candidate
 from sparsedeploy.speed.layer_profile import Profile, by_kind, by_part
 from sparsedeploy.speed.rows import MEASURED, Outcome, Sample, Setting, judge_noise, make_row
 from tests.runtimes.artifacts import describe
@@ -23,11 +23,11 @@ LAYERS = 4
 
 
 def bench_result(rounds: int = 6, batches: tuple[int, ...] = (1,)) -> dict[str, Any]:
-    """Three contenders on DeepSparse at two prompt lengths, with a profile."""
+    """Three candidates on DeepSparse at two prompt lengths, with a profile."""
     random = np.random.default_rng(0)
     runtime = load_runtime("deepsparse")
-    contenders = [
-        Contender(name, runtime, Path(name), describe(zeros=zeros), "0" * 64, 5_000_000)
+    candidates = [
+        Candidate(name, runtime, Path(name), describe(zeros=zeros), "0" * 64, 5_000_000)
         for name, (zeros, _, _) in MODELS.items()
     ]
     bandwidth = Bandwidth(1, 1 << 20, [9.0, 10.0], [8.0, 7.5])
@@ -41,7 +41,7 @@ def bench_result(rounds: int = 6, batches: tuple[int, ...] = (1,)) -> dict[str, 
                     decode = [token * value for value in times[1:]]
                     samples.append(Sample(name, setting, at, turn, prompt * length / 8 * times[0], decode))
             outcome = Outcome(MEASURED, None, 1.5, 200_000_000)
-            rows += [make_row(one, contenders[0], setting, samples, outcome, bandwidth) for one in contenders]
+            rows += [make_row(one, candidates[0], setting, samples, outcome, bandwidth) for one in candidates]
             judged = judge_noise(setting, samples)
             noise += [judged] if judged else []
     options = BenchmarkOptions(

@@ -99,7 +99,7 @@ def test_benchmark_page(tmp_path: Path, width: int) -> None:
     assert found["cut"] == []
     assert len(found["drawn"]) == 3
     assert "Speed: prompt 32, then 4 tokens, 1 core, batch 1" in found["headings"]
-    assert found["tables"][0] == 1 + 3 * (1 + 3)  # a heading, and for each phase its name and three contenders
+    assert found["tables"][0] == 1 + 3 * (1 + 3)  # a heading, and for each phase its name and three candidates
 
 
 def test_light_and_dark(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from sparsedeploy.plan import NM, ModuleTarget, SparsityPlan
 from sparsedeploy.reference import reference_model
 from sparsedeploy.runtimes import llmcompressor
 from sparsedeploy.runtimes.environments import Environment, process_environment
-from sparsedeploy.targets.quantize import SCHEMES, QuantizeOptions, export_quantized
 from sparsedeploy.targets.registry import export_checkpoint
+from sparsedeploy.targets.vllm import VllmOptions, export_vllm
 from sparsedeploy.workflows.options import PruneOptions
 from sparsedeploy.workflows.prune import prune
 from sparsedeploy.workflows.prune_by_llmcompressor import mask_from_zeros, prune_with_llmcompressor
@@ -143,13 +143,15 @@ def test_the_engine_writes_a_sound_checkpoint(
 
 
 @pytest.mark.llmcompressor
-@pytest.mark.parametrize(("scheme", "algorithm"), [*((scheme, "round") for scheme in SCHEMES), ("w4a16", "gptq")])
+@pytest.mark.parametrize(
+    ("scheme", "algorithm"), [*((scheme, "round") for scheme in ("fp8-dynamic", "w8a8", "w4a16")), ("w4a16", "gptq")]
+)
 def test_pruned_weights_stay_zero_when_quantised(
     scheme: str, algorithm: Any, environment: Environment, checkpoint: Callable[[str], Checkpoint], tmp_path: Path
 ) -> None:
     pruned = checkpoint("sparsegpt")
-    options = QuantizeOptions(algorithm=algorithm, windows=8)
-    export_quantized(pruned.folder, tmp_path / "out", scheme, options)
+    options = VllmOptions(quantize=scheme, algorithm=algorithm, windows=8)
+    export_vllm(pruned.folder, tmp_path / "out", options)
     artifact = load_artifact(tmp_path / "out", verify=True)
     found = artifact.quantization
     assert found is not None
@@ -262,7 +264,7 @@ def test_what_cannot_be_replayed_or_quantised_is_refused(
         (dense, "llmcompressor", None, "has no sparsity.json. Give a folder that sparsedeploy prune wrote"),
         (dense, "vllm", "w8a8", "has no sparsity.json. Give a folder that sparsedeploy prune wrote"),
         (by_size, "llmcompressor", None, "cannot prune by magnitude .* Use --method wanda or sparsegpt"),
-        (sparse, "vllm", "int3", "unknown quantisation scheme 'int3'. Known: fp8-dynamic, w8a8, w4a16"),
+        (sparse, "vllm", "int3", "vllm: option quantize is 'int3'. It takes fp8-dynamic or w8a8 or w4a16"),
         (
             sparse,
             "deepsparse",

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from sparsedeploy.calibration.driver import LayerDriver
 from sparsedeploy.checkpoint.manifest import inspect_checkpoint
 from sparsedeploy.errors import UserError
-from sparsedeploy.processes import Ranks
-from sparsedeploy.pruning.layers import deal
+from sparsedeploy.processes import Processes
+from sparsedeploy.pruning.layers import assign
 from tests.small_models import random_model, save_model
 
 
@@ -66,16 +66,16 @@ def test_bad_input_is_one_line_from_all_processes_together(tmp_path: Path, text:
 
 def test_linears_with_one_input_go_to_one_process() -> None:
     driver = LayerDriver(random_model("llama"), torch.zeros(1, 8, dtype=torch.int64))
-    layer = next(iter(driver.walk("sum_squares", changes_weights=False)))
-    owners = {name.rpartition(".")[2]: owner for name, owner in deal(layer, 2).items()}
+    layer = next(iter(driver.iterate("sum_squares", changes_weights=False)))
+    owners = {name.rpartition(".")[2]: owner for name, owner in assign(layer, 2).items()}
     assert owners["q_proj"] == owners["k_proj"] == owners["v_proj"]
     assert owners["gate_proj"] == owners["up_proj"] != owners["down_proj"]
-    assert set(deal(layer, 1).values()) == {0}
+    assert set(assign(layer, 1).values()) == {0}
 
 
 def test_sequences_are_split_without_loss() -> None:
     tokens = torch.arange(14).reshape(7, 2)
-    shares = [Ranks(index, 3).share(tokens) for index in range(3)]
+    shares = [Processes(index, 3).shard(tokens) for index in range(3)]
     assert torch.equal(torch.cat(shares), tokens)
     with pytest.raises(UserError, match="2 calibration sequences cannot be split over 3"):
-        Ranks(0, 3).share(tokens[:2])
+        Processes(0, 3).shard(tokens[:2])
