@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsedeploy.allocation import ALLOCATORS, measure_layers, model_layers
+from sparsedeploy.allocation import measure_layers, model_layers
 from sparsedeploy.allocation.mixed import layer_step_costs
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.folders import write_json, write_text
+from sparsedeploy.registry import ALLOCATORS
 
 REPEATS = 2
 PUBLISHED_TOKENS = 128 * 2048

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from sparsedeploy import progress
-from sparsedeploy.allocation import ALLOCATORS, measure_layers, model_layers, plan_from_shares
+from sparsedeploy.allocation import measure_layers, model_layers, plan_from_shares
 from sparsedeploy.allocation.atp import search_beta, trial_betas
 from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.calibration.driver import LayerContext
@@ -32,10 +32,10 @@ from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import load_model, load_tokenizer
 from sparsedeploy.plan import SparsityPlan
-from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.pruning.layers import prune_model
 from sparsedeploy.quality.perplexity import perplexity, text_windows
 from sparsedeploy.reference import reference_model
+from sparsedeploy.registry import ALLOCATORS, PRUNERS
 from sparsedeploy.reporting.plan_plot import profile
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)

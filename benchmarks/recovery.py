@@ -75,19 +75,19 @@ def run_cell(method: str, level: str, seed: int, folder: Path) -> dict[str, Any]
     import torch
 
     torch.set_num_threads(1)
-    from sparsedeploy.allocation import ALLOCATORS, allocate
+    from sparsedeploy.allocation import allocate
     from sparsedeploy.calibration.documents import load_documents
     from sparsedeploy.calibration.samples import sample_tokens
     from sparsedeploy.models.layers import StreamedLayers
     from sparsedeploy.models.loading import load_model, load_tokenizer
     from sparsedeploy.models.low_rank import attach_low_rank
     from sparsedeploy.plan import NM, MixedNM, parse_pattern
-    from sparsedeploy.pruning import PRUNERS
     from sparsedeploy.pruning.layers import prune_model
     from sparsedeploy.quality.perplexity import perplexity, text_windows
-    from sparsedeploy.recovery import RECOVERIES, RecoveryJob
+    from sparsedeploy.recovery import RecoveryJob
     from sparsedeploy.recovery.data import DataOptions, load_training_data
     from sparsedeploy.recovery.training import TrainingOptions
+    from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES
 
     tokenizer = load_tokenizer(folder)
     length = SETTINGS["length"]

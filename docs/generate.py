@@ -19,13 +19,10 @@ from typing import Any
 import typer
 import yaml
 
-from sparsedeploy.allocation import ALLOCATORS, MixedOptions
+from sparsedeploy.allocation import MixedOptions
 from sparsedeploy.cli.main import app
-from sparsedeploy.pruning import PRUNERS
-from sparsedeploy.recovery import RECOVERIES
 from sparsedeploy.recovery.training import TrainingOptions
-from sparsedeploy.registry import Method, Registry
-from sparsedeploy.targets.registry import export_targets
+from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES, TARGETS, Method, Registry
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -85,7 +82,7 @@ def families() -> list[Family]:
         Family(
             "Export targets",
             "target",
-            export_targets(),
+            TARGETS,
             "--target",
             "--target-option",
             "sparsedeploy export pruned --target {name} -o artifact",

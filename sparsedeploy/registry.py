@@ -1,21 +1,36 @@
 """Methods register themselves by name; everything that lists methods reads these registries.
 
-A method is a function plus a frozen dataclass of options. Adding one means adding one file with one decorator: the
-command line, the plans, the documentation and the test matrix pick it up from here.
+A method is a function plus a frozen dataclass of options, in one file that is named as the user types it (``_`` stands
+for ``-``). Adding one means adding that file: a file belongs to a registry when it has a line such as
+``@PRUNERS.register("wanda", ...)``, so names are known without importing anything, and a method's module is imported
+when the method is asked for. Other distributions add theirs by the entry-point group ``sparsedeploy.methods``, whose
+entries are called ``REGISTRY.METHOD``, such as ``PRUNERS.column``, and name a module.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.options import build_options
+
+if TYPE_CHECKING:
+    from sparsedeploy.allocation.base import MakeAllocator
+    from sparsedeploy.pruning.base import Pruner
+    from sparsedeploy.recovery.base import RecoveryMethod
+    from sparsedeploy.targets.registry import ExportFunction
 
 F = TypeVar("F", bound=Callable[..., Any])
+ENTRY_POINTS = "sparsedeploy.methods"
+_REGISTRATION = re.compile(r"^@([A-Z]+)\.register\(", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -45,57 +60,21 @@ class Method(Generic[F]):
         return build_options(self.name, self.options, values or {})
 
 
-def build_options(owner: str, options: type[Any], values: Mapping[str, Any]) -> Any:
-    """Build an options dataclass from plain values; ``owner`` names it in messages.
-
-    Raises:
-        UserError: an unknown option, or a value that does not fit.
-    """
-    hints = typing.get_type_hints(options)
-    known = {field.name: hints[field.name] for field in dataclasses.fields(options)}
-    converted: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            names = ", ".join(sorted(known)) or "none"
-            raise UserError(f"{owner} has no option '{key}'", f"Its options: {names}.")
-        converted[key] = _convert(owner, key, value, known[key])
-    try:
-        return options(**converted)
-    except ValueError as error:
-        raise UserError(f"{owner}: {error}", "Change that option.") from None
-
-
-def _convert(method: str, key: str, value: Any, hint: Any) -> Any:
-    """Convert one plain value to the type that the options dataclass declares."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None or value == "none":
-            return None
-        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
-        origin = typing.get_origin(hint)
-    try:
-        if origin is typing.Literal:
-            if value not in typing.get_args(hint):
-                raise ValueError
-            return value
-        if hint is bool and isinstance(value, str):
-            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.lower()]
-        if hint in (int, float, str, bool):
-            if hint is int and isinstance(value, float) and value != int(value):
-                raise ValueError
-            return hint(value)
-    except (ValueError, KeyError, TypeError):
-        wanted = " or ".join(map(str, typing.get_args(hint))) if origin is typing.Literal else hint.__name__
-        raise UserError(f"{method}: option {key} is '{value}'", f"It takes {wanted}.") from None
-    return value
-
-
 class Registry(Generic[F]):
-    """Name -> method, in the order of registration."""
+    """Name -> method; the methods of files that are not imported yet are known by name alone.
 
-    def __init__(self, kind: str) -> None:
+    Args:
+        variable: what the registry is called in the files that register with it.
+        kind: what a method is, in messages.
+        package: where its own methods are.
+    """
+
+    def __init__(self, variable: str, kind: str, package: str | None = None) -> None:
+        self.variable = variable
         self.kind = kind
         self._methods: dict[str, Method[F]] = {}
+        self._found: dict[str, Callable[[], Any]] = {}
+        self._package = package
 
     def register(self, name: str, options: type[Any], **traits: Any) -> Callable[[F], F]:
         """Decorator: register a function under ``name`` with its options dataclass."""
@@ -113,30 +92,80 @@ class Registry(Generic[F]):
         """The method of that name.
 
         Raises:
-            UserError: no such method.
+            UserError: no such method, or its module cannot be imported.
         """
+        if name not in self._methods and name in self._known():
+            try:
+                self._found[name]()
+            except ImportError as error:
+                raise UserError(
+                    f"{self.kind} '{name}' cannot be imported ({error})", "Install what it needs."
+                ) from error
+            if name not in self._methods:
+                raise ValueError(f"the file of {self.kind} '{name}' registers another name")
         if name not in self._methods:
-            raise UserError(f"unknown {self.kind} '{name}'", f"Known: {', '.join(self._methods)}.")
+            raise UserError(f"unknown {self.kind} '{name}'", f"Known: {', '.join(self.names())}.")
         return self._methods[name]
 
     def names(self) -> list[str]:
-        """Sorted, whatever was imported first."""
-        return sorted(self._methods)
+        """Sorted; imports nothing."""
+        return sorted({*self._methods, *self._known()})
+
+    def add(self, name: str, load: Callable[[], Any]) -> None:
+        """Make a name known whose method is registered by calling ``load``."""
+        self._found.setdefault(name, load)
 
     def __iter__(self) -> Iterator[Method[F]]:
-        return (self._methods[name] for name in self.names())
+        return (self.get(name) for name in self.names())
+
+    def _known(self) -> dict[str, Callable[[], Any]]:
+        if self._package is not None:
+            package, self._package = self._package, None
+            discover(package)
+            for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+                variable, _, name = entry.name.partition(".")
+                if variable == self.variable:
+                    self.add(name, entry.load)
+        return self._found
 
 
-def parse_options(pairs: list[str]) -> dict[str, str]:
-    """Turn ``["strength=0.1", "m=5"]`` into a mapping.
+def discover(package: str | Path) -> list[str]:
+    """Make the methods known whose files are in a package (its dotted name) or in a folder; returns their names.
 
-    Raises:
-        UserError: an item without ``=``.
+    Nothing is imported before a method is asked for; of a package, only those that contain it.
     """
-    values: dict[str, str] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator or not key:
-            raise UserError(f"option '{pair}' is not NAME=VALUE", "Write it as, for example, strength=0.1.")
-        values[key.strip().replace("-", "_")] = value.strip()
-    return values
+    if isinstance(package, Path):
+        folders = [package]
+    else:
+        spec = importlib.util.find_spec(package)
+        folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    names = []
+    for path in sorted(file for folder in folders for file in folder.glob("*.py")):
+        name = path.stem.replace("_", "-")
+        for variable in sorted(set(_REGISTRATION.findall(path.read_text(encoding="utf-8")))):
+            if variable in REGISTRIES:
+                REGISTRIES[variable].add(name, _loader(package, path))
+                names.append(name)
+    return names
+
+
+def _loader(package: str | Path, path: Path) -> Callable[[], Any]:
+    if not isinstance(package, Path):
+        return lambda: importlib.import_module(f"{package}.{path.stem}")
+
+    def load() -> Any:
+        spec = importlib.util.spec_from_file_location(f"sparsedeploy_method_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+ALLOCATORS: Registry[MakeAllocator] = Registry("ALLOCATORS", "allocation method", "sparsedeploy.allocation")
+PRUNERS: Registry[Pruner] = Registry("PRUNERS", "pruning method", "sparsedeploy.pruning")
+RECOVERIES: Registry[RecoveryMethod] = Registry("RECOVERIES", "recovery method", "sparsedeploy.recovery")
+TARGETS: Registry[ExportFunction] = Registry("TARGETS", "export target", "sparsedeploy.targets")
+REGISTRIES: Mapping[str, Registry[Any]] = {each.variable: each for each in (ALLOCATORS, PRUNERS, RECOVERIES, TARGETS)}

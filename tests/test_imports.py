@@ -26,6 +26,7 @@ FLOORS = (
     ("formats",),
     ("plan", "masks", "processes"),
     ("registry", "folders", "resources", "linear_algebra", "memory"),
+    ("options",),
     ("errors", "progress", "version"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -25,7 +25,7 @@ from sparsedeploy.calibration.samples import CalibrationSet
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.checkpoint.tensor_writer import TensorWriter
 from sparsedeploy.models.layers import StreamedLayers
-from sparsedeploy.pruning import PRUNERS
+from sparsedeploy.registry import PRUNERS
 from sparsedeploy.workflows import plan
 from sparsedeploy.workflows import prune as job
 from sparsedeploy.workflows.options import PruneOptions

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsedeploy import progress
-from sparsedeploy.allocation.base import ALLOCATORS, Needs
+from sparsedeploy.allocation.base import Needs
 from sparsedeploy.allocation.budget import plan_from_shares, unequal_rates
 from sparsedeploy.allocation.mixed import MixedOptions, layer_step_costs, mixed_plan
 from sparsedeploy.calibration.driver import LayerContext, LayerDriver, as_source, iterate_weights
@@ -19,6 +19,7 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import LayerSource
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, SparsityPlan
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
+from sparsedeploy.registry import ALLOCATORS
 
 T = TypeVar("T")
 _STATISTICS: dict[Needs, Kind] = {"inputs": "none", "sum_squares": "sum_squares", "hessian": "hessian"}

@@ -8,9 +8,10 @@ from typing import Literal
 
 import torch
 
-from sparsedeploy.allocation.base import ALLOCATORS, Shares, check_scores, layer_units, module_units
+from sparsedeploy.allocation.base import Shares, check_scores, layer_units, module_units
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.plan import ModuleShape
+from sparsedeploy.registry import ALLOCATORS
 
 _SMALLEST_EIGENVALUE = 1e-5  # relative to the largest: below it is the rounding of a rank-deficient matrix
 _BINS = 100

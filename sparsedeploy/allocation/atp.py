@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sparsedeploy import progress
-from sparsedeploy.allocation.base import ALLOCATORS, Shares, layer_units
+from sparsedeploy.allocation.base import Shares, layer_units
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import ModuleShape, SparsityPlan
+from sparsedeploy.registry import ALLOCATORS
 
 
 @dataclass(frozen=True)

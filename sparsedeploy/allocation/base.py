@@ -7,7 +7,7 @@ Neither prunes: :mod:`sparsedeploy.allocation.budget` turns the answer into inte
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,7 +17,6 @@ from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.calibration.scores import wanda_score_blocks
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import ModuleShape
-from sparsedeploy.registry import Registry
 
 # What an allocator reads of each layer: nothing but its depth, its weights, the hidden states that enter and leave it,
 # or statistics of each linear's inputs.
@@ -83,7 +82,8 @@ class Allocator(Protocol):
         """
 
 
-ALLOCATORS: Registry[Any] = Registry("allocation method")
+# An allocation method, called with its options.
+MakeAllocator = Callable[[Any], Allocator]
 
 
 def layer_scores(layer: LayerContext) -> Iterator[torch.Tensor]:

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 
 from sparsedeploy.allocation.base import (
-    ALLOCATORS,
     Shares,
     centred_range,
     layer_scores,
@@ -18,6 +17,7 @@ from sparsedeploy.allocation.base import (
 from sparsedeploy.allocation.select import lower_median
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.plan import ModuleShape
+from sparsedeploy.registry import ALLOCATORS
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Literal
 
 import torch
 
-from sparsedeploy.allocation.base import ALLOCATORS, Shares, Unit, centred_range, layer_units, tabulated_strength
+from sparsedeploy.allocation.base import Shares, Unit, centred_range, layer_units, tabulated_strength
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.plan import ModuleShape
+from sparsedeploy.registry import ALLOCATORS
 
 _FINE_STRENGTH = 0.07
 _ROWS_AT_ONCE = 512  # a group of so many rows stays in a core's cache through its greedy steps

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsedeploy.allocation.base import ALLOCATORS, Shares, centred_range, layer_scores, layer_units
+from sparsedeploy.allocation.base import Shares, centred_range, layer_scores, layer_units
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.plan import ModuleShape
+from sparsedeploy.registry import ALLOCATORS
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from typing import Literal
 
 import torch
 
-from sparsedeploy.allocation.base import ALLOCATORS, Shares, check_scores, layer_units
+from sparsedeploy.allocation.base import Shares, check_scores, layer_units
 from sparsedeploy.allocation.budget import HIGHEST_RATE, LOWEST_RATE
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import ModuleShape
+from sparsedeploy.registry import ALLOCATORS
 
 _CHUNK = 1 << 24  # elements of centred features in memory at once
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsedeploy.allocation.base import ALLOCATORS, Shares, layer_units
+from sparsedeploy.allocation.base import Shares, layer_units
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.plan import ModuleShape
+from sparsedeploy.registry import ALLOCATORS
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def allocate_command(
 ) -> None:
     """Decide how much each layer loses and write it as a plan, without pruning; `prune --plan FILE` follows it."""
     from sparsedeploy.calibration.text import CalibrationOptions
-    from sparsedeploy.registry import parse_options
+    from sparsedeploy.options import parse_pairs
     from sparsedeploy.reporting.plan_plot import plan_table
     from sparsedeploy.workflows.options import PruneOptions
     from sparsedeploy.workflows.plan import plan_model
@@ -74,11 +74,11 @@ def allocate_command(
         PruneOptions(
             sparsity=sparsity,
             pattern=pattern,
-            pattern_options=parse_options(pattern_option or []),
+            pattern_options=parse_pairs(pattern_option or []),
             method=method,
-            method_options=parse_options(method_option or []),
+            method_options=parse_pairs(method_option or []),
             allocation=allocation,
-            allocation_options=parse_options(allocation_option or []),
+            allocation_options=parse_pairs(allocation_option or []),
             calibration=CalibrationOptions(
                 data=data,
                 field=data_field,

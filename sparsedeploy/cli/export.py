@@ -39,14 +39,14 @@ def export_command(
     as_json: JsonOption = False,
 ) -> None:
     """Write a model in the form that a runtime takes, and check that it still computes the same."""
-    from sparsedeploy.registry import parse_options
+    from sparsedeploy.options import parse_pairs
     from sparsedeploy.targets.registry import export_checkpoint
 
     artifact = export_checkpoint(
         model,
         target,
         output,
-        parse_options(target_option or []),
+        parse_pairs(target_option or []),
         quantize=quantize,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sparsedeploy.registry import parse_options
+from sparsedeploy.options import parse_pairs
 
 if TYPE_CHECKING:
     from sparsedeploy.workflows.recipes import Recipe
@@ -33,7 +33,7 @@ class RecipeFlags:
     def options(self, pairs: list[str] | None, section: str, key: str, *, owner: str) -> Mapping[str, Any]:
         """NAME=VALUE flags over the recipe's options, which are dropped when the flag ``owner`` names a method."""
         recipe = {} if self.typed(owner) else self._of_recipe(section, key) or {}
-        return {**recipe, **parse_options(pairs or [])}
+        return {**recipe, **parse_pairs(pairs or [])}
 
     def _of_recipe(self, section: str, key: str) -> Any:
         return None if self._recipe is None else getattr(getattr(self._recipe, section), key)

@@ -69,7 +69,7 @@ def recover_command(
 ) -> None:
     """Win a pruned model's quality back inside its mask, by training small adapters or keeping a low-rank part."""
     from sparsedeploy.calibration.text import CalibrationOptions
-    from sparsedeploy.registry import parse_options
+    from sparsedeploy.options import parse_pairs
     from sparsedeploy.workflows.options import RecoverOptions
     from sparsedeploy.workflows.recover import recover_checkpoint
 
@@ -81,9 +81,9 @@ def recover_command(
         output,
         RecoverOptions(
             method=method,
-            options=parse_options(recover_option or []),
+            options=parse_pairs(recover_option or []),
             data=training_data(train_data, train_field, train_samples, train_length, train_min_length, seed),
-            training=parse_options(train_option or []),
+            training=parse_pairs(train_option or []),
             seed=seed,
         ),
         dense=dense,

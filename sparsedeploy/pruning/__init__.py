@@ -1,6 +1,6 @@
-"""Pruners, one file per method. Importing the package registers all of them."""
+"""Pruners: one method a file, found by its name."""
 
-from sparsedeploy.pruning import magnitude, sparsegpt, wanda
-from sparsedeploy.pruning.base import PRUNERS, Pruned, Pruner
+from sparsedeploy.pruning.base import Pruned, Pruner
+from sparsedeploy.registry import PRUNERS
 
-__all__ = ["PRUNERS", "Pruned", "Pruner", "magnitude", "sparsegpt", "wanda"]
+__all__ = ["PRUNERS", "Pruned", "Pruner"]

@@ -10,7 +10,6 @@ import torch
 
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.plan import ModuleTarget
-from sparsedeploy.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -30,4 +29,3 @@ class Pruned:
 
 # (weight [rows, columns], statistics of the module's input or None, target, options) -> Pruned
 Pruner = Callable[[torch.Tensor, InputStatistics | None, ModuleTarget, Any], Pruned]
-PRUNERS: Registry[Pruner] = Registry("pruning method")

@@ -17,7 +17,8 @@ from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
 from sparsedeploy.plan import ModuleShape, SparsityPlan
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
-from sparsedeploy.pruning.base import PRUNERS, Pruned
+from sparsedeploy.pruning.base import Pruned
+from sparsedeploy.registry import PRUNERS
 
 
 @dataclass(frozen=True)

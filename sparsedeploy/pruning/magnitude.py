@@ -10,8 +10,9 @@ import torch
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.masks import apply_mask
 from sparsedeploy.plan import ModuleTarget
-from sparsedeploy.pruning.base import PRUNERS, Pruned
+from sparsedeploy.pruning.base import Pruned
 from sparsedeploy.pruning.selection import keep_all_but_smallest, keep_by_target
+from sparsedeploy.registry import PRUNERS
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.linear_algebra import add_product, all_finite, upper_cholesky_
 from sparsedeploy.masks import apply_mask
 from sparsedeploy.plan import NM, ModuleTarget
-from sparsedeploy.pruning.base import PRUNERS, Pruned
+from sparsedeploy.pruning.base import Pruned
 from sparsedeploy.pruning.selection import keep_all_but_smallest, keep_largest
+from sparsedeploy.registry import PRUNERS
 
 _RETRIES = 3
 # Columns that are updated one by one before a matrix product takes over.

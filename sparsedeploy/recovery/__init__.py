@@ -1,7 +1,6 @@
-"""Recovery: win a pruned model's quality back inside its mask. Importing the package registers every method."""
+"""Recovery of quality inside the mask: one method a file, found by its name."""
 
-from sparsedeploy.recovery import losa, sparse_lora, sparselo
-from sparsedeploy.recovery.base import Recovered, RecoveryJob
-from sparsedeploy.recovery.registry import RECOVERIES
+from sparsedeploy.recovery.base import Recovered, RecoveryJob, RecoveryMethod
+from sparsedeploy.registry import RECOVERIES
 
-__all__ = ["RECOVERIES", "Recovered", "RecoveryJob", "losa", "sparse_lora", "sparselo"]
+__all__ = ["RECOVERIES", "Recovered", "RecoveryJob", "RecoveryMethod"]

@@ -101,6 +101,10 @@ class Recovered:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
 
 
+# A recovery method. Traits: starts_from ("dense" or "pruned"), trains, calibrates (reads calibration text).
+RecoveryMethod = Callable[[RecoveryJob, Any], Recovered]
+
+
 def check_masks(linears: dict[str, nn.Linear], masks: dict[str, torch.Tensor]) -> None:
     """Refuse masks that are not these weights'.
 

@@ -12,7 +12,7 @@ import torch
 
 from sparsedeploy import progress
 from sparsedeploy.allocation.allocate import measure_layers, model_layers
-from sparsedeploy.allocation.base import ALLOCATORS, Shares
+from sparsedeploy.allocation.base import Shares
 from sparsedeploy.errors import UserError
 from sparsedeploy.masks import apply_mask, pack_bits, unpack_bits
 from sparsedeploy.models.layers import ResidentLayers
@@ -23,10 +23,10 @@ from sparsedeploy.recovery.adapters import Adapter, Regrow, merged, unmerged
 from sparsedeploy.recovery.base import Recovered, RecoveryJob
 from sparsedeploy.recovery.data import step_slices
 from sparsedeploy.recovery.reconstruction import reconstruction_losses
-from sparsedeploy.recovery.registry import RECOVERIES
 from sparsedeploy.recovery.schedule import Shape, mean_ranks, sparsity_schedule
 from sparsedeploy.recovery.step_plan import step_plan
 from sparsedeploy.recovery.training import STATE, train_adapters
+from sparsedeploy.registry import ALLOCATORS, RECOVERIES
 
 _PHASE = "phase"
 _CODE_RANK = 8  # the size of the released code's adapters: it slices them, so larger ranks silently become this

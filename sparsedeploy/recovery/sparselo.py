@@ -13,20 +13,18 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.allocation.allocate import allocate, model_layers
-from sparsedeploy.allocation.base import ALLOCATORS
 from sparsedeploy.calibration.driver import LayerDriver, iterate_weights
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.masks import apply_mask
 from sparsedeploy.models.low_rank import LowRank, LowRankLinear
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
-from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.pruning.base import Pruned
 from sparsedeploy.pruning.magnitude import MagnitudeOptions
 from sparsedeploy.pruning.selection import keep_by_target
 from sparsedeploy.pruning.wanda import WandaOptions
 from sparsedeploy.recovery.base import Recovered, RecoveryJob
-from sparsedeploy.recovery.registry import RECOVERIES
 from sparsedeploy.recovery.svd import SVDMethod, low_rank_factors, top_singular
+from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES
 
 _NOTHING_LEFT = 0.01  # of |W - S|: a tail this small is not worth another step
 _PCP_RATE, _PCP_LAST_RATE = 1e-2, 1e-3

@@ -32,6 +32,7 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.quality.perplexity import text_windows
+from sparsedeploy.registry import TARGETS
 from sparsedeploy.targets.check import check_graph, graph_perplexity, reference_logits
 from sparsedeploy.targets.int8_graph import Range, activation_ranges, write_int8
 from sparsedeploy.targets.kv_graph import KVCacheGraph
@@ -44,7 +45,6 @@ from sparsedeploy.targets.onnx_file import (
     import_onnx,
     write_onnx,
 )
-from sparsedeploy.targets.registry import TARGETS
 
 ENGINE = Engine(name="deepsparse", version="1.8.0")
 # int8 moves logits; a graph that is wrong moves them by as much as they are large. The perplexities tell the quality.

@@ -27,9 +27,9 @@ from sparsedeploy.models.fingerprint import file_sha256, model_sha256, weight_fi
 from sparsedeploy.models.loading import load_config, resolve_model
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.plan import SparsityPlan
+from sparsedeploy.registry import TARGETS
 from sparsedeploy.resources import shipped
 from sparsedeploy.runtimes import llmcompressor
-from sparsedeploy.targets.registry import TARGETS
 
 TOKENS = "calibration.safetensors"
 DENSE = "dense_model.json"

@@ -24,12 +24,12 @@ from sparsedeploy.artifacts.folder import open_checkpoint
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder, write_json
 from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.registry import TARGETS
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.runtimes.worker import Worker
 from sparsedeploy.targets.check import compare_logits, reference_logits, split_prompt
 from sparsedeploy.targets.onnx_file import MODEL_FILE, import_onnx
-from sparsedeploy.targets.registry import TARGETS
 
 RUNTIME = "onnxruntime"
 

@@ -1,28 +1,18 @@
-"""The export targets. Each lives in a file of its own that registers one function; they are listed in ``_MODULES``."""
+"""Export a checkpoint for a target; each target is one file, found by its name."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsedeploy.artifacts.description import Artifact
 from sparsedeploy.errors import UserError
-from sparsedeploy.registry import Registry
+from sparsedeploy.options import described
+from sparsedeploy.registry import TARGETS
 
 # Called as function(checkpoint, output, options, trust_remote_code=..., overwrite=...).
 ExportFunction = Callable[..., Artifact]
-TARGETS: Registry[ExportFunction] = Registry("export target")
-_MODULES = ("deepsparse", "llmcompressor", "onnxruntime", "vllm")
-
-
-def export_targets() -> Registry[ExportFunction]:
-    """Every target, with their modules imported."""
-    for name in _MODULES:
-        importlib.import_module(f"sparsedeploy.targets.{name}")
-    return TARGETS
 
 
 def export_checkpoint(
@@ -45,12 +35,12 @@ def export_checkpoint(
     Raises:
         UserError: an unknown target or option, or whatever the target refuses.
     """
-    method = export_targets().get(target)
+    method = TARGETS.get(target)
     if quantize is not None:
-        if "quantize" not in {field.name for field in dataclasses.fields(method.options)}:
+        able = [each.name for each in TARGETS if "quantize" in {item.name for item in described(each.options)}]
+        if target not in able:
             raise UserError(
-                f"--quantize does not go with --target {target}",
-                "Use --target vllm; for DeepSparse it is --target-option int8=true.",
+                f"--quantize does not go with --target {target}", f"Use --target {' or '.join(able)}, or leave it out."
             )
         options = {**(options or {}), "quantize": quantize}
     return method.function(

@@ -28,8 +28,8 @@ from sparsedeploy.formats import packed as packing
 from sparsedeploy.formats.config import BITMASK, ModuleFormat, PackedConfig
 from sparsedeploy.models.structure import check_finite, find_decoder_stack
 from sparsedeploy.models.tensor_files import INDEX, TensorFiles
+from sparsedeploy.registry import TARGETS
 from sparsedeploy.targets.quantize import export_quantized
-from sparsedeploy.targets.registry import TARGETS
 
 ENGINE = Engine(name="vllm", version="0.32.0")
 # Copied are the small files of the model folder; weights in any format are written anew or left out.

@@ -20,12 +20,12 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import LayerSource, StreamedLayers
 from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
+from sparsedeploy.options import build_options
 from sparsedeploy.plan import NM, MixedNM, SparsityPlan, check_sparsity, parse_pattern
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
 from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.pruning.layers import prune_model
 from sparsedeploy.quality.perplexity import perplexity, text_windows
-from sparsedeploy.registry import build_options
 from sparsedeploy.workflows.options import PruneOptions
 
 

@@ -143,11 +143,11 @@ def check_recipe(recipe: Recipe) -> None:
         UserError: an unknown method or option.
     """
     from sparsedeploy.allocation import ALLOCATORS, MixedOptions
+    from sparsedeploy.options import build_options
     from sparsedeploy.plan import parse_pattern
     from sparsedeploy.pruning import PRUNERS
     from sparsedeploy.recovery import RECOVERIES
     from sparsedeploy.recovery.training import TrainingOptions
-    from sparsedeploy.registry import build_options
 
     prune, recover = recipe.prune, recipe.recover
     try:

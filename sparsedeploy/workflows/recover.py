@@ -22,14 +22,14 @@ from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
+from sparsedeploy.options import build_options
 from sparsedeploy.plan import SparsityPlan, parse_pattern
 from sparsedeploy.pruning.layers import losses_of, prune_model
 from sparsedeploy.recovery.base import Recovered, RecoveryJob, check_masks
 from sparsedeploy.recovery.data import TrainingData, load_training_data
-from sparsedeploy.recovery.registry import RECOVERIES
 from sparsedeploy.recovery.state import RunState
 from sparsedeploy.recovery.training import TrainingOptions
-from sparsedeploy.registry import Method, build_options
+from sparsedeploy.registry import RECOVERIES, Method
 from sparsedeploy.version import __version__
 from sparsedeploy.workflows.options import PruneOptions, RecoverOptions
 from sparsedeploy.workflows.plan import choose_plan, prepare

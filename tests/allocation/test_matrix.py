@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from sparsedeploy.allocation import ALLOCATORS, MixedOptions, allocate, model_layers
+from sparsedeploy.allocation import MixedOptions, allocate, model_layers
 from sparsedeploy.calibration.samples import CalibrationSet
 from sparsedeploy.errors import UserError
 from sparsedeploy.masks import follows_n_of_m
 from sparsedeploy.plan import MixedNM, SparsityPlan, parse_pattern
-from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.pruning.layers import prune_model
+from sparsedeploy.registry import ALLOCATORS, PRUNERS
 from tests.small_models import VOCABULARY, random_model
 
 FAMILIES = ("llama", "qwen3", "opt")  # grouped-query attention with k and v of other sizes; head norms; biases

@@ -7,9 +7,9 @@ from typing import get_args
 
 import pytest
 
-from sparsedeploy.allocation import ALLOCATORS
 from sparsedeploy.cli.plan_options import AllocationOption
 from sparsedeploy.plan import SparsityPlan
+from sparsedeploy.registry import ALLOCATORS
 from tests.cli.conftest import Outcome
 from tests.small_models import save_model
 

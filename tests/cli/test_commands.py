@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from sparsedeploy.pruning import PRUNERS
+from sparsedeploy.registry import PRUNERS
 from tests.cli.conftest import Outcome
 
 Cli = Callable[..., Outcome]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from sparsedeploy.calibration.text import CalibrationOptions
-from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.reference import reference_model
+from sparsedeploy.registry import PRUNERS
 from sparsedeploy.runtimes.environments import install
 from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import load_runtime

@@ -6,8 +6,9 @@ import torch
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.masks import follows_n_of_m
 from sparsedeploy.plan import NM, ModuleTarget
-from sparsedeploy.pruning import PRUNERS, Pruned
+from sparsedeploy.pruning import Pruned
 from sparsedeploy.pruning.selection import keep_all_but_smallest, keep_n_of_m
+from sparsedeploy.registry import PRUNERS
 
 ROWS, COLUMNS = 12, 64
 PATTERNS = [NM(2, 4), NM(4, 8), NM(2, 8), NM(1, 4), NM(3, 8), NM(4, 4)]

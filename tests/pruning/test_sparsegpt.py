@@ -6,9 +6,9 @@ import torch
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import NM, ModuleTarget
-from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.pruning.selection import keep_all_but_smallest
 from sparsedeploy.pruning.sparsegpt import SparseGPTOptions, hessian_factor, solve
+from sparsedeploy.registry import PRUNERS
 
 ROWS, COLUMNS, BLOCK = 48, 128, 32
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from sparsedeploy.calibration.samples import CalibrationSet
 from sparsedeploy.plan import NM, MixedNM, parse_pattern
-from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.recovery.base import RecoveryJob
 from sparsedeploy.recovery.data import TrainingData
 from sparsedeploy.recovery.training import TrainingOptions
+from sparsedeploy.registry import PRUNERS
 from tests.small_models import random_model
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsedeploy.allocation.base import ALLOCATORS
 from sparsedeploy.masks import follows_n_of_m
 from sparsedeploy.recovery import losa as module
 from sparsedeploy.recovery.base import RecoveryJob
@@ -17,6 +16,7 @@ from sparsedeploy.recovery.losa import LosaOptions, losa
 from sparsedeploy.recovery.reconstruction import reconstruction_losses, relative_error
 from sparsedeploy.recovery.state import RunState
 from sparsedeploy.recovery.training import train_adapters
+from sparsedeploy.registry import ALLOCATORS
 from tests.recovery.jobs import job, weights
 from tests.small_models import random_model
 

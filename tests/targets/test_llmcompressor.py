@@ -269,7 +269,7 @@ def test_what_cannot_be_replayed_or_quantised_is_refused(
             sparse,
             "deepsparse",
             "w8a8",
-            "--quantize does not go with --target deepsparse. Use --target vllm; for DeepSparse",
+            "--quantize does not go with --target deepsparse. Use --target vllm, or leave it out",
         ),
     ):
         with pytest.raises(UserError, match=message):

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsedeploy.allocation import ALLOCATORS, allocate
+from sparsedeploy.allocation import allocate
 from sparsedeploy.calibration.text import CalibrationOptions, calibration_set
 from sparsedeploy.checkpoint.journal import FILE as JOURNAL
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.models.loading import load_config, load_model
 from sparsedeploy.models.tensor_files import TensorFiles
-from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.pruning.layers import prune_model
+from sparsedeploy.registry import ALLOCATORS, PRUNERS
 from sparsedeploy.workflows.options import PruneOptions
 from sparsedeploy.workflows.prune import prune
 from tests.small_models import FAMILIES, save_model

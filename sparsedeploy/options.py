@@ -1,0 +1,325 @@
+"""Options: a frozen dataclass is the only place where a name, its type, default, bounds and help stand.
+
+The command line, the recipes, the manifest's request, ``--help`` and the tables of the documentation are derived from
+it, and one converter turns plain values (of a command line, of YAML or JSON) into the declared types.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sparsedeploy.errors import UserError
+
+T = TypeVar("T")
+_LARGEST = 2**63 - 1
+SEEDS = {"at_least": 0, "at_most": 2**32 - 1}
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What :func:`option` declares beside type and default.
+
+    Attributes:
+        help: one or two sentences; ``{choices}`` stands for the names of ``choices``.
+        flag, short: on the command line; by default ``--`` and the name.
+        choices: the names that are known, asked for when they are shown.
+        replaces: options of a recipe that do not count when this one is typed.
+    """
+
+    help: str = ""
+    flag: str | None = None
+    short: str | None = None
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: Callable[[], Sequence[str]] | None = None
+    replaces: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The help with its choices."""
+        if self.choices is None or "{choices}" not in self.help:
+            return self.help
+        *first, last = self.choices()
+        return self.help.replace("{choices}", f"{', '.join(first)} or {last}" if first else last)
+
+
+def option(
+    default: T,
+    help: str = "",
+    *,
+    flag: str | None = None,
+    short: str | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: Callable[[], Sequence[str]] | None = None,
+    replaces: tuple[str, ...] = (),
+) -> T:
+    """A field of an options dataclass, with its :class:`Facts`."""
+    facts = Facts(help, flag, short, at_least, above, at_most, below, choices, replaces)
+    return field(default=default, metadata={"facts": facts})
+
+
+class Options:
+    """Base of the options dataclasses: values are within their bounds, however they are made."""
+
+    def __post_init__(self) -> None:
+        for item in described(type(self)):
+            if reason := _out_of_bounds(getattr(self, item.name), item.facts):
+                raise ValueError(f"{item.name} is {getattr(self, item.name)}, it takes {reason}")
+
+
+@dataclass(frozen=True)
+class Described:
+    """One option: its field with the resolved type."""
+
+    name: str
+    hint: Any
+    default: Any
+    facts: Facts
+
+    @property
+    def arms(self) -> tuple[Any, ...]:
+        """The types that it may have, without None."""
+        return arms(self.hint)
+
+    @property
+    def kind(self) -> Any:
+        """Its type without None; the origin of a generic one."""
+        return typing.get_origin(self.arms[0]) or self.arms[0]
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The values of a literal type."""
+        return typing.get_args(self.arms[0]) if self.kind is typing.Literal else ()
+
+    @property
+    def section(self) -> bool:
+        """Whether it holds options itself."""
+        return dataclasses.is_dataclass(self.arms[0])
+
+
+def arms(hint: Any) -> tuple[Any, ...]:
+    """The members of a union without None; otherwise the type itself."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(arm for arm in typing.get_args(hint) if arm is not type(None))
+    return (hint,)
+
+
+def described(options: type[Any]) -> list[Described]:
+    """The options of a dataclass, in order; those of plain fields have no facts."""
+    hints = typing.get_type_hints(options)
+    return [
+        Described(each.name, hints[each.name], each.default, each.metadata.get("facts", Facts()))
+        for each in dataclasses.fields(options)
+    ]
+
+
+def build_options(owner: str, options: type[T], values: Mapping[str, Any]) -> T:
+    """Build an options dataclass from plain values; ``owner`` names it in messages.
+
+    Raises:
+        UserError: an unknown option, or a value that does not fit.
+    """
+    converted = convert_options(owner, options, values)
+    try:
+        return options(**converted)
+    except ValueError as error:
+        raise UserError(f"{owner}: {error}", "Change that option.") from None
+
+
+def convert_options(
+    owner: str, options: type[Any], values: Mapping[str, Any], labels: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Convert plain values to the types that the dataclass declares; those left out stay out.
+
+    Args:
+        labels: how a message names an option that is not called ``owner: option NAME``, such as by its flag.
+
+    Raises:
+        UserError: an unknown option, or a value that does not fit.
+    """
+    known = {item.name: item for item in described(options)}
+    converted: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f"Did you mean {close[0]}? " if close else ""
+            raise UserError(
+                f"{owner} has no option {shown(key)}", f"{hint}Its options: {', '.join(sorted(known)) or 'none'}."
+            )
+        label = (labels or {}).get(key, f"{owner}: option {key}")
+        converted[key] = convert(label, value, known[key].hint, known[key].facts)
+    return converted
+
+
+def convert(label: str, value: Any, hint: Any, facts: Facts = Facts()) -> Any:
+    """Convert one plain value to a type and check its bounds.
+
+    Args:
+        label: names the option in messages.
+        hint: bool, int, float, str, Path, a literal, a mapping, a tuple of these, an options dataclass, or one of them
+            or None.
+
+    Raises:
+        UserError: a value that does not fit.
+    """
+    kinds = arms(hint)
+    if kinds != (hint,) and (value is None or value == "none"):
+        return None
+    kind = kinds[0]
+    origin = typing.get_origin(kind) or kind
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+        if not isinstance(value, Mapping):
+            raise UserError(f"{label} is {shown(value)}", f"It takes {_wanted(kind)}.")
+        return build_options(label, kind, value)
+    if origin is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, (list, tuple)):
+            raise UserError(f"{label} is {shown(value)}", f"It takes {_wanted(kind)}.")
+        inner = typing.get_args(kind)[0]
+        return tuple(convert(label, part.strip() if isinstance(part, str) else part, inner, facts) for part in parts)
+    try:
+        converted = _CONVERTERS[origin](value, kind)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise UserError(f"{label} is {shown(value)}", f"It takes {_wanted(kind)}.") from None
+    if reason := _out_of_bounds(converted, facts):
+        raise UserError(f"{label} is {shown(value)}", f"It takes {reason}.")
+    return converted
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, whatever it is."""
+    if isinstance(value, (dict, list, set)):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'}"
+    try:
+        text = repr(value) if isinstance(value, str) else str(value).lower() if value is None else str(value)
+    except ValueError:  # thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def plain_options(options: Any) -> dict[str, Any]:
+    """The values of an options dataclass as JSON has them; :func:`build_options` reads them back."""
+    return {each.name: _plain(getattr(options, each.name)) for each in dataclasses.fields(options)}
+
+
+def parse_pairs(pairs: Sequence[str]) -> dict[str, str]:
+    """Turn ``["strength=0.1", "m=5"]`` into a mapping.
+
+    Raises:
+        UserError: an item without ``=``, or a name twice.
+    """
+    values: dict[str, str] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not separator or not key:
+            raise UserError(f"option '{pair}' is not NAME=VALUE", "Write it as, for example, strength=0.1.")
+        if key in values:
+            raise UserError(f"option {key} is given twice", "Give it once.")
+        values[key] = value.strip()
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return plain_options(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _out_of_bounds(value: Any, facts: Facts) -> str | None:
+    """What a value should have been; None for one within its bounds, and for what has none."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    bounds = [
+        (facts.at_least, "at least", lambda bound: value >= bound),
+        (facts.above, "above", lambda bound: value > bound),
+        (facts.at_most, "at most", lambda bound: value <= bound),
+        (facts.below, "below", lambda bound: value < bound),
+    ]
+    given = [(f"{words} {bound:.12g}", holds(bound)) for bound, words, holds in bounds if bound is not None]
+    if math.isfinite(value) and all(holds for _, holds in given):
+        return None
+    kind = "a whole number" if isinstance(value, int) else "a finite number"
+    return f"{kind} of {' and '.join(words for words, _ in given)}".replace("of above", "above") if given else kind
+
+
+def _to_bool(value: Any, kind: Any) -> bool:
+    return value if isinstance(value, bool) else _TRUTH[value.lower()] if isinstance(value, str) else _refuse()
+
+
+def _to_int(value: Any, kind: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        _refuse()
+    number = int(value)
+    exact = isinstance(value, str) or number == value
+    return number if exact and abs(number) <= _LARGEST else _refuse()
+
+
+def _to_float(value: Any, kind: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        _refuse()
+    number = float(value)
+    return number if math.isfinite(number) else _refuse()
+
+
+def _to_str(value: Any, kind: Any) -> str:
+    return value if isinstance(value, str) else _refuse()
+
+
+def _to_path(value: Any, kind: Any) -> Path:
+    return Path(value) if isinstance(value, (str, Path)) and str(value) else _refuse()
+
+
+def _to_literal(value: Any, kind: Any) -> Any:
+    return value if any(value == arm and type(value) is type(arm) for arm in typing.get_args(kind)) else _refuse()
+
+
+def _to_mapping(value: Any, kind: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) and all(isinstance(key, str) for key in value) else _refuse()
+
+
+def _refuse() -> Any:
+    raise ValueError
+
+
+_CONVERTERS: dict[Any, Callable[[Any, Any], Any]] = {
+    bool: _to_bool,
+    int: _to_int,
+    float: _to_float,
+    str: _to_str,
+    Path: _to_path,
+    typing.Literal: _to_literal,
+    Mapping: _to_mapping,
+    dict: _to_mapping,
+}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", Path: "a path"}
+
+
+def _wanted(kind: Any) -> str:
+    """The words for a type, in a message."""
+    origin = typing.get_origin(kind) or kind
+    if origin is typing.Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    if origin is tuple:
+        return f"{_wanted(typing.get_args(kind)[0])}, or several with commas between them"
+    return _WORDS.get(origin, "a mapping of names to values")

@@ -1,0 +1,68 @@
+"""What sparse-lora and lora share: adapters of one rank on a model that is pruned already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparsedeploy.recovery.adapters import Adapter
+from sparsedeploy.recovery.base import RecoveryJob, check_masks
+from sparsedeploy.recovery.training import TrainingReport, train_adapters
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Options.
+
+    Attributes:
+        rank: of every adapter; the output is scaled by alpha / 8 whatever the rank.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1 or self.alpha <= 0:
+            raise ValueError("rank must be at least 1, dropout in [0, 1) and alpha positive")
+
+
+def train_on_pruned(
+    job: RecoveryJob, options: LoraOptions, *, masked: bool
+) -> tuple[dict[str, Adapter], dict[str, torch.Tensor], TrainingReport]:
+    data, masks, linears = job.training_data(), job.masks or {}, job.linears
+    check_masks(linears, masks)
+    generator = torch.Generator().manual_seed(job.seed * 1009)
+    adapters = {
+        name: Adapter(
+            linear,
+            options.rank,
+            masks[name] if masked else None,
+            alpha=options.alpha,
+            dropout=options.dropout,
+            generator=generator,
+        )
+        for name, linear in linears.items()
+    }
+    kind = "sparse-lora" if masked else "lora"
+    report = train_adapters(
+        job.model,
+        adapters,
+        data.sequences,
+        job.training,
+        seed=job.seed * 1009,
+        description=f"train ({kind})",
+        state=job.state,
+        tag=kind,
+    )
+    return adapters, masks, report
+
+
+def summary(report: TrainingReport) -> dict[str, float]:
+    return {
+        "tokens": report.tokens,
+        "seconds": report.seconds,
+        "first_loss": report.losses[0],
+        "last_loss": report.losses[-1],
+    }
