@@ -21,6 +21,7 @@ import yaml
 
 from sparsedeploy.allocation import MixedOptions
 from sparsedeploy.cli.main import app
+from sparsedeploy.options import Facts, described
 from sparsedeploy.recovery.training import TrainingOptions
 from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES, TARGETS, Method, Registry
 
@@ -414,16 +415,24 @@ def _facts(family: Family, method: Method[Any]) -> list[str]:
 
 
 def _options(options: type[Any], flag: str) -> str:
-    fields = dataclasses.fields(options)
-    if not fields:
+    items = described(options)
+    if not items:
         return "None.\n"
-    hints = typing.get_type_hints(options)
-    meanings = _attributes(options)
     rows = [
-        (f"`{field.name}`", _cell(_hint(hints[field.name])), f"`{_plain(field.default)}`", meanings.get(field.name, ""))
-        for field in fields
+        (
+            f"`{item.name}`",
+            _cell(_hint(item.hint) + _bounds(item.facts)),
+            f"`{_plain(item.default)}`",
+            _cell(item.facts.text),
+        )
+        for item in items
     ]
     return f"Given as `{flag} NAME=VALUE`.\n\n{_table(('name', 'value', 'default', 'meaning'), rows)}"
+
+
+def _bounds(facts: Facts) -> str:
+    limits = ((">=", facts.at_least), (">", facts.above), ("<=", facts.at_most), ("<", facts.below))
+    return "".join(f", {sign} {limit:.12g}" for sign, limit in limits if limit is not None)
 
 
 def _plain(value: Any) -> str:
@@ -438,21 +447,6 @@ def _hint(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join("none" if arm is type(None) else _hint(arm) for arm in typing.get_args(hint))
     return {int: "whole number", float: "number", str: "text", bool: "true or false"}.get(hint, str(hint))
-
-
-def _attributes(options: type[Any]) -> dict[str, str]:
-    """Name -> meaning from the ``Attributes:`` part of a dataclass's docstring."""
-    _, _, listed = inspect.cleandoc(options.__doc__ or "").partition("Attributes:\n")
-    meanings: dict[str, str] = {}
-    names: list[str] = []
-    for line in listed.splitlines():
-        entry = re.match(r" {4}([\w, ]+): (.*)", line)
-        if entry:
-            names = [name.strip() for name in entry[1].split(",")]
-            meanings |= dict.fromkeys(names, entry[2])
-        elif line.startswith(" " * 8):
-            meanings |= {name: f"{meanings[name]} {line.strip()}" for name in names}
-    return {name: _cell(meaning) for name, meaning in meanings.items()}
 
 
 def _patterns_page(formulas: dict[str, str]) -> str:

@@ -20,7 +20,7 @@ from sparsedeploy.errors import UserError
 
 T = TypeVar("T")
 _LARGEST = 2**63 - 1
-SEEDS = {"at_least": 0, "at_most": 2**32 - 1}
+_LARGEST_SEED = 2**32 - 1
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -72,13 +72,22 @@ def option(
     return field(default=default, metadata={"facts": facts})
 
 
+def seed_option(help: str, *, flag: str | None = None) -> int:
+    """The field of a seed."""
+    return option(0, help, flag=flag, at_least=0, at_most=_LARGEST_SEED)
+
+
 class Options:
-    """Base of the options dataclasses: values are within their bounds, however they are made."""
+    """Base of the options dataclasses: values are within their bounds, however they are made.
+
+    Raises:
+        UserError: a value out of its bounds; ValueError is for what does not go together.
+    """
 
     def __post_init__(self) -> None:
         for item in described(type(self)):
             if reason := _out_of_bounds(getattr(self, item.name), item.facts):
-                raise ValueError(f"{item.name} is {getattr(self, item.name)}, it takes {reason}")
+                raise UserError(f"{item.name} is {getattr(self, item.name)}", f"It takes {reason}.")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 
 from sparsedeploy.allocation.base import Shares, check_scores, layer_units, module_units
 from sparsedeploy.calibration.driver import LayerContext
+from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleShape
 from sparsedeploy.registry import ALLOCATORS
 
@@ -19,26 +20,23 @@ _PAIRS_AT_ONCE = 1 << 22  # (candidate, tail entry) pairs in memory: 32 MB in fl
 
 
 @dataclass(frozen=True)
-class AlphaPruningOptions:
-    """Options.
+class AlphaPruningOptions(Options):
+    """How AlphaPruning fits the spectra, and how far it spreads the rates."""
 
-    Attributes:
-        strength: epsilon; the rates' factors span [1 - strength, 1 + strength].
-        metric: ``alpha_peak`` searches the tail's start near the peak of the log spectrum for the best power-law fit;
-            ``alpha_mid`` takes the upper half of the eigenvalues.
-        lower_bound: ``reference`` compares eigenvalues with a logarithm, as the released code does, so that the window
-            of the search has next to no lower end; ``intended`` is the window around the peak.
-        granularity: one rate per ``layer`` (mean alpha of its linears) or per ``projection``.
-    """
-
-    strength: float = 0.3
-    metric: Literal["alpha_peak", "alpha_mid"] = "alpha_peak"
-    lower_bound: Literal["reference", "intended"] = "reference"
-    granularity: Literal["layer", "projection"] = "layer"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.strength < 1:
-            raise ValueError("strength must be in [0, 1)")
+    strength: float = option(0.3, "epsilon; the rates' factors span [1 - strength, 1 + strength].", at_least=0, below=1)
+    metric: Literal["alpha_peak", "alpha_mid"] = option(
+        "alpha_peak",
+        "`alpha_peak` searches the tail's start near the peak of the log spectrum for the best power-law fit; "
+        "`alpha_mid` takes the upper half of the eigenvalues.",
+    )
+    lower_bound: Literal["reference", "intended"] = option(
+        "reference",
+        "`reference` compares eigenvalues with a logarithm, as the released code does, so that the window of the "
+        "search has next to no lower end; `intended` is the window around the peak.",
+    )
+    granularity: Literal["layer", "projection"] = option(
+        "layer", "One rate per `layer` (mean alpha of its linears) or per `projection`."
+    )
 
 
 @ALLOCATORS.register("alphapruning", AlphaPruningOptions, needs="weights", strength="strength")

@@ -11,39 +11,42 @@ from sparsedeploy import progress
 from sparsedeploy.allocation.base import Shares, layer_units
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.errors import UserError
+from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleShape, SparsityPlan
 from sparsedeploy.registry import ALLOCATORS
 
 
 @dataclass(frozen=True)
-class ATPOptions:
-    """Options.
+class ATPOptions(Options):
+    """The step of the progression, or how it is searched."""
 
-    Attributes:
-        beta: the step in sparsity from layer to layer; None takes half of the largest legal one, which is 0.0097 for
-            32 layers at 70 %.
-        search: choose beta by trial: prune with each, and take the one with the lowest perplexity.
-        step: the distance between trial values, 0.002 in the paper.
-        trials: at most so many; where ``step`` would give more (shallow models), they are spread over the legal range.
-        patience: stop after so many trials in a row without a better one; 0 tries them all, as the paper does.
-        selection: ``validation`` selects on validation text; ``test`` on the test text, as the released script does,
-            so that the reported perplexity is then too good.
-        text: the text to select on; None takes the calibration source's own split.
-        windows: how many windows of it are evaluated.
-    """
-
-    beta: float | None = None
-    search: bool = False
-    step: float = 0.002
-    trials: int = 16
-    patience: int = 3
-    selection: Literal["validation", "test"] = "validation"
-    text: str | None = None
-    windows: int = 32
+    beta: float | None = option(
+        None,
+        "The step in sparsity from layer to layer; None takes half of the largest legal one, which is 0.0097 for 32 "
+        "layers at 70 %.",
+    )
+    search: bool = option(False, "Choose beta by trial: prune with each, and take the one with the lowest perplexity.")
+    step: float = option(0.002, "The distance between trial values, 0.002 in the paper.", above=0)
+    trials: int = option(
+        16,
+        "At most so many; where `step` would give more (shallow models), they are spread over the legal range.",
+        at_least=1,
+    )
+    patience: int = option(
+        3,
+        "Stop after so many trials in a row without a better one; 0 tries them all, as the paper does.",
+        at_least=0,
+    )
+    selection: Literal["validation", "test"] = option(
+        "validation",
+        "`validation` selects on validation text; `test` on the test text, as the released script does, so that the "
+        "reported perplexity is then too good.",
+    )
+    text: str | None = option(None, "The text to select on; None takes the calibration source's own split.")
+    windows: int = option(32, "How many windows of it are evaluated.", at_least=1)
 
     def __post_init__(self) -> None:
-        if self.step <= 0 or self.trials < 1 or self.patience < 0 or self.windows < 1:
-            raise ValueError("step, trials and windows must be positive and patience at least 0")
+        super().__post_init__()
         if self.search and self.beta is not None:
             raise ValueError("give either beta or search=true, not both")
 

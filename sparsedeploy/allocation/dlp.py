@@ -16,25 +16,21 @@ from sparsedeploy.allocation.base import (
 )
 from sparsedeploy.allocation.select import lower_median
 from sparsedeploy.calibration.driver import LayerContext
+from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleShape
 from sparsedeploy.registry import ALLOCATORS
 
 
 @dataclass(frozen=True)
-class DLPOptions:
-    """Options.
+class DLPOptions(Options):
+    """What DLP takes for a layer's typical score, and how far it spreads the rates."""
 
-    Attributes:
-        reduce: the typical score of a layer: the ``median`` of the paper, or the ``mean`` of the released code.
-        strength: alpha; the rates span ``2 * strength``. None takes the published table (0.15 at 70 %).
-    """
-
-    reduce: Literal["median", "mean"] = "median"
-    strength: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.strength is not None and not self.strength >= 0:
-            raise ValueError("strength must be at least 0")
+    reduce: Literal["median", "mean"] = option(
+        "median", "The typical score of a layer: the `median` of the paper, or the `mean` of the released code."
+    )
+    strength: float | None = option(
+        None, "alpha; the rates span `2 * strength`. None takes the published table (0.15 at 70 %).", at_least=0
+    )
 
 
 @ALLOCATORS.register("dlp", DLPOptions, needs="sum_squares", strength="strength")

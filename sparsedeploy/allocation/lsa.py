@@ -12,6 +12,7 @@ import torch
 
 from sparsedeploy.allocation.base import Shares, Unit, centred_range, layer_units, tabulated_strength
 from sparsedeploy.calibration.driver import LayerContext
+from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleShape
 from sparsedeploy.registry import ALLOCATORS
 
@@ -20,30 +21,38 @@ _ROWS_AT_ONCE = 512  # a group of so many rows stays in a core's cache through i
 
 
 @dataclass(frozen=True)
-class LSAOptions:
-    """Options.
+class LSAOptions(Options):
+    """What LSA scores, and how far it spreads the rates."""
 
-    Attributes:
-        granularity: one score per ``layer``, per ``block`` (attention, MLP) or per ``projection``. The released code's
-            block mode equals its projection mode, because it tests for an old name of the option.
-        strength: beta. None takes the published table at layer granularity (0.15 at 70 %) and 0.07 at the others.
-        removed: share of the weights that the scoring drops (p); nothing is pruned by it.
-        group: columns that the greedy choice runs over at once (B); 0 takes all of a row's, the released default.
-        block_unit: at block granularity, one rate per block with the block's size. Otherwise each projection's
-            deviation is scaled by its own size, as in the released code, so that members of a block differ.
-    """
-
-    granularity: Literal["layer", "block", "projection"] = "layer"
-    strength: float | None = None
-    removed: float = 0.5
-    group: int = 128
-    block_unit: bool = False
+    granularity: Literal["layer", "block", "projection"] = option(
+        "layer",
+        "One score per `layer`, per `block` (attention, MLP) or per `projection`. The released code's block mode "
+        "equals its projection mode, because it tests for an old name of the option.",
+    )
+    strength: float | None = option(
+        None,
+        "beta. None takes the published table at layer granularity (0.15 at 70 %) and 0.07 at the others.",
+        at_least=0,
+    )
+    removed: float = option(
+        0.5,
+        "Share of the weights that the scoring drops (p); nothing is pruned by it.",
+        above=0,
+        below=1,
+    )
+    group: int = option(
+        128,
+        "Columns that the greedy choice runs over at once (B); 0 takes all of a row's, the released default.",
+        at_least=0,
+    )
+    block_unit: bool = option(
+        False,
+        "At block granularity, one rate per block with the block's size. Otherwise each projection's deviation is "
+        "scaled by its own size, as in the released code, so that members of a block differ.",
+    )
 
     def __post_init__(self) -> None:
-        if self.strength is not None and not self.strength >= 0:
-            raise ValueError("strength must be at least 0")
-        if not 0 < self.removed < 1 or self.group < 0:
-            raise ValueError("removed must be between 0 and 1, and group at least 0")
+        super().__post_init__()
         if self.block_unit and self.granularity != "block":
             raise ValueError("block_unit belongs to granularity=block")
 

@@ -15,31 +15,34 @@ from sparsedeploy.allocation.budget import meet_target, nm_target, unit_sizes
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.calibration.scores import wanda_score_blocks
 from sparsedeploy.errors import UserError
+from sparsedeploy.options import Options, option
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, SparsityPlan
 
 
 @dataclass(frozen=True)
-class MixedOptions:
-    """Options of mixed N:M patterns.
+class MixedOptions(Options):
+    """How a mixed N:M pattern chooses its N."""
 
-    Attributes:
-        rule: ``apportion`` gives each unit the N that its importance asks for (methods 6.1); ``marginal`` takes from
-            the unit that loses least of its Wanda scores, step by step (methods 6.2, after DominoSearch).
-        wanted: where ``apportion`` takes the wish from: the allocator's ``importance``, or M (1 - s) of its ``rates``.
-        strength: the wishes span ``strength`` steps of N between the least and the most important unit; with
-            ``marginal``, costs are weighted by exp(strength (z - mean z)), z the importance scaled to [0, 1].
-        n_min, n_max: bounds of N; ``n_max`` None is M.
-    """
-
-    rule: Literal["apportion", "marginal"] = "apportion"
-    wanted: Literal["importance", "rates"] = "importance"
-    strength: float = 2.0
-    n_min: int = 1
-    n_max: int | None = None
+    rule: Literal["apportion", "marginal"] = option(
+        "apportion",
+        "`apportion` gives each unit the N that its importance asks for; `marginal` takes from the unit that loses "
+        "least of its Wanda scores, step by step (after DominoSearch).",
+    )
+    wanted: Literal["importance", "rates"] = option(
+        "importance",
+        "Where `apportion` takes the wish from: the allocator's `importance`, or M (1 - s) of its `rates`.",
+    )
+    strength: float = option(
+        2.0,
+        "The wishes span `strength` steps of N between the least and the most important unit; with `marginal`, costs "
+        "are weighted by exp(strength (z - mean z)), z the importance scaled to [0, 1].",
+        at_least=0,
+    )
+    n_min: int = option(1, "The smallest N.", at_least=1)
+    n_max: int | None = option(None, "The largest N; None is M.", at_least=1)
 
     def __post_init__(self) -> None:
-        if not self.strength >= 0 or self.n_min < 1:
-            raise ValueError("strength must be at least 0 and n_min at least 1")
+        super().__post_init__()
         if self.n_max is not None and self.n_max < self.n_min:
             raise ValueError("n_max must be at least n_min")
 

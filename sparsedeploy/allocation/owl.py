@@ -8,25 +8,21 @@ import torch
 
 from sparsedeploy.allocation.base import Shares, centred_range, layer_scores, layer_units
 from sparsedeploy.calibration.driver import LayerContext
+from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleShape
 from sparsedeploy.registry import ALLOCATORS
 
 
 @dataclass(frozen=True)
-class OWLOptions:
-    """Options.
+class OWLOptions(Options):
+    """What OWL counts as an outlier, and how far it spreads the rates."""
 
-    Attributes:
-        strength: lambda; the rates span ``2 * strength``, not centred on the target when outliers are skewed.
-        m: a score is an outlier when it exceeds ``m`` times its layer's mean score.
-    """
-
-    strength: float = 0.08
-    m: float = 5.0
-
-    def __post_init__(self) -> None:
-        if not self.strength >= 0 or not self.m > 0:
-            raise ValueError("strength must be at least 0 and m positive")
+    strength: float = option(
+        0.08,
+        "lambda; the rates span `2 * strength`, not centred on the target when outliers are skewed.",
+        at_least=0,
+    )
+    m: float = option(5.0, "A score is an outlier when it exceeds `m` times its layer's mean score.", above=0)
 
 
 @ALLOCATORS.register("owl", OWLOptions, needs="sum_squares", strength="strength")

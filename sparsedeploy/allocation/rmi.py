@@ -13,6 +13,7 @@ from sparsedeploy.allocation.base import Shares, check_scores, layer_units
 from sparsedeploy.allocation.budget import HIGHEST_RATE, LOWEST_RATE
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.errors import UserError
+from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleShape
 from sparsedeploy.registry import ALLOCATORS
 
@@ -20,26 +21,22 @@ _CHUNK = 1 << 24  # elements of centred features in memory at once
 
 
 @dataclass(frozen=True)
-class RMIOptions:
-    """Options.
+class RMIOptions(Options):
+    """What RMI compares, and how far the rates may lie from the target."""
 
-    Attributes:
-        delta: rates stay within ``delta`` of the target; None takes LoSA's 0.01, 0.02 or 0.03 by target.
-        feature: compare the hidden states that enter the layers (the released code) or that leave them (the paper).
-        samples: so many of the calibration sequences are compared; None takes all.
-        scale: b in I = exp(-b g); the rates depend on the order alone, so it changes only mixed N:M patterns.
-    """
-
-    delta: float | None = None
-    feature: Literal["input", "output"] = "input"
-    samples: int | None = 64
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.delta is not None and not self.delta >= 0:
-            raise ValueError("delta must be at least 0")
-        if not self.scale > 0 or (self.samples is not None and self.samples < 2):
-            raise ValueError("scale must be positive and samples at least 2")
+    delta: float | None = option(
+        None,
+        "Rates stay within `delta` of the target; None takes LoSA's 0.01, 0.02 or 0.03 by target.",
+        at_least=0,
+    )
+    feature: Literal["input", "output"] = option(
+        "input",
+        "Compare the hidden states that enter the layers (the released code) or that leave them (the paper).",
+    )
+    samples: int | None = option(64, "So many of the calibration sequences are compared; None takes all.", at_least=2)
+    scale: float = option(
+        1.0, "b in I = exp(-b g); the rates depend on the order alone, so it changes only mixed N:M patterns.", above=0
+    )
 
 
 @ALLOCATORS.register("rmi", RMIOptions, needs="inputs", strength="delta")

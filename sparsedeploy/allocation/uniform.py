@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from sparsedeploy.allocation.base import Shares, layer_units
 from sparsedeploy.calibration.driver import LayerContext
+from sparsedeploy.options import Options
 from sparsedeploy.plan import ModuleShape
 from sparsedeploy.registry import ALLOCATORS
 
 
 @dataclass(frozen=True)
-class UniformOptions:
+class UniformOptions(Options):
     """Uniform has no options."""
 
 

@@ -13,29 +13,29 @@ from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.calibration.samples import CalibrationSet, default_length, sample_tokens
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.loading import load_config, load_tokenizer
+from sparsedeploy.options import Options, option, seed_option
 
 
 @dataclass(frozen=True)
-class CalibrationOptions:
-    """Which text is measured.
+class CalibrationOptions(Options):
+    """Which text is measured."""
 
-    Attributes:
-        length: tokens per sequence; None takes min(2048, the model's positions).
-        batch_size: sequences per layer call; changes speed and memory, not results. None chooses by free memory.
-        accumulate: float32, or float64 for sums whose order does not show, on any number of processes.
-    """
-
-    data: str = "c4"
-    field: str = "text"
-    sequences: int = 128
-    length: int | None = None
-    seed: int = 0
-    batch_size: int | None = None
-    accumulate: Literal["float32", "float64"] = "float32"
-
-    def __post_init__(self) -> None:
-        if self.accumulate not in ("float32", "float64"):
-            raise UserError(f"cannot accumulate in '{self.accumulate}'", "Use float32 or float64.")
+    data: str = option("c4", "Calibration text: file, folder, .jsonl, stdlib, c4, datasets:NAME[:CONFIG].", short="-d")
+    field: str = option("text", "Text field of JSONL rows and data sets.", flag="--data-field")
+    sequences: int = option(128, "Calibration sequences.", flag="--samples", short="-n", at_least=1)
+    length: int | None = option(
+        None,
+        "Tokens per sequence [default: min(2048, positions)].",
+        flag="--calibration-length",
+        at_least=2,
+    )
+    seed: int = seed_option("Seed of the calibration sampler.")
+    batch_size: int | None = option(
+        None, "Sequences per layer call; no effect on results [default: by free memory].", at_least=1
+    )
+    accumulate: Literal["float32", "float64"] = option(
+        "float32", "Sum statistics in float32, or in float64 for the same bits on any process count."
+    )
 
     @property
     def accumulation(self) -> torch.dtype:

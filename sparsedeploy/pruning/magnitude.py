@@ -9,6 +9,7 @@ import torch
 
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.masks import apply_mask
+from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleTarget
 from sparsedeploy.pruning.base import Pruned
 from sparsedeploy.pruning.selection import keep_all_but_smallest, keep_by_target
@@ -16,14 +17,13 @@ from sparsedeploy.registry import PRUNERS
 
 
 @dataclass(frozen=True)
-class MagnitudeOptions:
-    """Options.
+class MagnitudeOptions(Options):
+    """Which weights compete."""
 
-    Attributes:
-        scope: weights compete within the whole matrix (as in the Wanda paper's baseline) or within each output row.
-    """
-
-    scope: Literal["matrix", "row"] = "matrix"
+    scope: Literal["matrix", "row"] = option(
+        "matrix",
+        "Weights compete within the whole matrix (as in the Wanda paper's baseline) or within each output row.",
+    )
 
 
 @PRUNERS.register("magnitude", MagnitudeOptions, needs="none")

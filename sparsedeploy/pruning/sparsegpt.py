@@ -11,6 +11,7 @@ from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.errors import UserError
 from sparsedeploy.linear_algebra import add_product, all_finite, upper_cholesky_
 from sparsedeploy.masks import apply_mask
+from sparsedeploy.options import Options, option
 from sparsedeploy.plan import NM, ModuleTarget
 from sparsedeploy.pruning.base import Pruned
 from sparsedeploy.pruning.selection import keep_all_but_smallest, keep_largest
@@ -22,20 +23,17 @@ _LEAF = 16
 
 
 @dataclass(frozen=True)
-class SparseGPTOptions:
-    """Options.
+class SparseGPTOptions(Options):
+    """How the Hessian is damped, and in which blocks columns are pruned."""
 
-    Attributes:
-        damping: share of the Hessian's mean diagonal that is added to it; times 10 on each failed factorisation.
-        block: columns that are selected and updated together; a multiple of M for N:M patterns.
-    """
-
-    damping: float = 0.01
-    block: int = 128
-
-    def __post_init__(self) -> None:
-        if self.damping <= 0 or self.block < 1:
-            raise ValueError("damping and block must be positive")
+    damping: float = option(
+        0.01,
+        "Share of the Hessian's mean diagonal that is added to it; times 10 on each failed factorisation.",
+        above=0,
+    )
+    block: int = option(
+        128, "Columns that are selected and updated together; a multiple of M for N:M patterns.", at_least=1
+    )
 
 
 @PRUNERS.register("sparsegpt", SparseGPTOptions, needs="hessian")

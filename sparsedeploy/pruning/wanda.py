@@ -9,6 +9,7 @@ import torch
 from sparsedeploy.calibration.scores import wanda_score_blocks
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.masks import apply_mask
+from sparsedeploy.options import Options
 from sparsedeploy.plan import ModuleTarget
 from sparsedeploy.pruning.base import Pruned
 from sparsedeploy.pruning.selection import keep_by_target
@@ -16,7 +17,7 @@ from sparsedeploy.registry import PRUNERS
 
 
 @dataclass(frozen=True)
-class WandaOptions:
+class WandaOptions(Options):
     """Wanda has no options."""
 
 

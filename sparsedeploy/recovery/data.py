@@ -14,6 +14,7 @@ import torch
 from sparsedeploy import progress
 from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.errors import UserError
+from sparsedeploy.options import Options, option, seed_option
 
 _PIECES_PER_WANTED = 4
 
@@ -49,31 +50,33 @@ class TrainingData:
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Which text is trained on.
+class DataOptions(Options):
+    """Which text is trained on."""
 
-    Attributes:
-        data: a ``.jsonl`` of instruction rows, or any text that calibration takes.
-        field: the text column of rows that are not instructions.
-        samples: at most so many sequences, drawn with the seed.
-        max_length: tokens; rows are cut there, plain text is cut into pieces.
-        min_length: shorter sequences are left out.
-    """
-
-    data: str
-    field: str = "text"
-    samples: int = 10_000
-    max_length: int = 1024
-    min_length: int = 8
-    seed: int = 0
+    data: str = option(
+        "",
+        "Text to train on: a .jsonl of text or instruction rows, or what --data takes.",
+        flag="--train-data",
+    )
+    field: str = option("text", "Text column of training rows and data sets.", flag="--train-field")
+    samples: int = option(
+        10_000, "Maximum number of training sequences, drawn with the seed.", flag="--train-samples", at_least=1
+    )
+    max_length: int = option(
+        1024,
+        "Longest training sequence, in tokens: rows are cut there, plain text is cut into pieces.",
+        flag="--train-length",
+        at_least=2,
+    )
+    min_length: int = option(8, "Shorter training sequences are left out.", flag="--train-min-length", at_least=2)
+    seed: int = seed_option("Seed of the choice of training sequences.")
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UserError(f"{self.samples} training samples train nothing", "Use at least 1.")
-        if not 2 <= self.min_length <= self.max_length:
+        super().__post_init__()
+        if self.min_length > self.max_length:
             raise UserError(
                 f"training lengths from {self.min_length} to {self.max_length} tokens make no sense",
-                "Use a minimum of at least 2 and a maximum not below it.",
+                "Use a minimum that is not above the maximum.",
             )
 
 

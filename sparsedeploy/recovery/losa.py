@@ -16,6 +16,7 @@ from sparsedeploy.allocation.base import Shares
 from sparsedeploy.errors import UserError
 from sparsedeploy.masks import apply_mask, pack_bits, unpack_bits
 from sparsedeploy.models.layers import ResidentLayers
+from sparsedeploy.options import Options, option
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.pruning.layers import prune_layers
 from sparsedeploy.recovery.adapter_ranks import allocate_ranks
@@ -33,41 +34,27 @@ _CODE_RANK = 8  # the size of the released code's adapters: it slices them, so l
 
 
 @dataclass(frozen=True)
-class LosaOptions:
-    """Options; the defaults are the published settings.
+class LosaOptions(Options):
+    """The steps and the adapters; the defaults are the published settings."""
 
-    Attributes:
-        steps: of pruning and training.
-        schedule: how sparsity grows over them.
-        first_rank, rank_increment: mean rank of the first step, and what each further step adds.
-        r_max: the largest rank of a layer.
-        regrow: a rank that grows again starts its new part anew (the paper) or where it was (the released code).
-        layer_rates: spread sparsity by the allocation; off: the same rate everywhere.
-        rank_allocation: spread ranks by reconstruction error; off: the mean rank everywhere.
-        dynamic: off: prune once to the target and train once, on all the data, with the average of the mean ranks.
-        reference_ranks: the released code's: one pass of the budget fix, nothing above rank 8.
-        reference_slices: the released code's share of the data for each step.
-    """
-
-    steps: int = 5
-    schedule: Shape = "cubic"
-    first_rank: float = 6.0
-    rank_increment: float = 1.0
-    r_max: int = 16
-    alpha: float = 16.0
-    dropout: float = 0.1
-    regrow: Literal["reinit", "retain"] = "reinit"
-    layer_rates: bool = True
-    rank_allocation: bool = True
-    dynamic: bool = True
-    reference_ranks: bool = False
-    reference_slices: bool = False
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.r_max < 1:
-            raise ValueError("steps and r_max must be at least 1")
-        if not 0 <= self.dropout < 1 or self.alpha <= 0:
-            raise ValueError("dropout must be in [0, 1) and alpha positive")
+    steps: int = option(5, "Of pruning and training.", at_least=1)
+    schedule: Shape = option("cubic", "How sparsity grows over them.")
+    first_rank: float = option(6.0, "Mean rank of the first step.", above=0)
+    rank_increment: float = option(1.0, "What each further step adds to the mean rank.")
+    r_max: int = option(16, "The largest rank of a layer.", at_least=1)
+    alpha: float = option(16.0, "The adapters' output is scaled by alpha / 8.", above=0)
+    dropout: float = option(0.1, "Share of the adapters' inputs that is dropped in training.", at_least=0, below=1)
+    regrow: Literal["reinit", "retain"] = option(
+        "reinit", "A rank that grows again starts its new part anew (the paper) or where it was (the released code)."
+    )
+    layer_rates: bool = option(True, "Spread sparsity by the allocation; off: the same rate everywhere.")
+    rank_allocation: bool = option(True, "Spread ranks by reconstruction error; off: the mean rank everywhere.")
+    dynamic: bool = option(
+        True,
+        "Off: prune once to the target and train once, on all the data, with the average of the mean ranks.",
+    )
+    reference_ranks: bool = option(False, "The released code's: one pass of the budget fix, nothing above rank 8.")
+    reference_slices: bool = option(False, "The released code's share of the data for each step.")
 
 
 @RECOVERIES.register("losa", LosaOptions, starts_from="dense", trains=True, calibrates=True)

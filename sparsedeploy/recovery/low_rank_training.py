@@ -6,26 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsedeploy.options import Options, option
 from sparsedeploy.recovery.adapters import Adapter
 from sparsedeploy.recovery.base import RecoveryJob, check_masks
 from sparsedeploy.recovery.training import TrainingReport, train_adapters
 
 
 @dataclass(frozen=True)
-class LoraOptions:
-    """Options.
+class LoraOptions(Options):
+    """The adapters."""
 
-    Attributes:
-        rank: of every adapter; the output is scaled by alpha / 8 whatever the rank.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 <= self.dropout < 1 or self.alpha <= 0:
-            raise ValueError("rank must be at least 1, dropout in [0, 1) and alpha positive")
+    rank: int = option(8, "Of every adapter.", at_least=1)
+    alpha: float = option(16.0, "The adapters' output is scaled by alpha / 8 whatever the rank.", above=0)
+    dropout: float = option(0.1, "Share of the adapters' inputs that is dropped in training.", at_least=0, below=1)
 
 
 def train_on_pruned(

@@ -17,6 +17,7 @@ from sparsedeploy.calibration.driver import LayerDriver, iterate_weights
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.masks import apply_mask
 from sparsedeploy.models.low_rank import LowRank, LowRankLinear
+from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
 from sparsedeploy.pruning.base import Pruned
 from sparsedeploy.pruning.magnitude import MagnitudeOptions
@@ -31,34 +32,33 @@ _PCP_RATE, _PCP_LAST_RATE = 1e-2, 1e-3
 
 
 @dataclass(frozen=True)
-class SparseLoOptions:
-    """Options.
+class SparseLoOptions(Options):
+    """What is kept sparse, and how its low-rank complement is found."""
 
-    Attributes:
-        variant: what chooses S: ``pruner`` the method that ``prune`` was given, ``wanda``, ``magnitude`` (per row),
-            ``random``; ``lowrank-only`` keeps no sparse part, ``dense`` changes nothing (to test the conversion).
-        rank: of B A, capped by each matrix's smaller side.
-        refine: ``iterative`` moves the tail of W - S into S on its support; ``pcp`` learns S so that W - S has a small
-            nuclear norm; the result is kept only where the rank-r residual falls.
-        iterations: of the refinement.
-        rank_schedule: iterative refinement's rank rises to ``rank`` (the released code) or is ``rank`` throughout.
-        pcp_norm: of S: the induced 1-norm of the released code, or the entrywise one of its documentation.
-        attach: later layers see the low-rank part (``before``), or only S, as in the released base variant (``after``).
-        svd: full, randomised (seeded), or by size.
-    """
-
-    variant: Literal["pruner", "wanda", "magnitude", "random", "lowrank-only", "dense"] = "pruner"
-    rank: int = 128
-    refine: Literal["none", "iterative", "pcp"] = "none"
-    iterations: int = 50
-    rank_schedule: Literal["linear", "fixed"] = "fixed"
-    pcp_norm: Literal["induced", "entrywise"] = "induced"
-    attach: Literal["before", "after"] = "before"
-    svd: SVDMethod = "auto"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.iterations < 1:
-            raise ValueError("rank and iterations must be at least 1")
+    variant: Literal["pruner", "wanda", "magnitude", "random", "lowrank-only", "dense"] = option(
+        "pruner",
+        "What chooses S: `pruner` the method that `prune` was given, `wanda`, `magnitude` (per row), `random`; "
+        "`lowrank-only` keeps no sparse part, `dense` changes nothing (to test the conversion).",
+    )
+    rank: int = option(128, "Of B A, capped by each matrix's smaller side.", at_least=1)
+    refine: Literal["none", "iterative", "pcp"] = option(
+        "none",
+        "`iterative` moves the tail of W - S into S on its support; `pcp` learns S so that W - S has a small nuclear "
+        "norm; the result is kept only where the rank-r residual falls.",
+    )
+    iterations: int = option(50, "Of the refinement.", at_least=1)
+    rank_schedule: Literal["linear", "fixed"] = option(
+        "fixed",
+        "Iterative refinement's rank rises to `rank` (`linear`, the released code) or is `rank` throughout.",
+    )
+    pcp_norm: Literal["induced", "entrywise"] = option(
+        "induced", "Of S: the induced 1-norm of the released code, or the entrywise one of its documentation."
+    )
+    attach: Literal["before", "after"] = option(
+        "before",
+        "Later layers see the low-rank part (`before`), or only S, as in the released base variant (`after`).",
+    )
+    svd: SVDMethod = option("auto", "Full, randomised (seeded), or by size.")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.options import Options, option
 from sparsedeploy.recovery.adapters import Adapter, attached
 from sparsedeploy.recovery.state import RunState
 
@@ -30,37 +31,32 @@ STATE = "training"
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
-    """How adapters are trained; the defaults are LoSA's (methods 7.8), but for the warm-up.
+class TrainingOptions(Options):
+    """How adapters are trained; the defaults are LoSA's (methods 7.8), but for the warm-up."""
 
-    Attributes:
-        learning_rate: peak; after a linear warm-up over ``warmup_ratio`` of the steps it falls linearly to zero.
-        batch_size: sequences per forward pass; ``accumulation`` passes make one optimizer step.
-        clip: largest gradient norm.
-        precision: ``model`` computes in the weights' type; ``bfloat16`` multiplies in bfloat16 and keeps float32
-            weights. The adapters and the optimizer are float32 either way.
-        checkpoint_gradients: recompute each layer's activations in the backward pass to save memory.
-        group_by_length: sequences of about one length share a batch, so that little padding is computed.
-        save_every: optimizer steps between two saves of what ``--resume`` goes on from.
-    """
-
-    learning_rate: float = 2e-4
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.001
-    clip: float = 0.3
-    batch_size: int = 4
-    accumulation: int = 2
-    epochs: int = 1
-    precision: Literal["model", "bfloat16"] = "model"
-    checkpoint_gradients: bool = False
-    group_by_length: bool = True
-    save_every: int = 50
-
-    def __post_init__(self) -> None:
-        if not self.learning_rate > 0 or not self.clip > 0 or not 0 <= self.warmup_ratio <= 1:
-            raise ValueError("learning_rate and clip must be positive, warmup_ratio from 0 to 1")
-        if min(self.batch_size, self.accumulation, self.epochs, self.save_every) < 1 or self.weight_decay < 0:
-            raise ValueError("batch_size, accumulation, epochs and save_every must be at least 1, weight_decay 0")
+    learning_rate: float = option(
+        2e-4, "Peak; after a linear warm-up over `warmup_ratio` of the steps it falls linearly to zero.", above=0
+    )
+    warmup_ratio: float = option(0.03, "Share of the steps that warm up.", at_least=0, at_most=1)
+    weight_decay: float = option(0.001, "Of AdamW.", at_least=0)
+    clip: float = option(0.3, "Largest gradient norm.", above=0)
+    batch_size: int = option(
+        4, "Sequences per forward pass; `accumulation` passes make one optimizer step.", at_least=1
+    )
+    accumulation: int = option(2, "Forward passes per optimizer step.", at_least=1)
+    epochs: int = option(1, "Passes over the training text.", at_least=1)
+    precision: Literal["model", "bfloat16"] = option(
+        "model",
+        "`model` computes in the weights' type; `bfloat16` multiplies in bfloat16 and keeps float32 weights. The "
+        "adapters and the optimizer are float32 either way.",
+    )
+    checkpoint_gradients: bool = option(
+        False, "Recompute each layer's activations in the backward pass to save memory."
+    )
+    group_by_length: bool = option(
+        True, "Sequences of about one length share a batch, so that little padding is computed."
+    )
+    save_every: int = option(50, "Optimizer steps between two saves of what `--resume` continues from.", at_least=1)
 
 
 @dataclass(frozen=True)

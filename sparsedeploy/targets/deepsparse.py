@@ -31,6 +31,7 @@ from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder
 from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.options import Options, option
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.targets.check import check_graph, graph_perplexity, reference_logits
@@ -52,28 +53,29 @@ INT8_TOLERANCE = 0.5
 
 
 @dataclass(frozen=True)
-class DeepSparseOptions:
-    """Options of the DeepSparse target.
+class DeepSparseOptions(Options):
+    """The graph's size and its integers."""
 
-    Attributes:
-        largest_single_file: bytes of weights above which they go to ``model.data`` beside ``model.onnx``.
-        int8: compute the pruned linears in 8-bit integers, with ranges from the calibration text.
-        int8_keep: linears to keep in float32, by the ends of their names, separated by commas, such as ``down_proj``.
-        data: the calibration text; None takes the one that the checkpoint's manifest names, again.
-        sequences: sequences of that text to take the ranges from.
-        windows: windows of the text's test split to take the perplexity on, before and after; 0 takes none.
-    """
-
-    largest_single_file: int = LARGEST_SINGLE_FILE
-    int8: bool = False
-    int8_keep: str | None = None
-    data: str | None = None
-    sequences: int = 16
-    windows: int = 16
-
-    def __post_init__(self) -> None:
-        if self.sequences < 1 or self.windows < 0:
-            raise ValueError("sequences must be 1 or more, windows 0 or more")
+    largest_single_file: int = option(
+        LARGEST_SINGLE_FILE,
+        "Bytes of weights above which they go to `model.data` beside `model.onnx`.",
+        at_least=0,
+        at_most=LARGEST_SINGLE_FILE,
+    )
+    int8: bool = option(False, "Compute the pruned linears in 8-bit integers, with ranges from the calibration text.")
+    int8_keep: str | None = option(
+        None,
+        "Linears to keep in float32, by the ends of their names, separated by commas, such as `down_proj`.",
+    )
+    data: str | None = option(
+        None, "The calibration text; None takes the one that the checkpoint's manifest names, again."
+    )
+    sequences: int = option(16, "Sequences of that text to take the ranges from.", at_least=1)
+    windows: int = option(
+        16,
+        "Windows of the text's test split to take the perplexity on, before and after; 0 takes none.",
+        at_least=0,
+    )
 
 
 @TARGETS.register("deepsparse", DeepSparseOptions)

@@ -26,6 +26,7 @@ from sparsedeploy.folders import check_writable, new_folder, write_json, write_t
 from sparsedeploy.models.fingerprint import file_sha256, model_sha256, weight_files
 from sparsedeploy.models.loading import load_config, resolve_model
 from sparsedeploy.models.tensor_files import TensorFiles
+from sparsedeploy.options import Options, option
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.resources import shipped
@@ -61,18 +62,16 @@ The checkpoint was recovered after pruning ({recovery}); the recipe gives the pr
 
 
 @dataclass(frozen=True)
-class LlmcompressorOptions:
-    """Options of the llm-compressor target.
+class LlmcompressorOptions(Options):
+    """Where the dense model and the calibration text are now."""
 
-    Attributes:
-        model: folder or hub id of the dense model; None takes the one that the checkpoint's manifest names.
-        data: the calibration text; None takes the one that the manifest names.
-        field: its text column, for JSONL rows and data sets.
-    """
-
-    model: str | None = None
-    data: str | None = None
-    field: str = "text"
+    model: str | None = option(
+        None, "Folder or hub id of the dense model; None takes the one that the checkpoint's manifest names."
+    )
+    data: str | None = option(None, "The calibration text; None takes the one that the manifest names.")
+    field: str | None = option(
+        None, "Its text column, for JSONL rows and data sets; None takes the one that the manifest names."
+    )
 
 
 @TARGETS.register("llmcompressor", LlmcompressorOptions)
@@ -102,7 +101,7 @@ def export_llmcompressor(
     plan = SparsityPlan.from_dict(manifest["plan"])
     dense = _dense_model(options.model or manifest["source"]["name"], manifest["source"]["sha256"])
     tokens = recorded_tokens(
-        checkpoint, manifest, data=options.data, field=options.field, trust_remote_code=trust_remote_code
+        checkpoint, manifest, data=options.data, field=options.field or "text", trust_remote_code=trust_remote_code
     )
     version = llmcompressor.pinned_version()
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)

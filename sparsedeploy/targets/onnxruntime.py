@@ -24,6 +24,7 @@ from sparsedeploy.artifacts.folder import open_checkpoint
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder, write_json
 from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.options import Options, option
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.machine import usable_cores
@@ -35,16 +36,13 @@ RUNTIME = "onnxruntime"
 
 
 @dataclass(frozen=True)
-class OnnxRuntimeOptions:
-    """Options of the ONNX Runtime target.
+class OnnxRuntimeOptions(Options):
+    """Where Optimum runs."""
 
-    Attributes:
-        python: interpreter of an environment of the user's own that has Optimum; None for the managed one.
-        timeout: seconds that the export may take.
-    """
-
-    python: str | None = None
-    timeout: float = 3600.0
+    python: str | None = option(
+        None, "Interpreter of an environment of the user's own that has Optimum; None for the managed one."
+    )
+    timeout: float = option(3600.0, "Seconds that the export may take.", above=0)
 
 
 @TARGETS.register("onnxruntime", OnnxRuntimeOptions)

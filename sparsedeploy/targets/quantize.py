@@ -80,7 +80,7 @@ def export_quantized(
     dtype = str(torch.bfloat16 if scheme == "w4a16" and stored == torch.float32 else stored).removeprefix("torch.")
     tokens = None
     if options.algorithm == "gptq":
-        tokens = recorded_tokens(opened.folder, manifest, data=options.data, field=options.field)
+        tokens = recorded_tokens(opened.folder, manifest, data=options.data, field=options.field or "text")
     text, windows = _windows(opened, manifest, options)
     with new_folder(output, overwrite=overwrite) as folder:
         found = llmcompressor.quantize_folder(
@@ -143,7 +143,7 @@ def _windows(
         return None, None
     try:
         length = default_length(opened.config)
-        return text, text_windows(text, opened.tokenizer, length, field=options.field, limit=options.windows)
+        return text, text_windows(text, opened.tokenizer, length, field=options.field or "text", limit=options.windows)
     except UserError as error:
         if options.text is not None:
             raise

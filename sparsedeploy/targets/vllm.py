@@ -28,6 +28,7 @@ from sparsedeploy.formats import packed as packing
 from sparsedeploy.formats.config import BITMASK, ModuleFormat, PackedConfig
 from sparsedeploy.models.structure import check_finite, find_decoder_stack
 from sparsedeploy.models.tensor_files import INDEX, TensorFiles
+from sparsedeploy.options import Options, option
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.targets.quantize import export_quantized
 
@@ -38,35 +39,39 @@ _NOT_COPIED = ("config.json", INDEX, "artifact.json", "sparsity.json")
 
 
 @dataclass(frozen=True)
-class VllmOptions:
-    """Options of the vLLM target.
+class VllmOptions(Options):
+    """How weights are packed or quantised."""
 
-    Attributes:
-        format: ``auto`` takes for each module the format in which it is smallest (N:M where its weights follow one);
-            ``bitmask`` takes only that.
-        quantize: instead of packing, quantise the pruned weights with llm-compressor, their zeros kept:
-            ``fp8-dynamic`` (8-bit floats), ``w8a8`` (8-bit integers), both with activations quantised on the fly, or
-            ``w4a16`` (4-bit integer weights). The options that follow belong to it.
-        algorithm: ``round`` to the nearest value, or ``gptq``, which needs the calibration text. GPTQ moves errors on
-            to later weights, and where those are pruned they are lost: measured on 70 % sparse weights, rounding is
-            the better one, with 4 bits too.
-        data: the calibration text; None takes the one that the checkpoint's manifest names.
-        field: text column of JSONL rows and data sets.
-        text: what to take the perplexity on, before and after (its test split); None takes the calibration text's.
-        windows: windows of it, each min(2048, the model's positions) long; 0 takes no perplexity.
-    """
-
-    format: Literal["auto", "bitmask"] = "auto"
-    quantize: Literal["fp8-dynamic", "w8a8", "w4a16"] | None = None
-    algorithm: Literal["round", "gptq"] = "round"
-    data: str | None = None
-    field: str = "text"
-    text: str | None = None
-    windows: int = 32
-
-    def __post_init__(self) -> None:
-        if self.windows < 0:
-            raise ValueError(f"windows is {self.windows}, it counts from 0")
+    format: Literal["auto", "bitmask"] = option(
+        "auto",
+        "`auto` takes for each module the format in which it is smallest (N:M where its weights follow one); "
+        "`bitmask` takes only that.",
+    )
+    quantize: Literal["fp8-dynamic", "w8a8", "w4a16"] | None = option(
+        None,
+        "Instead of packing, quantise the pruned weights with llm-compressor, their zeros kept: `fp8-dynamic` (8-bit "
+        "floats), `w8a8` (8-bit integers), both with activations quantised on the fly, or `w4a16` (4-bit integer "
+        "weights). The options that follow belong to it.",
+    )
+    algorithm: Literal["round", "gptq"] = option(
+        "round",
+        "`round` to the nearest value, or `gptq`, which needs the calibration text. GPTQ moves errors on to later "
+        "weights, and where those are pruned they are lost: measured on 70 % sparse weights, rounding is the better "
+        "one, with 4 bits too.",
+    )
+    data: str | None = option(None, "The calibration text; None takes the one that the checkpoint's manifest names.")
+    field: str | None = option(
+        None, "Text column of JSONL rows and data sets; None takes the one that the manifest names."
+    )
+    text: str | None = option(
+        None,
+        "What to take the perplexity on, before and after (its test split); None takes the calibration text's.",
+    )
+    windows: int = option(
+        32,
+        "Windows of it, each min(2048, the model's positions) long; 0 takes no perplexity.",
+        at_least=0,
+    )
 
 
 @TARGETS.register("vllm", VllmOptions)

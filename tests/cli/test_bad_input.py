@@ -50,13 +50,16 @@ def prune(cli: Cli, model: Path, text: Path, *more: object) -> Outcome:
         (["-s", "0.5", "-m", "nosuch"], "unknown pruning method 'nosuch'. Known: magnitude"),
         (["-s", "0.5", "-a", "nosuch"], "unknown allocation method 'nosuch'. Known: "),
         (["-s", "0.5", "-m", "sparsegpt", "--method-option", "blok=8"], "sparsegpt has no option 'blok'"),
-        (["-s", "0.5", "-m", "sparsegpt", "--method-option", "block=x"], "option block is 'x'. It takes int"),
+        (
+            ["-s", "0.5", "-m", "sparsegpt", "--method-option", "block=x"],
+            "option block is 'x'. It takes a whole number",
+        ),
         (["-s", "0.5", "--method-option", "block"], "option 'block' is not NAME=VALUE"),
         (["-s", "0.5", "--device", "tpu9"], "unknown device 'tpu9'"),
         (["-s", "0.5", "--dtype", "int8"], "unknown dtype 'int8'"),
         (["-s", "0.5", "--data", "nowhere.txt"], "no calibration text at 'nowhere.txt'"),
         (["-s", "0.5", "--calibration-length", "200"], "calibration length 200 exceeds the model's 128 positions"),
-        (["-s", "0.5", "-n", "0"], "cannot draw 0 sequences"),
+        (["-s", "0.5", "-n", "0"], "is 0. It takes a whole number of at least 1"),
         (["-s", "0.5", "--plan", "nowhere.json"], "no plan at nowhere.json"),
     ],
 )
