@@ -94,11 +94,11 @@ def describe_folder(folder: Path, *, verify: bool = False) -> Artifact:
 def _describe_checkpoint(folder: Path) -> Artifact:
     # Heavy, and not needed for an exported folder.
     from accelerate import init_empty_weights
-    from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
     from sparsedeploy.models.fingerprint import model_sha256
     from sparsedeploy.models.loading import load_config
+    from sparsedeploy.models.stored_names import read_linear, stored_slices
     from sparsedeploy.models.structure import find_decoder_stack
     from sparsedeploy.models.tensor_files import TensorFiles
 
@@ -108,10 +108,9 @@ def _describe_checkpoint(folder: Path) -> Artifact:
     files = TensorFiles(folder)
     weights = zeros = 0
     dtype = "float32"
-    for module in find_decoder_stack(model).all_linears():
-        stored = files.locate(f"{module}.weight")
-        with safe_open(stored.shard, framework="pt") as file:
-            weight = file.get_tensor(stored.name)
+    linears = find_decoder_stack(model).all_linears()
+    for module, slices in stored_slices(model, files).items():
+        weight = read_linear(files, slices, linears[module].in_features)
         weights += weight.numel()
         zeros += weight.numel() - int(weight.count_nonzero())
         dtype = str(weight.dtype).removeprefix("torch.")

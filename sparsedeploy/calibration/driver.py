@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsedeploy import progress
 from sparsedeploy.calibration.activations import Keep, choose_batch_size, new_buffer
 from sparsedeploy.calibration.statistics import InputStatistics, Kind
 from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
+from sparsedeploy.models.linear_views import LinearView, PrunableLinear, watch_inputs
 from sparsedeploy.models.loading import exact_matmul
 from sparsedeploy.models.structure import check_finite
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
@@ -47,7 +49,7 @@ class LayerContext:
     """
 
     index: int
-    linears: dict[str, nn.Linear]
+    linears: dict[str, PrunableLinear]
     statistics: dict[str, InputStatistics]
     inputs: torch.Tensor
     outputs: torch.Tensor | None = None
@@ -116,6 +118,8 @@ class LayerDriver:
         self.batch_size = batch_size or choose_batch_size(
             len(self.tokens), self.tokens.shape[1], self.widest, self.device
         )
+        if any(isinstance(one, LinearView) and one.expert is not None for one in self.stack.all_linears().values()):
+            self.batch_size = 1  # what reaches an expert can only be told apart by sequences when they come one by one
 
     def __len__(self) -> int:
         return len(self.stack.layers)
@@ -260,7 +264,7 @@ class LayerDriver:
     def _gather(
         self,
         layer: nn.Module,
-        linears: dict[str, nn.Linear],
+        linears: dict[str, PrunableLinear],
         kind: Kind,
         hidden: torch.Tensor,
         arguments: LayerArguments,
@@ -279,35 +283,36 @@ class LayerDriver:
         def new(leader: str) -> InputStatistics:
             return InputStatistics(linears[leader].in_features, kind, self.device, self.accumulate)
 
-        def feed(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                inputs = args[0]
-                first = seen.get(id(inputs))
-                if first is None or first[0]() is not inputs:
-                    first = seen[id(inputs)] = weakref.ref(inputs), name
-                if leaders.setdefault(name, first[1]) == name:
-                    statistics = by_leader[name] = by_leader.get(name) or new(name)
-                    # Some layers (OPT's) flatten [batch, tokens] before a linear; statistics go sequence by sequence.
-                    statistics.add(inputs, min(self.batch_size, len(hidden) - statistics.sequences))
-                reached.add(name)
-                if outputs is None and len(reached) == len(linears):
-                    raise _StopForward
+        def feed(name: str, inputs: torch.Tensor) -> None:
+            first = seen.get(id(inputs))
+            if first is None or first[0]() is not inputs:
+                first = seen[id(inputs)] = weakref.ref(inputs), name
+            if leaders.setdefault(name, first[1]) == name:
+                statistics = by_leader[name] = by_leader.get(name) or new(name)
+                # Some layers (OPT's) flatten [batch, tokens] before a linear; statistics go sequence by sequence.
+                statistics.add(inputs, min(self.batch_size, len(hidden) - statistics.sequences))
+            reached.add(name)
+            if outputs is None and len(reached) == len(linears):
+                raise _StopForward
 
-            return hook
-
-        handles = [layer.register_forward_pre_hook(lambda *_: reached.clear())]
-        handles += [linear.register_forward_pre_hook(feed(name)) for name, linear in linears.items()]
+        handle = layer.register_forward_pre_hook(lambda *_: reached.clear())
         try:
-            self._run(layer, hidden, arguments, outputs)
+            with watch_inputs(linears, feed):
+                self._run(layer, hidden, arguments, outputs)
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
         # A routed expert may have been reached on some processes only.
         for rank in range(self.processes.count):
             leaders = {**self.processes.broadcast_object(leaders, rank), **leaders}
         leaders = {name: leaders.get(name, name) for name in linears}
+        idle = 0
         for leader in dict.fromkeys(leaders.values()):
             statistics = by_leader[leader] = by_leader.get(leader) or new(leader)
             statistics.combine(self.processes)
+            if statistics.sequences == 0 and isinstance(linears[leader], LinearView):
+                statistics.assume_equal_inputs()
+                idle += 1
             statistics.check(leader)
+        if idle:
+            progress.note(f"{idle} expert weights were reached by no calibration token: pruned by magnitude")
         return {name: by_leader[leader] for name, leader in leaders.items()}

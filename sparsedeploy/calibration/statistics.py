@@ -108,6 +108,14 @@ class InputStatistics:
         self._sum, self.kind = whole.diagonal().clone(), "sum_squares"
         return whole.mul_(2 / self.sequences).to(torch.float32)
 
+    def assume_equal_inputs(self) -> None:
+        """For a linear that no token reached: inputs of equal size everywhere, so that weights count by magnitude."""
+        if self.kind == "hessian":
+            self._sum.fill_diagonal_(1)
+        else:
+            self._sum.fill_(1)
+        self.sequences = 1
+
     def check(self, name: str) -> None:
         """Refuse statistics that are not finite or were never fed.
 

@@ -98,8 +98,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         if tensor not in located:
             result.problems.append(f"{target.name}: no tensor {tensor} in the weight files")
             continue
-        with safetensors.safe_open(located[tensor], framework="pt") as file:
-            weight = file.get_tensor(tensor)
+        weight = _read_module(located, manifest["modules"][target.name])
         mask = masks[target.name]
         if weight.shape != mask.shape:
             result.problems.append(f"{target.name}: weight {tuple(weight.shape)}, mask {tuple(mask.shape)}")
@@ -113,6 +112,22 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         if finding.follows is False:
             result.problems.append(f"{target.name}: not every group follows {target.pattern}")
     return result
+
+
+def _read_module(located: dict[str, Path], module: dict[str, Any]) -> torch.Tensor:
+    """A module's stored weight ``[rows, columns]``."""
+    columns = module["shape"][1]
+    parts = []
+    for part in module.get("slices") or [{"tensor": module["tensor"]}]:
+        with safetensors.safe_open(located[part["tensor"]], framework="pt") as file:
+            weight = file.get_tensor(part["tensor"])
+        if "rows" in part:
+            first, last = part["rows"]
+            start = part["offset"] // weight.element_size()
+            weight = weight.flatten()[start : start + (last - first) * columns]
+            weight = weight.view(columns, -1).T if part["transposed"] else weight.view(-1, columns)
+        parts.append(weight)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _examine(name: str, weight: torch.Tensor, mask: torch.Tensor, pattern: NM | None) -> ModuleFindings:

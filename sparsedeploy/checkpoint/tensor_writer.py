@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +17,7 @@ import torch
 
 from sparsedeploy.checkpoint.masks import BIT_ORDER, FILE
 from sparsedeploy.masks import pack_bits
+from sparsedeploy.models.stored_names import StoredSlice
 from sparsedeploy.models.tensor_files import StoredTensor, TensorFiles, read_header
 from sparsedeploy.plan import ModuleTarget
 
@@ -30,16 +31,20 @@ class TensorWriter:
         files: the source's tensors.
         folder: the folder to fill.
         targets: the modules that are pruned.
-
-    Raises:
-        UserError: a module that the source stores no tensor for.
+        slices: where the rows of each module are stored.
     """
 
-    def __init__(self, files: TensorFiles, folder: Path, targets: Iterable[ModuleTarget]) -> None:
+    def __init__(
+        self,
+        files: TensorFiles,
+        folder: Path,
+        targets: Iterable[ModuleTarget],
+        slices: Mapping[str, tuple[StoredSlice, ...]],
+    ) -> None:
         self._files = files
         self._folder = folder
         self._targets = list(targets)
-        self._tensor_of = {target.name: files.locate(f"{target.name}.weight") for target in self._targets}
+        self._slices = slices
         self._masks: dict[str, StoredTensor] = {}
         self._written: set[Path] = set()
 
@@ -48,19 +53,20 @@ class TensorWriter:
 
         Not needed again in a later process that goes on with the same folder.
         """
-        pruned = {stored.name for stored in self._tensor_of.values()}
+        pruned = {one.tensor.name for target in self._targets for one in self._slices[target.name]}
         for shard in self._files.shards:
             _copy_except(shard, self._folder / shard.name, pruned)
         _create_masks(self._folder / FILE, self._targets)
 
     def put(self, module: str, weight: torch.Tensor, mask: torch.Tensor) -> None:
         """Write one module in the stored type: ``weight``, which is zero where ``mask`` (True = kept) is False."""
-        stored = self._tensor_of[module]
-        values = weight.detach().to("cpu", stored.dtype).contiguous()
-        self._write(self._folder / stored.shard.name, stored.start, values.view(torch.uint8).numpy().data)
+        for one in self._slices[module]:
+            rows = weight[one.first : one.last].detach().to("cpu", one.tensor.dtype)
+            values = (rows.T if one.transposed else rows).contiguous()
+            self._write(self._folder / one.tensor.shard.name, one.start, values.view(torch.uint8).numpy().data)
         if not self._masks:
             self._masks = {entry.name: entry for entry in read_header(self._folder / FILE)}
-        self._write(self._folder / FILE, self._masks[module].start, pack_bits(mask.cpu()).numpy().data)
+        self._write(self._folder / FILE, self._masks[module].start, pack_bits(mask.cpu().contiguous()).numpy().data)
 
     def sync(self) -> None:
         """Make everything written so far safe against a crash of the machine."""

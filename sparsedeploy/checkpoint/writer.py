@@ -25,6 +25,8 @@ from sparsedeploy.masks import apply_mask
 from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.low_rank import LowRank, save_adapter
+from sparsedeploy.models.stored_names import StoredSlice, stored_slices
+from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.version import __version__
@@ -60,7 +62,7 @@ def write_checkpoint(
     output: Path,
     provenance: Provenance,
     *,
-    linears: Mapping[str, nn.Linear],
+    model: nn.Module,
     masks: Mapping[str, torch.Tensor],
     losses: Mapping[str, float],
     low_rank: Mapping[str, LowRank] | None = None,
@@ -69,8 +71,8 @@ def write_checkpoint(
     """Write the folder of a pruned model in memory and return its manifest; the folder appears only when complete.
 
     Args:
-        linears: the pruned modules by full name; their weights replace the source's tensors, in the source's dtype.
-        masks: bool ``[rows, columns]`` by the same names, True where kept.
+        model: its pruned weights replace the source's tensors, in the source's dtype.
+        masks: bool ``[rows, columns]`` by the names of its linears, True where kept.
         low_rank: factors beside the weights, by module name; they go into an adapter folder.
 
     Raises:
@@ -78,18 +80,24 @@ def write_checkpoint(
     """
     with new_folder(output, overwrite=overwrite) as staging:
         files = TensorFiles(source)
-        writer = TensorWriter(files, staging, provenance.plan.targets)
+        slices = stored_slices(model, files)
+        writer = TensorWriter(files, staging, provenance.plan.targets, slices)
         writer.create()
+        linears = find_decoder_stack(model).all_linears()
         for name in progress.track(list(masks), "write weights", unit="modules"):
             weight = linears[name].weight.detach()
             writer.put(name, apply_mask(weight, masks[name].to(weight.device)), masks[name])
         if low_rank:
             save_adapter(staging / ADAPTER, low_rank, output.name)
-        return complete(source, staging, files, provenance, losses)
+        return complete(source, staging, slices, provenance, losses)
 
 
 def complete(
-    source: Path, staging: Path, files: TensorFiles, provenance: Provenance, losses: Mapping[str, float]
+    source: Path,
+    staging: Path,
+    slices: Mapping[str, tuple[StoredSlice, ...]],
+    provenance: Provenance,
+    losses: Mapping[str, float],
 ) -> dict[str, Any]:
     """Add everything but weights and masks to a folder in the making and return its manifest."""
     plan = provenance.plan
@@ -110,7 +118,8 @@ def complete(
                 "zeros": target.zeros,
                 "sparsity": target.sparsity,
                 "loss": losses.get(target.name),
-                "tensor": files.locate(f"{target.name}.weight").name,
+                "tensor": slices[target.name][0].tensor.name,
+                **_slice_entry(slices[target.name]),
             }
             for target in plan.targets
         },
@@ -132,6 +141,23 @@ def complete(
     }
     write_json(staging / MANIFEST, manifest)
     return manifest
+
+
+def _slice_entry(slices: tuple[StoredSlice, ...]) -> dict[str, Any]:
+    """How a module lies in the files, where it is not simply one tensor ``[rows, columns]``."""
+    if len(slices) == 1 and not slices[0].transposed and slices[0].tensor.shape[:-1] == (slices[0].last,):
+        return {}
+    return {
+        "slices": [
+            {
+                "tensor": one.tensor.name,
+                "rows": [one.first, one.last],
+                "offset": one.start - one.tensor.start,
+                "transposed": one.transposed,
+            }
+            for one in slices
+        ]
+    }
 
 
 def _copy_rest(source: Path, staging: Path) -> None:

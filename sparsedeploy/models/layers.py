@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.linear_views import watchable_experts
 from sparsedeploy.models.loading import load_config
+from sparsedeploy.models.stored_names import StoredNames, StoredParameter
 from sparsedeploy.models.structure import DecoderStack, find_decoder_stack
-from sparsedeploy.models.tensor_files import StoredTensor, TensorFiles
+from sparsedeploy.models.tensor_files import TensorFiles
 
 
 class LayerSource(Protocol):
@@ -46,6 +47,7 @@ class ResidentLayers:
     def __init__(self, model: nn.Module) -> None:
         if model.training:
             raise ValueError("the model must be in evaluation mode")
+        watchable_experts(model)
         self.model = model
         self.stack = find_decoder_stack(model)
         self.device = next(model.parameters()).device
@@ -90,21 +92,18 @@ class StreamedLayers:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder} is no causal LM ({reason})", "Use a decoder-only language model.") from error
         self.model.requires_grad_(False)
+        watchable_experts(self.model)
         self.stack = find_decoder_stack(self.model)
+        self.names = StoredNames(self.model, self.files)
         self._layer_tensors = [self._stored(self.stack.layer_name(i)) for i in range(len(self.stack.layers))]
         self._load_surroundings()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
 
-    def tensor_of(self, module: str) -> StoredTensor:
-        """Where a linear's weight is stored."""
-        return self.files.locate(f"{module}.weight")
-
     def redirect(self, index: int, folder: Path) -> None:
         """Read a layer from now on from another folder with shards of the same layout: a checkpoint in the making."""
         self._layer_tensors[index] = {
-            parameter: replace(stored, shard=folder / stored.shard.name)
-            for parameter, stored in self._layer_tensors[index].items()
+            parameter: stored.redirected(folder) for parameter, stored in self._layer_tensors[index].items()
         }
 
     @contextmanager
@@ -112,7 +111,8 @@ class StreamedLayers:
         """Bring in a layer; on leaving, its weights are let go."""
         tensors = self._take(index)
         for parameter, stored in self._layer_tensors[index].items():
-            self._set(parameter, tensors.pop(stored.name))
+            self._set(parameter, stored.assemble(tensors, self.model))
+        del tensors
         try:
             yield self.stack.layers[index]
         finally:
@@ -132,13 +132,13 @@ class StreamedLayers:
         return self._read(index)
 
     def _read(self, index: int) -> dict[str, torch.Tensor]:
-        tensors = self.files.read(self._layer_tensors[index].values())
+        tensors = self.files.read(source for stored in self._layer_tensors[index].values() for source in stored.sources)
         return {name: t.pin_memory() for name, t in tensors.items()} if self.device.type == "cuda" else tensors
 
-    def _stored(self, prefix: str) -> dict[str, StoredTensor]:
+    def _stored(self, prefix: str) -> dict[str, StoredParameter]:
         module = self.model.get_submodule(prefix)
         return {
-            f"{prefix}.{name}": self.files.locate(f"{prefix}.{name}")
+            f"{prefix}.{name}": self.names.locate(f"{prefix}.{name}")
             for name, _ in module.named_parameters(remove_duplicate=False)
         }
 
@@ -147,13 +147,13 @@ class StreamedLayers:
         base = getattr(self.model, "base_model", self.model)
         inside = {id(p) for p in self.stack.layers.parameters()}
         wanted = {
-            name: self.files.locate(name)
+            name: self.names.locate(name)
             for name, parameter in self.model.named_parameters()
             if id(parameter) not in inside and any(parameter is p for p in base.parameters())
         }
-        tensors = self.files.read(wanted.values())
+        tensors = self.files.read(source for stored in wanted.values() for source in stored.sources)
         for parameter, stored in wanted.items():
-            self._set(parameter, tensors[stored.name])
+            self._set(parameter, stored.assemble(tensors, self.model))
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:

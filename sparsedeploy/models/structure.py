@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.linear_algebra import all_finite
+from sparsedeploy.models.linear_views import PrunableLinear, is_fused_experts, prunable_linears
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,11 @@ class DecoderStack:
     def layer_name(self, index: int) -> str:
         return f"{self.name}.{index}"
 
-    def linears(self, index: int) -> dict[str, nn.Linear]:
-        """Full module name -> linear, for the layer of that index, in the order of its definition."""
-        prefix = self.layer_name(index)
-        return {
-            f"{prefix}.{name}": module
-            for name, module in self.layers[index].named_modules()
-            if isinstance(module, nn.Linear)
-        }
+    def linears(self, index: int) -> dict[str, PrunableLinear]:
+        """Full name -> linear, for the layer of that index, in the order of its definition."""
+        return prunable_linears(self.layer_name(index), self.layers[index])
 
-    def all_linears(self) -> dict[str, nn.Linear]:
+    def all_linears(self) -> dict[str, PrunableLinear]:
         """Every prunable linear of the model, layer by layer."""
         return {name: linear for index in range(len(self.layers)) for name, linear in self.linears(index).items()}
 
@@ -58,15 +56,15 @@ def find_decoder_stack(model: nn.Module) -> DecoderStack:
             best = (size, name, module)
     if best is None:
         raise UserError(
-            f"{type(model).__name__} has no list of decoder layers made of nn.Linear",
+            f"{type(model).__name__} has no list of decoder layers made of linears",
             "Use a decoder-only transformer such as Llama, Qwen, Mistral, OPT or Gemma.",
         )
     size, name, layers = best
     matrices = sum(p.numel() for p in layers.parameters() if p.dim() >= 2)
     if size < 0.5 * matrices:
         raise UserError(
-            f"the layers of {type(model).__name__} keep {1 - size / matrices:.0%} of their weights outside nn.Linear",
-            "Such modules (fused experts, Conv1D) cannot be pruned yet; use a model with linear projections.",
+            f"the layers of {type(model).__name__} keep {1 - size / matrices:.0%} of their weights outside linears",
+            "Such modules cannot be pruned; use a model made of linear projections.",
         )
     return DecoderStack(name, layers)
 
@@ -81,5 +79,26 @@ def check_finite(name: str, weight: torch.Tensor) -> None:
         raise UserError(f"{name}.weight holds NaN or infinite values", "Get a sound copy of the checkpoint.")
 
 
+def plain_linears(linears: Mapping[str, PrunableLinear], purpose: str) -> dict[str, nn.Linear]:
+    """The same linears, where all are modules of their own.
+
+    Raises:
+        UserError: transposed weights or slices of fused experts, which ``purpose`` cannot use.
+    """
+    plain = {name: linear for name, linear in linears.items() if isinstance(linear, nn.Linear)}
+    if other := next((name for name in linears if name not in plain), None):
+        raise UserError(
+            f"{purpose} needs linears of their own, and {other} is part of a fused or transposed weight",
+            "Use a model whose layers are made of nn.Linear.",
+        )
+    return plain
+
+
 def _linear_parameters(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    size = 0
+    for inner in module.modules():
+        if isinstance(inner, nn.Linear | Conv1D):
+            size += inner.weight.numel()
+        elif is_fused_experts(inner):
+            size += sum(p.numel() for p in inner.parameters(recurse=False) if p.dim() == 3)
+    return size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 
@@ -80,6 +80,11 @@ class TensorFiles:
         """Bytes of all shards."""
         return sum(shard.stat().st_size for shard in self.shards)
 
+    @property
+    def names(self) -> list[str]:
+        """The stored names of all tensors."""
+        return list(self._tensors)
+
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
@@ -117,6 +122,16 @@ class TensorFiles:
             except OSError as error:
                 raise _corrupt(shard, str(error)) from error
         return result
+
+    def read_rows(self, stored: StoredTensor, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """A part of a tensor, from the byte ``start`` of its shard, in the stored type.
+
+        Raises:
+            UserError: a shard that became unreadable.
+        """
+        end = start + torch.Size(shape).numel() * stored.dtype.itemsize
+        part = replace(stored, shape=shape, start=start, end=end)
+        return self.read([part])[part.name]
 
 
 def _read_tensor(file: FileIO, stored: StoredTensor) -> torch.Tensor:

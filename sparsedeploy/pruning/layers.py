@@ -15,6 +15,7 @@ from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.errors import UserError
 from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
+from sparsedeploy.models.linear_views import PrunableLinear, assign_weight
 from sparsedeploy.plan import ModuleShape, SparsityPlan
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
 from sparsedeploy.pruning.base import Pruned
@@ -128,9 +129,9 @@ def _release(statistics: dict[str, InputStatistics], name: str) -> None:
         return_freed_memory()
 
 
-def _replace(linear: nn.Linear, weight: torch.Tensor, stored: torch.dtype | None) -> None:
+def _replace(linear: PrunableLinear, weight: torch.Tensor, stored: torch.dtype | None) -> None:
     """Give a linear its new weight, as it will be stored. It is not copied: the dense one goes at once."""
-    linear.weight.data = weight.to(stored or weight.dtype).to(linear.weight.dtype)
+    assign_weight(linear, weight.to(stored or weight.dtype).to(linear.weight.dtype))
 
 
 def _shared(pruned: Pruned | None, weight: torch.Tensor, owner: int, processes: Processes) -> Pruned:

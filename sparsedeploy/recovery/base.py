@@ -14,7 +14,7 @@ from sparsedeploy.calibration.samples import CalibrationSet
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import LayerSource
 from sparsedeploy.models.low_rank import LowRank
-from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.models.structure import find_decoder_stack, plain_linears
 from sparsedeploy.plan import NM, MixedNM, SparsityPlan
 from sparsedeploy.recovery.data import TrainingData
 from sparsedeploy.recovery.state import RunState
@@ -60,7 +60,7 @@ class RecoveryJob:
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
-        return find_decoder_stack(self.model).all_linears()
+        return plain_linears(find_decoder_stack(self.model).all_linears(), "recovery")
 
     def training_data(self) -> TrainingData:
         """The training text.

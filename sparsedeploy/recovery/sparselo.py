@@ -17,6 +17,7 @@ from sparsedeploy.calibration.driver import LayerDriver, iterate_weights
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.masks import apply_mask
 from sparsedeploy.models.low_rank import LowRank, LowRankLinear
+from sparsedeploy.models.structure import plain_linears
 from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
 from sparsedeploy.pruning.base import Pruned
@@ -100,7 +101,7 @@ def sparselo(job: RecoveryJob, options: SparseLoOptions) -> Recovered:
         progress.bar("sparselo", len(model_layers(job.model)), "layers") as advance,
     ):
         for layer in walk:
-            for name, linear in layer.linears.items():
+            for name, linear in plain_linears(layer.linears, "sparselo").items():
                 pruned = _choose(job, options, linear.weight.data, layer.statistics.get(name), targets[name])
                 split = split_weight(linear.weight.data, pruned, options, seed=job.seed)
                 linear.weight.data.copy_(split.sparse)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
-from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.models.structure import find_decoder_stack, plain_linears
 from sparsedeploy.options import Options, option
 from sparsedeploy.recovery.adapters import Adapter, attached
 from sparsedeploy.recovery.state import RunState
@@ -129,7 +129,7 @@ def train_adapters(
         module.train()
     try:
         with (
-            attached(find_decoder_stack(model).all_linears(), adapters),
+            attached(plain_linears(find_decoder_stack(model).all_linears(), "training"), adapters),
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             progress.bar(description, steps, "steps") as advance,
         ):

@@ -30,7 +30,7 @@ from sparsedeploy.calibration.text import CalibrationOptions, calibration_set, r
 from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder
-from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.models.structure import find_decoder_stack, plain_linears
 from sparsedeploy.options import Options, option
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.registry import TARGETS
@@ -103,7 +103,7 @@ def export_deepsparse(
     import_onnx()
     opened = open_checkpoint(checkpoint, adapters=True, trust_remote_code=trust_remote_code)
     model = opened.load()
-    linears = find_decoder_stack(model).all_linears()
+    linears = plain_linears(find_decoder_stack(model).all_linears(), "an ONNX graph")
     # The small linears inside a linear are the factors of an adapter: dense by design, and not prunable.
     linears = {path: linear for path, linear in linears.items() if path.rpartition(".")[0] not in linears}
     graph = KVCacheGraph(model)

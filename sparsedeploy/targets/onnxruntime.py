@@ -23,7 +23,7 @@ from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity, confi
 from sparsedeploy.artifacts.folder import open_checkpoint
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder, write_json
-from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.models.structure import find_decoder_stack, plain_linears
 from sparsedeploy.options import Options, option
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.runtimes.environments import require
@@ -74,7 +74,7 @@ def export_onnxruntime(
     model = opened.load()
     shapes = config_shapes(opened.config)
     tokens, expected = reference_logits(model, shapes.vocab)
-    digests = _weight_digests(find_decoder_stack(model).all_linears())
+    digests = _weight_digests(plain_linears(find_decoder_stack(model).all_linears(), "an ONNX graph"))
     # Optimum loads the model once more: let go of it first.
     del model
     with new_folder(output, overwrite=overwrite) as folder, environment.worker(options.timeout) as worker:

@@ -190,7 +190,7 @@ def _linears(checkpoint: Path, config: Any, trust_remote_code: bool) -> tuple[li
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{checkpoint} is no causal LM ({reason})", "Use a decoder-only language model.") from error
-    inside = list(find_decoder_stack(model).all_linears())
+    inside = [name for name, one in find_decoder_stack(model).all_linears().items() if isinstance(one, nn.Linear)]
     every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return inside, [name for name in every if name not in set(inside)]
 

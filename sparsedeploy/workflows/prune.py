@@ -17,6 +17,7 @@ from sparsedeploy.folders import check_free_space, check_writable
 from sparsedeploy.memory import use_huge_pages
 from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.models.loading import resolve_device
+from sparsedeploy.models.stored_names import stored_slices
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.processes import Processes, local_device, process_group
 from sparsedeploy.pruning.layers import losses_of, prune_layers
@@ -68,6 +69,7 @@ def _prune(
     prepared = prepare(source, options, trust_remote_code=trust_remote_code)
     folder, calibration = prepared.folder, prepared.calibration
     layers = StreamedLayers(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    slices = stored_slices(layers.model, layers.files)
     if options.plan is not None:
         options.plan.check_modules([shape for layer in model_layers(layers) for shape in layer])
     request = {
@@ -91,7 +93,7 @@ def _prune(
             plan = options.plan
         else:
             plan = choose_plan(model_to_measure(prepared, device, dtype, layers), prepared, processes)
-        writer = TensorWriter(layers.files, making, plan.targets)
+        writer = TensorWriter(layers.files, making, plan.targets, slices)
         if journal is not None and journal.plan is None:
             check_free_space(journal.folder, layers.files.size)
             writer.create()
@@ -107,7 +109,7 @@ def _prune(
             batch_size=options.calibration.batch_size,
             accumulate=options.calibration.accumulation,
             processes=processes,
-            stored={target.name: layers.files.locate(f"{target.name}.weight").dtype for target in plan.targets},
+            stored={target.name: slices[target.name][0].tensor.dtype for target in plan.targets},
             finished=finished,
         ):
             if journal is not None:
@@ -124,5 +126,5 @@ def _prune(
                 asdict(prepared.pruner_options),
                 prepared.described,
             )
-            manifest = complete(folder, journal.folder, layers.files, provenance, journal.losses)
+            manifest = complete(folder, journal.folder, slices, provenance, journal.losses)
         return processes.broadcast_object(manifest) or {}

@@ -18,6 +18,7 @@ from sparsedeploy.folders import check_free_space, check_writable, new_folder, w
 from sparsedeploy.masks import apply_mask
 from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.models.loading import resolve_device
+from sparsedeploy.models.stored_names import stored_slices
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
 from sparsedeploy.pruning.sparsegpt import check_block
 from sparsedeploy.runtimes import llmcompressor
@@ -79,13 +80,14 @@ def prune_with_llmcompressor(
     provenance = Provenance(source, plan, options.method, method_options, prepared.described, engine=engine)
     with new_folder(output, overwrite=overwrite) as staging:
         check_free_space(staging, layers.files.size)
-        writer = TensorWriter(layers.files, staging, plan.targets)
+        slices = stored_slices(layers.model, layers.files)
+        writer = TensorWriter(layers.files, staging, plan.targets, slices)
         writer.create()
         for target in plan.targets:
             weight = weights[target.name]
             mask = mask_from_zeros(weight, target)
             writer.put(target.name, apply_mask(weight, mask), mask)
-        return complete(prepared.folder, staging, layers.files, provenance, {})
+        return complete(prepared.folder, staging, slices, provenance, {})
 
 
 def mask_from_zeros(weight: torch.Tensor, target: ModuleTarget) -> torch.Tensor:

@@ -318,7 +318,7 @@ def _write(
         folder,
         output,
         Provenance(source_name, recovered.plan, *pruning, calibration, recovery),
-        linears=job.linears,
+        model=job.model,
         masks=recovered.masks,
         losses=recovered.losses or losses,
         low_rank=recovered.low_rank,

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.structure import check_finite, find_decoder_stack
@@ -34,9 +33,14 @@ def test_inner_lists_do_not_hide_the_layers() -> None:
 
 
 def test_weights_outside_linears_are_refused() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32))
-    with pytest.raises(UserError, match=r"nn\.Linear"):
-        find_decoder_stack(model)
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(8, 8)
+            self.kernels = nn.Parameter(torch.ones(32, 32))
+
+    with pytest.raises(UserError, match=r"keep 94% of their weights outside linears"):
+        find_decoder_stack(nn.ModuleDict({"layers": nn.ModuleList([Layer(), Layer()])}))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

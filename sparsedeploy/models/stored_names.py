@@ -1,0 +1,227 @@
+"""How a model's parameters lie in its files: under which names, merged or split by transformers' own conversions.
+
+transformers renames and merges tensors while it loads them (Mixtral's ``block_sparse_moe.experts.3.w1.weight`` becomes
+a slice of ``mlp.experts.gate_up_proj``). What it would load is made by its own code; what is pruned is written back to
+where it came from.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.models.linear_views import LinearView, PrunableLinear
+from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.models.tensor_files import StoredTensor, TensorFiles
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """One parameter or buffer of a model and the tensors that it is made of.
+
+    Attributes:
+        name: in the model.
+        sources: the stored tensors, in the order in which they are merged.
+        patterns: for each source the pattern by which ``converter`` took it.
+        converter: transformers' conversion; None where the one source is the parameter itself.
+        key: the name under which the conversion collects its sources; it may make several parameters.
+    """
+
+    name: str
+    sources: tuple[StoredTensor, ...]
+    patterns: tuple[str, ...] = ()
+    converter: Any = None
+    key: str = ""
+
+    def redirected(self, folder: Path) -> StoredParameter:
+        """The same, in the shards of the same names in another folder."""
+        return replace(self, sources=tuple(replace(one, shard=folder / one.shard.name) for one in self.sources))
+
+    def assemble(self, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> torch.Tensor:
+        """The parameter's value, from its sources by stored name."""
+        if self.converter is None:
+            return tensors[self.sources[0].name]
+        converter = copy.deepcopy(self.converter)
+        for source, pattern in zip(self.sources, self.patterns, strict=True):
+            converter.add_tensor(self.key, source.name, pattern, tensors[source.name])
+        made = converter.convert(self.key, model=model, config=model.config)
+        value = made[self.name]
+        result: torch.Tensor = value[0] if isinstance(value, list) else value
+        return result
+
+
+@dataclass(frozen=True)
+class StoredSlice:
+    """Rows of a linear's weight in a stored tensor.
+
+    Attributes:
+        first, last: the rows of ``[out_features, in_features]`` that the slice holds: ``first <= row < last``.
+        start: their first byte in the shard.
+        transposed: whether the bytes are ordered ``[in_features, rows]``.
+    """
+
+    tensor: StoredTensor
+    first: int
+    last: int
+    start: int
+    transposed: bool = False
+
+
+class StoredNames:
+    """The parameters and persistent buffers of a model, by name, and where they are stored.
+
+    Raises:
+        UserError: tensors that the files lack.
+    """
+
+    def __init__(self, model: nn.Module, files: TensorFiles) -> None:
+        self._model = model
+        self._files = files
+        self._wanted = dict.fromkeys(model.state_dict())
+        self._parameters = self._match()
+
+    def locate(self, name: str) -> StoredParameter:
+        """How a parameter or buffer is stored.
+
+        Raises:
+            UserError: the files hold no tensor for it.
+        """
+        if name in self._parameters:
+            return self._parameters[name]
+        return StoredParameter(name, (self._files.locate(name),))
+
+    def _match(self) -> dict[str, StoredParameter]:
+        """Every stored tensor under the name that transformers loads it by."""
+        renamings, converters = _conversions(self._model)
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix = getattr(self._model, "base_model_prefix", "")
+        grouped: dict[str, list[tuple[str, str | None]]] = {}
+        for stored in sorted(self._files.names, key=_natural):
+            name, pattern = _renamed(stored, renamings, converters, prefix, self._wanted)
+            grouped.setdefault(name, []).append((stored, pattern))
+        result: dict[str, StoredParameter] = {}
+        for name, sources in grouped.items():
+            tensors = tuple(self._files[stored] for stored, _ in sources)
+            pattern = sources[0][1]
+            if pattern is None:
+                result[name] = StoredParameter(name, tensors[:1])
+                continue
+            converter, patterns = by_pattern[pattern], tuple(str(p) for _, p in sources)
+            before, target, after = name.partition(converter.target_patterns[0])
+            names = [before + one + after for one in converter.target_patterns] if target else [name]
+            result.update({one: StoredParameter(one, tensors, patterns, converter, name) for one in names})
+        return result
+
+    def slices(self, name: str, linear: PrunableLinear) -> tuple[StoredSlice, ...]:
+        """Where the rows of a linear's weight are stored.
+
+        Raises:
+            UserError: a form that transformers converts while loading and that cannot be written back.
+        """
+        if isinstance(linear, LinearView):
+            parameter = _parameter_name(name, linear)
+            stored = self.locate(parameter)
+            return self._slices_of_view(name, linear, stored)
+        stored = self.locate(f"{name}.weight")
+        if stored.converter is not None:
+            raise self._unwritable(name)
+        return (StoredSlice(stored.sources[0], 0, linear.out_features, stored.sources[0].start),)
+
+    def _slices_of_view(self, name: str, view: LinearView, stored: StoredParameter) -> tuple[StoredSlice, ...]:
+        rows, columns = view.out_features, view.in_features
+        operations = [type(one).__name__ for one in getattr(stored.converter, "operations", [])]
+        if stored.converter is None:
+            tensor = stored.sources[0]
+            size = rows * columns * tensor.dtype.itemsize
+            return (StoredSlice(tensor, 0, rows, tensor.start + (view.expert or 0) * size, view.transposed),)
+        if view.transposed or view.expert is None or operations[:1] != ["MergeModulelist"]:
+            raise self._unwritable(name)
+        # One stored tensor for each expert and pattern; several patterns are halves of the rows, in their order.
+        if operations[1:] not in ([], ["Concatenate"]):
+            raise self._unwritable(name)
+        parts: list[StoredSlice] = []
+        first = 0
+        for pattern in stored.converter.source_patterns:
+            of_pattern = [t for t, p in zip(stored.sources, stored.patterns, strict=True) if p == pattern]
+            tensor = of_pattern[view.expert]
+            parts.append(StoredSlice(tensor, first, first + tensor.shape[0], tensor.start))
+            first += tensor.shape[0]
+        if first != rows:
+            raise self._unwritable(name)
+        return tuple(parts)
+
+    def _unwritable(self, name: str) -> UserError:
+        return UserError(
+            f"{name} is stored in a form that transformers converts while loading, which cannot be written back",
+            "Load the model with transformers, save it with save_pretrained(..., save_original_format=False), and "
+            "use that folder.",
+        )
+
+
+def stored_slices(model: nn.Module, files: TensorFiles) -> dict[str, tuple[StoredSlice, ...]]:
+    """Where the rows of every prunable linear are stored, by full name.
+
+    Raises:
+        UserError: tensors that the files lack, or a form that cannot be written back.
+    """
+    names = StoredNames(model, files)
+    return {name: names.slices(name, linear) for name, linear in find_decoder_stack(model).all_linears().items()}
+
+
+def read_linear(files: TensorFiles, slices: Iterable[StoredSlice], columns: int) -> torch.Tensor:
+    """A linear's weight ``[out_features, columns]`` from its slices, in the stored type."""
+    parts = []
+    for one in slices:
+        rows = one.last - one.first
+        shape = (columns, rows) if one.transposed else (rows, columns)
+        part = files.read_rows(one.tensor, one.start, shape)
+        parts.append(part.T if one.transposed else part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _parameter_name(name: str, view: LinearView) -> str:
+    """The parameter that a view looks at: ``x.experts.3.down_proj`` is a slice of ``x.experts.down_proj``."""
+    if view.expert is None:
+        return f"{name}.{view.parameter}"
+    return re.sub(rf"\.{view.expert}\.{view.parameter}$", f".{view.parameter}", name)
+
+
+def _conversions(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """transformers' renamings and converters for a model; none in versions that load by name only."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+    except ImportError:
+        return [], []
+    every = get_model_conversion_mapping(model)
+    return (
+        [one for one in every if isinstance(one, WeightRenaming)],
+        [one for one in every if isinstance(one, WeightConverter)],
+    )
+
+
+def _renamed(
+    stored: str, renamings: list[Any], converters: list[Any], prefix: str, wanted: Mapping[str, None]
+) -> tuple[str, str | None]:
+    if not renamings and not converters:
+        return stored, None
+    from transformers.core_model_loading import rename_source_key
+
+    known = dict.fromkeys(wanted, 0)
+    name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
+    if pattern is None and name not in wanted and stored in wanted:
+        name, pattern = rename_source_key(stored, [], [], prefix, known)
+    return name, pattern
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts ``experts.10`` behind ``experts.9``."""
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", name)]
