@@ -78,7 +78,7 @@ def families() -> list[Family]:
             RECOVERIES,
             "--recover",
             "--recover-option",
-            f"sparsedeploy recover pruned -o mended --method {{name}} {train}",
+            f"sparsedeploy recover pruned -o recovered --method {{name}} {train}",
         ),
         Family(
             "Export targets",
@@ -98,13 +98,13 @@ _COMMAND_EXAMPLES = {
 # Magnitude reads no text; 2:4 keeps two of every four weights.
 sparsedeploy prune MODEL -o sparse-2-4 --pattern 2:4 --method magnitude
 
-# OWL spreads 70 % over the layers, SparseGPT chooses and mends.
+# OWL spreads 70 % over the layers, SparseGPT chooses and updates the rest.
 sparsedeploy prune MODEL -o sparse-70 --sparsity 0.7 --method sparsegpt --allocation owl \\
     --data my-text.txt --samples 16 --calibration-length 128
 ```
 """,
     "recover": """```bash
-sparsedeploy recover pruned -o mended --method sparse-lora --train-data my-text.txt \\
+sparsedeploy recover pruned -o recovered --method sparse-lora --train-data my-text.txt \\
     --train-samples 32 --train-length 128
 ```
 """,

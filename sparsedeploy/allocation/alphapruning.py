@@ -1,4 +1,7 @@
-"""AlphaPruning: layers whose weight spectra have heavier tails keep more weights (methods 5.3)."""
+"""AlphaPruning: layers whose weight spectra have heavier tails keep more weights.
+
+Lu et al., NeurIPS 2024, arXiv 2410.10912.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""ATP: sparsity rises linearly with depth, because errors of early layers travel furthest (methods 5.4)."""
+"""ATP: sparsity rises linearly with depth, because errors of early layers travel furthest.
+
+Huang et al., *Determining Layer-wise Sparsity*, ICML 2025, arXiv 2502.14770.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +123,7 @@ def search_beta(
     *,
     patience: int = 3,
 ) -> BetaSearch:
-    """Try beta = 0 and then each of ``betas`` in order; the lowest perplexity wins (methods 5.4).
+    """Try beta = 0 and then each of ``betas`` in order; the lowest perplexity wins.
 
     Each trial adds a line to a table on standard error. Uniform (beta = 0) comes first, so that the search never does
     worse than it on the text it selects on.

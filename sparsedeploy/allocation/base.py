@@ -22,7 +22,7 @@ from sparsedeploy.plan import ModuleShape
 # or statistics of each linear's inputs.
 Needs = Literal["none", "weights", "inputs", "sum_squares", "hessian"]
 
-# The strength by target sparsity that DLP publishes and LSA ships for DLP and for its own layer mode (methods 5.2).
+# The strength by target sparsity that DLP publishes and LSA ships for DLP and for its own layer mode.
 _STRENGTHS = {1: 0.06, 2: 0.02, 3: 0.04, 4: 0.02, 5: 0.04, 6: 0.10, 7: 0.15, 8: 0.12}
 
 
@@ -45,10 +45,10 @@ class Shares:
 
     Attributes:
         units: every prunable module in exactly one unit, in model order.
-        rule: how ``Unit.value`` becomes a rate (methods 1.7).
+        rule: how ``Unit.value`` becomes a rate.
         details: the measurements behind it, plain numbers, for plots and reports.
         ranking: one importance per unit (higher keeps more) where the deviations do not tell it, because they are
-            bang-bang or scaled by size; mixed N:M patterns are chosen from it (methods 6.3).
+            bang-bang or scaled by size; mixed N:M patterns are chosen from it.
     """
 
     units: tuple[Unit, ...]

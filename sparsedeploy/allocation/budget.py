@@ -24,7 +24,7 @@ def meet_target(
     low: Sequence[float] | float = LOWEST_RATE,
     high: Sequence[float] | float = HIGHEST_RATE,
 ) -> list[float]:
-    """Rates within [low, high] whose size-weighted mean is ``target`` (methods 1.7).
+    """Rates within [low, high] whose size-weighted mean is ``target``.
 
     additive: s_u = clip(target + v_u + tau); multiplicative: s_u = clip(c * v_u); tau or c by bisection, since the
     weighted sum is monotone in it.

@@ -1,4 +1,4 @@
-"""DLP: layers whose typical weight score is low keep more weights (methods 5.2)."""
+"""DLP: layers whose typical weight score is low keep more weights (Chen et al., ICML 2025, arXiv 2505.23807)."""
 
 from __future__ import annotations
 

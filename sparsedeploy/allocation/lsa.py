@@ -1,4 +1,8 @@
-"""LSA: units whose weights are costly to drop jointly are pruned more; layer, block or projection (methods 5.5)."""
+"""LSA: units whose weights are costly to drop jointly are pruned more; layer, block or projection.
+
+*Layer-wise Sparsity Allocation for Large Language Model Pruning Based on Minimal Linear Reconstruction Error*, ICLR 2026;
+the formulas are in docs/formulas.md.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +120,7 @@ def blocks(pairs: list[tuple[ModuleShape, float]]) -> list[list[tuple[ModuleShap
 def greedy_removal(
     weight: torch.Tensor, hessian: torch.Tensor, *, removed: float = 0.5, group: int = 128
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drop a share of every row greedily and say what output error that makes (methods 5.5.1).
+    """Drop a share of every row greedily and say what output error that makes.
 
     E_k = sum over i, j dropped of w_ki w_kj H_ij = |dropped part of row k times X^T|^2 when H = X^T X. In column
     groups from left to right, every row drops again and again the weight that adds least, given what it has dropped.

@@ -1,4 +1,4 @@
-"""Mixed N:M: each unit keeps its own N of every M, the average is met exactly (methods 6)."""
+"""Mixed N:M: each unit keeps its own N of every M, the average is met exactly."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def apportion(
     low: Sequence[int] | int,
     high: Sequence[int] | int,
 ) -> list[int]:
-    """Whole numbers near the wishes, within bounds, whose size-weighted sum is the budget (methods 6.1).
+    """Whole numbers near the wishes, within bounds, whose size-weighted sum is the budget.
 
     The wishes are shifted by one constant to meet the budget within the bounds, rounded down, and what is left is
     handed out by largest remainder. For units of equal size the budget is round(average * units) steps and is met

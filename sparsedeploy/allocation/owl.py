@@ -1,4 +1,4 @@
-"""OWL: layers with more outlier scores keep more weights (methods 5.1)."""
+"""OWL: layers with more outlier scores keep more weights (Yin et al., ICML 2024, arXiv 2310.05175)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""RMI: layers whose representation is like the other layers' are pruned more; LoSA's layer rates (methods 7.3, 7.4)."""
+"""RMI: layers whose representation is like the other layers' are pruned more; LoSA's layer rates.
+
+Huang et al., *Dynamic Low-Rank Sparse Adaptation*, ICLR 2025, arXiv 2502.14816.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +142,7 @@ def bounded_allocation(
 ) -> list[float]:
     """The exact solution of: minimise sum P_i I_i x_i subject to sum P_i x_i = target * sum P_i, low <= x <= high.
 
-    All start at ``low``; the least important rise to ``high`` first until the budget is used (methods 7.4). Units of
+    All start at ``low``; the least important rise to ``high`` first until the budget is used. Units of
     equal importance rise together, so equal scores give a uniform allocation.
 
     Args:

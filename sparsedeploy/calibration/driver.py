@@ -1,7 +1,7 @@
 """The sequential layer driver: run a causal LM one decoder layer at a time over calibration sequences.
 
 Every layer is run with the keyword arguments that the model itself gave it in one full forward pass, so position
-embeddings, masks and mixed layer types are the model's business and none of ours (methods 1.2, 1.3).
+embeddings, masks and mixed layer types are the model's business and none of ours.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def default_length(config: Any) -> int:
 def sample_tokens(
     documents: list[str], tokenizer: Any, *, sequences: int, length: int, seed: int, data: str
 ) -> CalibrationSet:
-    """Draw ``sequences`` windows of ``length`` tokens: a random document, a random offset in it (methods 1.4).
+    """Draw ``sequences`` windows of ``length`` tokens: a random document, a random offset in it.
 
     Documents shorter than a window are rejected; when no document is long enough, all are joined into one stream.
 

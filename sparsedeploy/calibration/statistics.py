@@ -85,13 +85,13 @@ class InputStatistics:
 
     @property
     def mean_square(self) -> torch.Tensor:
-        """a_j = (1/sequences) sum over tokens of x_tj^2, fp32 ``[columns]`` (methods 1.5)."""
+        """a_j = (1/sequences) sum over tokens of x_tj^2, fp32 ``[columns]``."""
         total = self._total.diagonal() if self.kind == "hessian" else self._total
         return (total / self.sequences).to(torch.float32)
 
     @property
     def hessian(self) -> torch.Tensor:
-        """H = (2/sequences) X^T X, fp32 ``[columns, columns]``, exactly symmetric (methods 1.5)."""
+        """H = (2/sequences) X^T X, fp32 ``[columns, columns]``, exactly symmetric."""
         if self.kind != "hessian":
             raise ValueError("no Hessian was accumulated")
         whole = self._total.triu()

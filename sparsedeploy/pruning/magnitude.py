@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest absolute weights go. The data-free baseline (methods 2)."""
+"""Magnitude pruning: the smallest absolute weights go. The data-free baseline (Han et al., NeurIPS 2015)."""
 
 from __future__ import annotations
 

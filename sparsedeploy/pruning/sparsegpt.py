@@ -1,4 +1,7 @@
-"""SparseGPT: one-shot pruning with optimal-brain-surgeon updates of the surviving weights (methods 4)."""
+"""SparseGPT: one-shot pruning with optimal-brain-surgeon updates of the surviving weights.
+
+Frantar and Alistarh, ICML 2023, arXiv 2301.00774, algorithm 1.
+"""
 
 from __future__ import annotations
 

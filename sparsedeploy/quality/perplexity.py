@@ -1,4 +1,4 @@
-"""Perplexity over non-overlapping windows (methods 1.9)."""
+"""Perplexity over non-overlapping windows."""
 
 from __future__ import annotations
 

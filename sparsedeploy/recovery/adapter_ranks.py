@@ -1,4 +1,7 @@
-"""Ranks by reconstruction error: layers that pruning hurts more get larger adapters (methods 7.6)."""
+"""Ranks by reconstruction error: layers that pruning hurts more get larger adapters.
+
+Huang et al., ICLR 2025, arXiv 2502.14816.
+"""
 
 from __future__ import annotations
 

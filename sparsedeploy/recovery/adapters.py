@@ -1,6 +1,6 @@
 """Low-rank adapters whose product is masked by a sparsity pattern, so that they merge without making nonzeros.
 
-y = W x + scale * ((B A) o M) dropout(x) (methods 7.7). Without a mask the same adapter is plain LoRA (Hu et al. 2022).
+y = W x + scale * ((B A) o M) dropout(x). Without a mask the same adapter is plain LoRA (Hu et al. 2022).
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def load_training_data(tokenizer: Any, options: DataOptions) -> TrainingData:
 
 
 def step_slices(count: int, steps: int, *, reference: bool = False) -> list[range]:
-    """Which sequences each step trains on: a tenth for each of four steps and the rest for the last (methods 7.8).
+    """Which sequences each step trains on: a tenth for each of four steps and the rest for the last.
 
     Args:
         count: sequences in all.

@@ -1,4 +1,7 @@
-"""LoRA on a model that is pruned already, kept beside its weights: LoSA's baseline (methods 8)."""
+"""LoRA on a model that is pruned already, kept beside its weights: LoSA's baseline.
+
+Hu et al., ICLR 2022, arXiv 2106.09685, eq. 3.
+"""
 
 from __future__ import annotations
 

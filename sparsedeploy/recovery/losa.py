@@ -1,6 +1,7 @@
-"""LoSA: prune in steps, spread sparsity and ranks anew at each, train masked adapters in between (Huang et al. 2025).
+"""LoSA: prune in steps, spread sparsity and ranks anew at each, train masked adapters in between (Huang et al., ICLR
+2025, arXiv 2502.14816).
 
-Methods 7. Unstructured, N:M and mixed N:M; the masks are explicit at every step, so what is pruned stays exactly zero.
+Unstructured, N:M and mixed N:M; the masks are explicit at every step, so what is pruned stays exactly zero.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ class _Run:
         return base
 
     def _unmerge(self, base: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> None:
-        """Base weights under the new masks (methods 7.7): exact where the pruner left the survivors as they were."""
+        """Base weights under the new masks: exact where the pruner left the survivors as they were."""
         for name, adapter in self.adapters.items():
             weight, mask = self.linears[name].weight.data, masks[name]
             expected = apply_mask(merged(base[name], adapter, self.masks[name]), mask.to(weight.device))

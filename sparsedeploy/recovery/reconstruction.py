@@ -1,4 +1,4 @@
-"""How far a pruned model's layers are from the dense model's, errors of earlier layers included (methods 7.5)."""
+"""How far a pruned model's layers are from the dense model's, errors of earlier layers included."""
 
 from __future__ import annotations
 

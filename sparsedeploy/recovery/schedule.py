@@ -1,4 +1,7 @@
-"""How sparsity and mean rank grow over LoSA's steps (methods 7.2)."""
+"""How sparsity and mean rank grow over LoSA's steps.
+
+The cubic schedule is that of Zhu and Gupta, ICLR 2018 workshop, arXiv 1710.01878, eq. 1.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain Sparse LoRA on a model that is pruned already, merged under its mask: LoSA's baseline (methods 8)."""
+"""Plain Sparse LoRA on a model that is pruned already, merged under its mask: LoSA's baseline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""SparseLo: W ~ S + B A, a sparse matrix plus a low-rank one that makes up for what was pruned (methods 9)."""
+"""SparseLo: W ~ S + B A, a sparse matrix plus a low-rank one that makes up for what was pruned.
+
+After LoSparse: Li et al., ICML 2023, arXiv 2306.11222.
+"""
 
 from __future__ import annotations
 
@@ -152,7 +155,7 @@ def split_weight(weight: torch.Tensor, pruned: Pruned, options: SparseLoOptions,
 def refine_iteratively(
     reference: torch.Tensor, sparse: torch.Tensor, mask: torch.Tensor, options: SparseLoOptions, *, seed: int = 0
 ) -> torch.Tensor:
-    """Alternate: the part of W - S beyond rank rho goes into S on its support (methods 9.3).
+    """Alternate: the part of W - S beyond rank rho goes into S on its support.
 
     At fixed rank the residual never rises. Only the leading part is decomposed: the tail is the rest.
     """
@@ -174,7 +177,7 @@ def refine_iteratively(
 def refine_by_pcp(
     reference: torch.Tensor, sparse: torch.Tensor, mask: torch.Tensor, options: SparseLoOptions
 ) -> torch.Tensor:
-    """Learn S on its support: least nuclear norm of W - S plus lambda times a norm of S (methods 9.2).
+    """Learn S on its support: least nuclear norm of W - S plus lambda times a norm of S.
 
     lambda = 1 / sqrt(max(rows, columns)); AdamW, rate 1e-2 falling to 1e-3 by a cosine.
     """

@@ -1,4 +1,4 @@
-"""The plan of one LoSA step: an allocator's wishes, and what is pruned already stays pruned (methods 6.4, 7.4, 7.7).
+"""The plan of one LoSA step: an allocator's wishes, and what is pruned already stays pruned.
 
 A pruner gives zeros the lowest score, so a layer cannot become denser again; without lower bounds the model would end
 up sparser than asked.

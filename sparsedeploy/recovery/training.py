@@ -32,7 +32,7 @@ STATE = "training"
 
 @dataclass(frozen=True)
 class TrainingOptions(Options):
-    """How adapters are trained; the defaults are LoSA's (methods 7.8), but for the warm-up."""
+    """How adapters are trained; the defaults are LoSA's, but for the warm-up."""
 
     learning_rate: float = option(
         2e-4, "Peak; after a linear warm-up over `warmup_ratio` of the steps it falls linearly to zero.", above=0

@@ -1,4 +1,4 @@
-"""AlphaPruning: power-law exponents of weight spectra, and the rates they give (methods 5.3)."""
+"""AlphaPruning: power-law exponents of weight spectra, and the rates they give."""
 
 import math
 

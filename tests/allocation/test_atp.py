@@ -1,4 +1,4 @@
-"""ATP: the progression over depth, its legal range, and the search for beta (methods 5.4)."""
+"""ATP: the progression over depth, its legal range, and the search for beta."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""One routine takes any deviations to rates and counts that meet the weighted target (methods 1.7)."""
+"""One routine takes any deviations to rates and counts that meet the weighted target."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""LSA: the greedy reconstruction error and the rates it gives at three granularities (methods 5.5)."""
+"""LSA: the greedy reconstruction error and the rates it gives at three granularities."""
 
 from itertools import combinations
 

@@ -1,4 +1,4 @@
-"""Mixed N:M: exact budgets by apportionment and by marginal cost (methods 6)."""
+"""Mixed N:M: exact budgets by apportionment and by marginal cost."""
 
 from collections import Counter
 from itertools import product

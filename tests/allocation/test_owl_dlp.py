@@ -1,4 +1,4 @@
-"""OWL and DLP from Wanda scores (methods 5.1, 5.2)."""
+"""OWL and DLP from Wanda scores."""
 
 import math
 

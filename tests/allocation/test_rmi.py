@@ -1,4 +1,4 @@
-"""RMI: similarity of representations and the exact bounded allocation (methods 7.3, 7.4, 7.10)."""
+"""RMI: similarity of representations and the exact bounded allocation."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The text that a beta search selects on: validation by default, the test text only when asked (methods 5.4)."""
+"""The text that a beta search selects on: validation by default, the test text only when asked."""
 
 from pathlib import Path
 from typing import Any

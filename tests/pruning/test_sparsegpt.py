@@ -1,4 +1,4 @@
-"""SparseGPT in float64: the error identity, block quotas, and its loss against Wanda's (methods 4, 11.1)."""
+"""SparseGPT in float64: the error identity, block quotas, and its loss against Wanda's."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ ROWS, COLUMNS, BLOCK = 48, 128, 32
 
 
 def problem(seed: int, columns: int = COLUMNS) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight, Hessian) of methods 11.1, float64: inputs with a decaying spectrum in a random basis."""
+    """(weight, Hessian), float64: inputs with a decaying spectrum in a random basis."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(columns, columns, generator=generator, dtype=torch.float64)).Q
     spectrum = (torch.arange(columns, dtype=torch.float64) + 1) ** -0.5

@@ -1,4 +1,4 @@
-"""Masked adapters: gradients, merging, growth (methods 7.7, 7.10, 8)."""
+"""Masked adapters: gradients, merging, growth."""
 
 from __future__ import annotations
 

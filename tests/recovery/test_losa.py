@@ -1,4 +1,4 @@
-"""The dynamic loop (methods 7.10 a to c, f) with every kind of pattern and pruner."""
+"""The dynamic loop with every kind of pattern and pruner."""
 
 from __future__ import annotations
 

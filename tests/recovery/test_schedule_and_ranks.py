@@ -1,4 +1,4 @@
-"""Schedules, mean ranks and the rank budget (methods 7.2, 7.6, 7.10 f)."""
+"""Schedules, mean ranks and the rank budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse plus low rank (methods 9.5)."""
+"""Sparse plus low rank."""
 
 from __future__ import annotations
 

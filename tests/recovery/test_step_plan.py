@@ -1,4 +1,4 @@
-"""Plans of progressive steps: exact targets, nothing becomes denser (methods 6.4, 7.7, 7.10 c, d)."""
+"""Plans of progressive steps: exact targets, nothing becomes denser."""
 
 from __future__ import annotations
 
