@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
+from sparsedeploy.reading import read_object
 
 FORMAT = 1
 
@@ -244,13 +244,10 @@ class SparsityPlan:
         Raises:
             UserError: no such file, or not a plan.
         """
-        try:
-            value = json.loads(Path(path).read_text())
-        except FileNotFoundError as error:
-            raise UserError(f"no plan at {path}", "Make one: sparsedeploy allocate MODEL -o plan.json.") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-            raise UserError(f"{path} is not a plan ({error})", "Make one: sparsedeploy allocate.") from error
-        return SparsityPlan.from_dict(value)
+        fix = "Make a plan: sparsedeploy allocate MODEL -o plan.json."
+        if not Path(path).exists():
+            raise UserError(f"no plan at {path}", fix)
+        return SparsityPlan.from_dict(read_object(Path(path), fix=fix))
 
 
 def check_sparsity(sparsity: float) -> None:

@@ -25,7 +25,7 @@ FLOORS = (
     ("models", "reference"),
     ("formats",),
     ("plan", "masks", "processes"),
-    ("registry", "folders", "resources", "linear_algebra", "memory"),
+    ("registry", "folders", "reading", "resources", "linear_algebra", "memory"),
     ("options",),
     ("errors", "progress", "version"),
 )

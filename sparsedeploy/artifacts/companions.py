@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sparsedeploy.reading import contained
+
 TOKENIZER_CONFIG = "tokenizer_config.json"
 COMPANIONS = (
     "config.json",
@@ -24,10 +26,14 @@ COMPANIONS = (
 
 
 def copy_companions(checkpoint: Path, folder: Path, *, without: tuple[str, ...] = ()) -> None:
-    """Copy those that the checkpoint has."""
+    """Copy those that the checkpoint has.
+
+    Raises:
+        UserError: one is a link out of the checkpoint.
+    """
     for name in COMPANIONS:
         if name not in without and (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, folder / name)
+            shutil.copyfile(contained(checkpoint, name, str(checkpoint)), folder / name)
 
 
 def older_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
 from sparsedeploy.models.fingerprint import file_sha256
+from sparsedeploy.reading import Fields, contained, read_object
 from sparsedeploy.version import __version__
 
 ARTIFACT_FILE = "artifact.json"
@@ -162,42 +162,18 @@ def load_artifact(folder: Path, *, verify: bool = False) -> Artifact:
     """
     path = Path(folder) / ARTIFACT_FILE
     again = "Export the checkpoint again with sparsedeploy export."
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{folder} is not an exported artifact (it has no {ARTIFACT_FILE})", again)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
-            raise UserError(
-                f"{path} has format {values['format']}; this version of sparsedeploy reads format {FORMAT}", again
-            )
-        artifact = _from_json(values)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    fields = Fields(read_object(path, fix=again), str(path), again)
+    if fields.integer("format") != FORMAT:
         raise UserError(
-            f"{path} is not a valid artifact description ({type(error).__name__}: {error})", again
-        ) from error
+            f"{path} has format {fields.integer('format')}; this version of sparsedeploy reads format {FORMAT}", again
+        )
+    artifact = fields.build(Artifact)
     for name, digest in artifact.files.items():
-        file = Path(folder) / name
+        file = contained(Path(folder), name, str(path))
         if not file.is_file():
             raise UserError(f"artifact {folder} lacks its file {name}", again)
         if verify and file_sha256(file) != digest:
             raise UserError(f"{file} was changed since the export", again)
     return artifact
-
-
-def _from_json(values: dict[str, Any]) -> Artifact:
-    sparsity = values["sparsity"]
-    check, quantization = values.get("check"), values.get("quantization")
-    return Artifact(
-        target=values["target"],
-        source=Source(**values["source"]),
-        model_type=values["model_type"],
-        shapes=Shapes(**values["shapes"]),
-        dtype=values["dtype"],
-        opset=values["opset"],
-        files=dict(values["files"]),
-        sparsity=Sparsity(weights=sparsity["weights"], zeros=sparsity["zeros"]),
-        engine=Engine(**values["engine"]),
-        check=None if check is None else Check(**check),
-        quantization=None if quantization is None else Quantization(**quantization),
-        sparsedeploy=values["sparsedeploy"],
-    )

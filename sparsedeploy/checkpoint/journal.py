@@ -17,6 +17,7 @@ from typing import Any
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import DiskError, check_writable, disk_error, publish
+from sparsedeploy.reading import Fields, parse_object, read_bytes
 
 FILE = "journal.jsonl"
 
@@ -105,15 +106,19 @@ def _fresh(folder: Path, request: Mapping[str, Any]) -> Journal:
 
 def _resumed(folder: Path, request: Mapping[str, Any]) -> Journal | None:
     """The journal of an interrupted run; None when there is none to go on with."""
-    try:
-        lines = (folder / FILE).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
+    path = folder / FILE
+    if not path.exists():
         return None
-    # Text after the last newline is a line that the kill cut short.
-    entries = [json.loads(line) for line in lines[:-1]]
+    fix = "Run without --resume to start over."
+    # Bytes after the last newline are a line that the kill cut short.
+    lines = read_bytes(path, fix=fix).split(b"\n")
+    entries = [
+        Fields(parse_object(line, f"{path} line {number}", fix=fix), f"{path} line {number}", fix)
+        for number, line in enumerate(lines[:-1], 1)
+    ]
     if not entries:
         return None
-    before = entries[0]["request"]
+    before = entries[0].mapping("request")
     now = json.loads(json.dumps(dict(request)))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
@@ -126,11 +131,11 @@ def _resumed(folder: Path, request: Mapping[str, Any]) -> Journal | None:
     journal = Journal(folder)
     for entry in entries[1:]:
         if "plan" in entry:
-            journal.plan = entry["plan"]
+            journal.plan = entry.mapping("plan")
         else:
-            journal.finished = entry["layer"] + 1
-            journal.losses.update(entry["losses"])
-    _cut(folder / FILE, "\n".join(lines[:-1]) + "\n")
+            journal.finished = entry.integer("layer") + 1
+            journal.losses.update(entry.mapping("losses"))
+    _cut(path, b"\n".join(lines[:-1]) + b"\n")
     return journal
 
 
@@ -138,6 +143,6 @@ class ResumeError(UserError):
     """The interrupted run is kept: it may still be resumed with its own options."""
 
 
-def _cut(path: Path, whole: str) -> None:
-    if path.stat().st_size != len(whole.encode()):
-        os.truncate(path, len(whole.encode()))
+def _cut(path: Path, whole: bytes) -> None:
+    if path.stat().st_size != len(whole):
+        os.truncate(path, len(whole))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from sparsedeploy import progress
 from sparsedeploy.checkpoint import masks as mask_file
 from sparsedeploy.errors import UserError
 from sparsedeploy.masks import follows_n_of_m
-from sparsedeploy.models.fingerprint import file_sha256, weight_files
+from sparsedeploy.models.fingerprint import file_sha256
+from sparsedeploy.models.weight_files import weight_files
 from sparsedeploy.plan import NM, SparsityPlan
+from sparsedeploy.reading import read_object
 
 FORMAT = 1
 MANIFEST = "sparsity.json"
@@ -70,12 +71,9 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         UserError: no such folder, no manifest, or one of another format.
     """
     path = Path(folder) / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{folder} has no {MANIFEST}", "Give a folder that sparsedeploy prune wrote.")
-    try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error})", "Prune the model again.") from error
+    manifest = read_object(path, fix="Prune the model again.")
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path} has format {manifest.get('format')}, not {FORMAT}", "Use the version that wrote it.")
     return dict(manifest)

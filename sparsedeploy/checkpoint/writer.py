@@ -28,11 +28,11 @@ from sparsedeploy.models.low_rank import LowRank, save_adapter
 from sparsedeploy.models.stored_names import StoredSlice, stored_slices
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.models.tensor_files import TensorFiles
+from sparsedeploy.models.weight_files import small_files
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.version import __version__
 
-# Weights in other formats would be loaded in place of the pruned ones; the rest is ours and is written anew.
-_NOT_COPIED = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors")
+# Written anew.
 _OURS = (MANIFEST, RECIPE, mask_file.FILE)
 
 
@@ -161,8 +161,6 @@ def _slice_entry(slices: tuple[StoredSlice, ...]) -> dict[str, Any]:
 
 
 def _copy_rest(source: Path, staging: Path) -> None:
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in _NOT_COPIED and path.name not in _OURS:
-            if path.name.endswith(".index.json") and not path.name.endswith(".safetensors.index.json"):
-                continue
+    for path in small_files(source):
+        if path.name not in _OURS:
             shutil.copyfile(path, staging / path.name)

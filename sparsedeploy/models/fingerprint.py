@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.weight_files import weight_files
 
 _CHUNK = 1 << 20
 
@@ -17,21 +18,6 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors shards of a model folder, sorted by name.
-
-    Raises:
-        UserError: there are none.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"{folder} holds no .safetensors weights",
-            "Convert the checkpoint: load it with transformers and call save_pretrained.",
-        )
-    return files
 
 
 def model_sha256(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from transformers.utils import logging
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.low_rank import attach_low_rank, load_adapter
-from sparsedeploy.models.tensor_files import INDEX, check_index
+from sparsedeploy.models.tensor_files import TensorFiles
+from sparsedeploy.reading import SOUND_COPY, read_object
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,12 +63,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         UserError: no or broken ``config.json``, a model type that transformers does not know, or an encoder-decoder.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{folder} has no config.json", "Give a Hugging Face model folder or a hub id.")
-    try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error})", "Get a sound copy of the model.") from error
+    raw = read_object(path, fix=SOUND_COPY)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
@@ -104,7 +101,7 @@ def load_model(
         UserError: see :func:`load_config`; also missing or broken weights.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    _check_weights(folder)
+    TensorFiles(folder)  # refuses what is not the model, or is corrupt
     try:
         with _no_foreign_bars():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -113,6 +110,7 @@ def load_model(
                 dtype=dtype or "auto",
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                use_safetensors=True,
             )
     except SafetensorError as error:
         raise UserError(f"a weight file of {folder} is truncated or corrupt ({error})", "Download it again.") from error
@@ -181,10 +179,3 @@ def _no_foreign_bars() -> Iterator[None]:
     finally:
         if was_on:
             logging.enable_progress_bar()
-
-
-def _check_weights(folder: Path) -> None:
-    check_index(folder)
-    has_files = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-    if not (folder / INDEX).is_file() and not has_files:
-        raise UserError(f"{folder} holds no weights", "Give a folder with .safetensors weights.")

@@ -6,7 +6,6 @@ The folder has the format of the peft package's LoRA adapters, so peft loads it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
+from sparsedeploy.reading import read_object
 
 FOLDER = "adapter"
 CONFIG = "adapter_config.json"
@@ -125,8 +125,10 @@ def load_adapter(folder: Path) -> dict[str, LowRank]:
     """
     fix = "Write the checkpoint again with sparsedeploy recover."
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = read_object(folder / CONFIG, fix=fix)
         tensors = load_file(folder / WEIGHTS)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"the adapter in {folder} cannot be read ({error})", fix) from error
     if config.get("peft_type") != "LORA" or config.get("use_rslora") or config.get("use_dora"):

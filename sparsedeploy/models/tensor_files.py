@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import struct
+import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -12,15 +12,26 @@ from pathlib import Path
 import torch
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.models.fingerprint import weight_files
+from sparsedeploy.models.weight_files import INDEX, read_index, weight_files
+from sparsedeploy.reading import Fields, open_regular, parse_object
 
-INDEX = "model.safetensors.index.json"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+# Bits of an element, for every type of the format.
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E5M2FNUZ", "F8_E4M3FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+_HEADER_LIMIT = 100_000_000
+_AGAIN = "Download it again."
 
 
 @dataclass(frozen=True)
@@ -65,15 +76,17 @@ class TensorFiles:
         self.folder = folder
         self.shards = weight_files(folder)
         self._tensors: dict[str, StoredTensor] = {}
-        check_index(folder)
         for shard in self.shards:
             for tensor in read_header(shard):
                 if other := self._tensors.get(tensor.name):
                     raise UserError(
                         f"tensor {tensor.name} is in two shards: {other.shard.name} and {shard.name}",
-                        "Remove the stray shard.",
+                        "Write the model again: its shards overlap.",
                     )
                 self._tensors[tensor.name] = tensor
+        for name, shard_name in (read_index(folder) or {}).items():
+            if name not in self._tensors or self._tensors[name].shard.name != shard_name:
+                raise UserError(f"{folder / INDEX} names {name} in {shard_name}, which lacks it", _AGAIN)
 
     @property
     def size(self) -> int:
@@ -152,56 +165,49 @@ def _read_tensor(file: FileIO, stored: StoredTensor) -> torch.Tensor:
 def read_header(shard: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file, in the order of their bytes.
 
+    As strict as the library: a header of at most 100 MB, known types, sizes that follow from shape and type, and
+    tensors that cover the rest of the file without a hole or an overlap.
+
     Raises:
-        UserError: a truncated or corrupt file.
+        UserError: a truncated or corrupt file, or none.
     """
-    try:
-        size = shard.stat().st_size
-        with open(shard, "rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            if length > size - 8:
-                raise ValueError(f"its header of {length} bytes does not fit in {size}")
-            header = json.loads(file.read(length))
-        base = 8 + length
-        tensors = [
-            StoredTensor(
-                name,
-                shard,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                base + entry["data_offsets"][0],
-                base + entry["data_offsets"][1],
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
-        ]
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise _corrupt(shard, str(error)) from error
-    tensors.sort(key=lambda tensor: tensor.start)
-    if max((tensor.end for tensor in tensors), default=base) != size:
-        raise _corrupt(
-            shard, f"its tensors end at byte {max((t.end for t in tensors), default=base)}, the file at {size}"
-        )
+    with open_regular(shard, fix=_AGAIN) as file:
+        size = os.fstat(file.fileno()).st_size
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or length > size - 8:
+            raise _corrupt(shard, f"its header of {length} bytes does not fit in {size}")
+        if length > _HEADER_LIMIT:
+            raise _corrupt(shard, f"its header has {length} bytes, more than {_HEADER_LIMIT}")
+        text = file.read(length)
+    where = f"the header of weight file {shard}"
+    header = Fields(parse_object(text, where, fix=_AGAIN), where, _AGAIN)
+    base = 8 + length
+    tensors = [_entry(header.fields(name), name, shard, base) for name in header.values if name != "__metadata__"]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
+    end = base
+    for tensor in tensors:
+        if tensor.start != end:
+            raise _corrupt(shard, f"{tensor.name} starts at byte {tensor.start}, not at {end} where the last one ends")
+        end = tensor.end
+    if end != size:
+        raise _corrupt(shard, f"its tensors end at byte {end}, the file at {size}")
     return tensors
 
 
+def _entry(fields: Fields, name: str, shard: Path, base: int) -> StoredTensor:
+    kind, offsets = fields.text("dtype"), fields.items("data_offsets")
+    shape = fields.items("shape")
+    if kind not in _BITS:
+        raise _corrupt(shard, f"{name} has the unknown type {kind[:40]!r}")
+    for number in (*shape, *offsets):
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise _corrupt(shard, f"{name} has a shape or offset that is not a natural number")
+    bits = math.prod(shape) * _BITS[kind]
+    if len(offsets) != 2 or bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        raise _corrupt(shard, f"{name} of type {kind} and shape {shape[:8]} does not fill its bytes {offsets[:2]}")
+    return StoredTensor(name, shard, kind, tuple(shape), base + offsets[0], base + offsets[1])
+
+
 def _corrupt(shard: Path, reason: str) -> UserError:
-    return UserError(f"weight file {shard} is truncated or corrupt ({reason})", "Download it again.")
-
-
-def check_index(folder: Path) -> None:
-    """Make sure that every shard of the index, where there is one, is there.
-
-    Raises:
-        UserError: a broken index, or a missing shard.
-    """
-    path = folder / INDEX
-    if not path.is_file():
-        return
-    try:
-        named = set(json.loads(path.read_text())["weight_map"].values())
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not a safetensors index ({error})", "Download it again.") from error
-    missing = sorted(name for name in named if not (folder / name).is_file())
-    if missing:
-        raise UserError(f"{path} names {missing[0]}, which is missing", "Download the missing shard.")
+    return UserError(f"weight file {shard} is truncated or corrupt ({reason})", _AGAIN)

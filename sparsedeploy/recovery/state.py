@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from sparsedeploy.checkpoint.journal import ResumeError
 from sparsedeploy.folders import new_folder, write_json
+from sparsedeploy.reading import read_object
 
 _REQUEST = "request.json"
 _TENSORS = "state.safetensors"
 _VALUES = "values.json"
+_START_OVER = "Run without --resume to start over."
 
 
 class RunState:
@@ -35,7 +37,7 @@ class RunState:
         self.folder = output.parent / f".{output.name}.recovery"
         now = json.loads(json.dumps(dict(request)))
         if resume and (self.folder / _REQUEST).is_file():
-            before = json.loads((self.folder / _REQUEST).read_text())
+            before = read_object(self.folder / _REQUEST, fix=_START_OVER)
             if changed := [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]:
                 raise ResumeError(
                     f"cannot resume: {', '.join(changed)} changed since the run that was interrupted "
@@ -57,7 +59,7 @@ class RunState:
         folder = self.folder / name
         if not folder.is_dir():
             return None
-        return load_file(folder / _TENSORS), json.loads((folder / _VALUES).read_text())
+        return load_file(folder / _TENSORS), read_object(folder / _VALUES, fix=_START_OVER)
 
     def drop(self, name: str) -> None:
         shutil.rmtree(self.folder / name, ignore_errors=True)

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
+from sparsedeploy.reading import read_object
 from sparsedeploy.resources import cache_home
 from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import Runtime, Version, load_runtime, runtime_names
@@ -292,10 +293,9 @@ def _python_of(env: Path) -> Path:
 def _read_marker(home: Path) -> dict[str, Any]:
     """The marker of a complete installation; empty when there is none or it cannot be read."""
     try:
-        marker = json.loads((home / MARKER_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(home / MARKER_FILE, fix="Install the runtime again.")
+    except UserError:
         return {}
-    return marker if isinstance(marker, dict) else {}
 
 
 def _state(runtime: Runtime, home: Path, marker: dict[str, Any]) -> str:

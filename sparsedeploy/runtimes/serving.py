@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from sparsedeploy.artifacts.companions import TOKENIZER_CONFIG, older_tokenizer
 from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
+from sparsedeploy.reading import SOUND_COPY, read_object
 from sparsedeploy.runtimes.engine import check_cores, environment_for
 from sparsedeploy.runtimes.environments import Environment, process_environment
 from sparsedeploy.runtimes.process_group import GuardedProcess
@@ -141,7 +141,7 @@ def _deepsparse(
     shutil.copytree(folder, scratch / _MODEL)
     settings = scratch / _MODEL / TOKENIZER_CONFIG
     if settings.is_file():
-        write_json(settings, older_tokenizer(json.loads(settings.read_text(encoding="utf-8"))))
+        write_json(settings, older_tokenizer(read_object(settings, fix=SOUND_COPY)))
     endpoint = {
         "name": _MODEL,
         "task": "text_generation",

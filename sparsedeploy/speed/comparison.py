@@ -6,13 +6,13 @@ the 95 % bootstrap interval of the ratio lies above 1 altogether. Sizes have no 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.reading import read_object
 from sparsedeploy.speed.benchmark import FORMAT
 from sparsedeploy.speed.intervals import ratio_interval
 from sparsedeploy.speed.rows import MEASURED, PHASES, Sample, Setting
@@ -70,13 +70,8 @@ def load_result(path: Path) -> dict[str, Any]:
         UserError: no file, no JSON, or not a result of this format.
     """
     again = "Measure again with sparsedeploy bench -o FILE."
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}", again) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})", again) from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT or "samples" not in values:
+    values = read_object(Path(path), fix=again)
+    if values.get("format") != FORMAT or "samples" not in values:
         raise UserError(f"{path} is not a benchmark result of format {FORMAT}", again)
     return values
 

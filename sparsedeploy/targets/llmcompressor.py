@@ -23,10 +23,14 @@ from sparsedeploy.checkpoint.manifest import RECIPE, load_manifest
 from sparsedeploy.checkpoint.recipe import recipe_yaml
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder, write_json, write_text
-from sparsedeploy.models.fingerprint import file_sha256, model_sha256, weight_files
+from sparsedeploy.models.fingerprint import file_sha256, model_sha256
 from sparsedeploy.models.loading import load_config, resolve_model
 from sparsedeploy.models.tensor_files import TensorFiles
+<<<<<<< HEAD
 from sparsedeploy.options import Options, option
+=======
+from sparsedeploy.models.weight_files import weight_files
+>>>>>>> ebade37 (Read every JSON file through one reader; the model's files by its index; safetensors headers as strictly as the library)
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.resources import shipped

@@ -8,7 +8,6 @@ transformers is installed here.
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,15 @@ from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity, confi
 from sparsedeploy.artifacts.folder import open_checkpoint
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder, write_json
+<<<<<<< HEAD
 from sparsedeploy.models.structure import find_decoder_stack, plain_linears
 from sparsedeploy.options import Options, option
 from sparsedeploy.registry import TARGETS
+=======
+from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.models.weight_files import small_files, weight_files
+from sparsedeploy.reading import SOUND_COPY, read_object
+>>>>>>> ebade37 (Read every JSON file through one reader; the model's files by its index; safetensors headers as strictly as the library)
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.runtimes.worker import Worker
@@ -109,13 +114,13 @@ def stage_for_transformers_4(checkpoint: Path, folder: Path) -> Path:
 
     transformers 4 ignores fields that it does not know: a rotary base under its new name would silently become 10000.
     """
-    for path in checkpoint.iterdir():
+    for path in (*small_files(checkpoint), *weight_files(checkpoint)):
         if path.is_file():
             (folder / path.name).symlink_to(path.resolve())
     for name, translate in (("config.json", _older_config), (TOKENIZER_CONFIG, older_tokenizer)):
         if (checkpoint / name).is_file():
             (folder / name).unlink()
-            write_json(folder / name, translate(json.loads((checkpoint / name).read_text(encoding="utf-8"))))
+            write_json(folder / name, translate(read_object(checkpoint / name, fix=SOUND_COPY)))
     return folder
 
 

@@ -6,7 +6,6 @@ unpacked again and compared before it is written.
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,15 @@ from sparsedeploy.folders import check_writable, new_folder, write_json
 from sparsedeploy.formats import packed as packing
 from sparsedeploy.formats.config import BITMASK, ModuleFormat, PackedConfig
 from sparsedeploy.models.structure import check_finite, find_decoder_stack
+<<<<<<< HEAD
 from sparsedeploy.models.tensor_files import INDEX, TensorFiles
 from sparsedeploy.options import Options, option
 from sparsedeploy.registry import TARGETS
+=======
+from sparsedeploy.models.tensor_files import TensorFiles
+from sparsedeploy.models.weight_files import INDEX, small_files
+from sparsedeploy.reading import SOUND_COPY, read_object
+>>>>>>> ebade37 (Read every JSON file through one reader; the model's files by its index; safetensors headers as strictly as the library)
 from sparsedeploy.targets.quantize import export_quantized
 
 ENGINE = Engine(name="vllm", version="0.32.0")
@@ -197,8 +202,8 @@ def _linears(checkpoint: Path, config: Any, trust_remote_code: bool) -> tuple[li
 
 def _write_configuration(checkpoint: Path, folder: Path, quantization: dict[str, Any]) -> None:
     """Copy the small files and write ``config.json`` with the ``quantization_config``."""
-    for path in sorted(checkpoint.iterdir()):
-        if path.is_file() and path.suffix in _COPIED and path.name not in _NOT_COPIED:
+    for path in small_files(checkpoint):
+        if path.suffix in _COPIED and path.name not in _NOT_COPIED:
             shutil.copyfile(path, folder / path.name)
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = read_object(checkpoint / "config.json", fix=SOUND_COPY)
     write_json(folder / "config.json", {**config, "quantization_config": quantization})

@@ -85,14 +85,32 @@ def test_newer_format(folder: Path) -> None:
         load_artifact(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "null", "{}", '{"format": 1}'])
-def test_broken_description(folder: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "is a list"),
+        ("null", "is null"),
+        ("{}", "lacks 'format'"),
+        ('{"format": 1}', "lacks 'target'"),
+    ],
+)
+def test_broken_description(folder: Path, text: str, said: str) -> None:
     (folder / "artifact.json").write_text(text)
-    with pytest.raises(UserError, match="not a valid artifact description"):
+    with pytest.raises(UserError, match=f"artifact.json.*{said}"):
         load_artifact(folder)
 
 
 def test_broken_shapes(folder: Path) -> None:
     edit(folder, shapes={"layers": 2})
-    with pytest.raises(UserError, match="not a valid artifact description"):
+    with pytest.raises(UserError, match="artifact.json: shapes lacks 'kv_heads'"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "link"])
+def test_a_file_outside_the_folder_is_refused(folder: Path, name: str) -> None:
+    (folder.parent / "outside").write_text("x")
+    (folder / "link").symlink_to(folder.parent / "outside")
+    edit(folder, files={name: "0" * 64})
+    with pytest.raises(UserError, match="inside its folder|link out of its folder"):
         load_artifact(folder)

@@ -161,13 +161,17 @@ def test_broken_folders_are_refused(tmp_path: Path) -> None:
     source = save_model(tmp_path / "dense")
     tensors = load_file(source / "model.safetensors")
     save_file({"lm_head.weight": tensors["lm_head.weight"]}, source / "model-extra.safetensors")
+    both = {"lm_head.weight": "model-extra.safetensors", "model.norm.weight": "model.safetensors"}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": both}))
     with pytest.raises(UserError, match=r"tensor lm_head\.weight is in two shards: model-extra.*and model\.safe"):
         TensorFiles(source)
     (source / "model-extra.safetensors").unlink()
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    (source / "model.safetensors").rename(source / "one.safetensors")
     with pytest.raises(UserError, match=r"names gone\.safetensors, which is missing"):
         TensorFiles(source)
     (source / "model.safetensors.index.json").unlink()
+    (source / "one.safetensors").rename(source / "model.safetensors")
     for damage in (
         lambda data: data[:-1],
         lambda data: data + b"x",
