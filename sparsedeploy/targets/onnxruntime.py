@@ -8,6 +8,7 @@ transformers is installed here.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,16 +111,16 @@ def export_onnxruntime(
 
 
 def stage_for_transformers_4(checkpoint: Path, folder: Path) -> Path:
-    """Link a checkpoint's files into an empty folder, with the settings that transformers 5 renamed written for 4.57.
+    """Link a checkpoint's weights into an empty folder and copy the small files, settings written for transformers 4.57.
 
     transformers 4 ignores fields that it does not know: a rotary base under its new name would silently become 10000.
     """
-    for path in (*small_files(checkpoint), *weight_files(checkpoint)):
-        if path.is_file():
-            (folder / path.name).symlink_to(path.resolve())
+    for path in small_files(checkpoint):
+        shutil.copyfile(path, folder / path.name)
+    for path in weight_files(checkpoint):
+        (folder / path.name).symlink_to(path.resolve())
     for name, translate in (("config.json", _older_config), (TOKENIZER_CONFIG, older_tokenizer)):
         if (checkpoint / name).is_file():
-            (folder / name).unlink()
             write_json(folder / name, translate(read_object(checkpoint / name, fix=SOUND_COPY)))
     return folder
 

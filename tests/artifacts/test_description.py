@@ -103,7 +103,7 @@ def test_broken_description(folder: Path, text: str, said: str) -> None:
 
 def test_broken_shapes(folder: Path) -> None:
     edit(folder, shapes={"layers": 2})
-    with pytest.raises(UserError, match="artifact.json: shapes lacks 'kv_heads'"):
+    with pytest.raises(UserError, match=r"artifact\.json: shapes lacks 'kv_heads'"):
         load_artifact(folder)
 
 
@@ -112,5 +112,5 @@ def test_a_file_outside_the_folder_is_refused(folder: Path, name: str) -> None:
     (folder.parent / "outside").write_text("x")
     (folder / "link").symlink_to(folder.parent / "outside")
     edit(folder, files={name: "0" * 64})
-    with pytest.raises(UserError, match="inside its folder|link out of its folder"):
+    with pytest.raises(UserError, match=r"inside its folder|link out of its folder"):
         load_artifact(folder)
