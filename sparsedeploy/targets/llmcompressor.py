@@ -26,11 +26,8 @@ from sparsedeploy.folders import check_writable, new_folder, write_json, write_t
 from sparsedeploy.models.fingerprint import file_sha256, model_sha256
 from sparsedeploy.models.loading import load_config, resolve_model
 from sparsedeploy.models.tensor_files import TensorFiles
-<<<<<<< HEAD
-from sparsedeploy.options import Options, option
-=======
 from sparsedeploy.models.weight_files import weight_files
->>>>>>> ebade37 (Read every JSON file through one reader; the model's files by its index; safetensors headers as strictly as the library)
+from sparsedeploy.options import Options, option
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.resources import shipped

@@ -23,15 +23,11 @@ from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity, confi
 from sparsedeploy.artifacts.folder import open_checkpoint
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder, write_json
-<<<<<<< HEAD
 from sparsedeploy.models.structure import find_decoder_stack, plain_linears
-from sparsedeploy.options import Options, option
-from sparsedeploy.registry import TARGETS
-=======
-from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.models.weight_files import small_files, weight_files
+from sparsedeploy.options import Options, option
 from sparsedeploy.reading import SOUND_COPY, read_object
->>>>>>> ebade37 (Read every JSON file through one reader; the model's files by its index; safetensors headers as strictly as the library)
+from sparsedeploy.registry import TARGETS
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.runtimes.worker import Worker
@@ -111,7 +107,7 @@ def export_onnxruntime(
 
 
 def stage_for_transformers_4(checkpoint: Path, folder: Path) -> Path:
-    """Link a checkpoint's weights into an empty folder and copy the small files, settings written for transformers 4.57.
+    """Link a checkpoint's weights into an empty folder and copy the rest, settings written for transformers 4.57.
 
     transformers 4 ignores fields that it does not know: a rotary base under its new name would silently become 10000.
     """

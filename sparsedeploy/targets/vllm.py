@@ -26,15 +26,11 @@ from sparsedeploy.folders import check_writable, new_folder, write_json
 from sparsedeploy.formats import packed as packing
 from sparsedeploy.formats.config import BITMASK, ModuleFormat, PackedConfig
 from sparsedeploy.models.structure import check_finite, find_decoder_stack
-<<<<<<< HEAD
-from sparsedeploy.models.tensor_files import INDEX, TensorFiles
-from sparsedeploy.options import Options, option
-from sparsedeploy.registry import TARGETS
-=======
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.models.weight_files import INDEX, small_files
+from sparsedeploy.options import Options, option
 from sparsedeploy.reading import SOUND_COPY, read_object
->>>>>>> ebade37 (Read every JSON file through one reader; the model's files by its index; safetensors headers as strictly as the library)
+from sparsedeploy.registry import TARGETS
 from sparsedeploy.targets.quantize import export_quantized
 
 ENGINE = Engine(name="vllm", version="0.32.0")

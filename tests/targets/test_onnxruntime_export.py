@@ -166,7 +166,7 @@ def stage(folder: Path, config: dict[str, object], tokenizer: dict[str, object] 
     (folder / "new").mkdir()
     (folder / "old").mkdir()
     (folder / "new" / "config.json").write_text(json.dumps(config))
-    (folder / "new" / "weights.bin").write_bytes(b"weights")
+    (folder / "new" / "model.safetensors").write_bytes(b"weights")
     if tokenizer is not None:
         (folder / "new" / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     return stage_for_transformers_4(folder / "new", folder / "old")
@@ -185,7 +185,7 @@ def test_rotary_settings_get_their_older_names(tmp_path: Path) -> None:
     assert LlamaConfig(**config).to_dict()["model_type"] == "llama"
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     assert tokenizer == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
-    assert (folder / "weights.bin").read_bytes() == b"weights"
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
 
 
 def test_rotary_settings_for_each_kind_of_layer(tmp_path: Path) -> None:
