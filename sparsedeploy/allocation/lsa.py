@@ -1,6 +1,7 @@
 """LSA: units whose weights are costly to drop jointly are pruned more; layer, block or projection.
 
-*Layer-wise Sparsity Allocation for Large Language Model Pruning Based on Minimal Linear Reconstruction Error*, ICLR 2026;
+*Layer-wise Sparsity Allocation for Large Language Model Pruning Based on Minimal Linear Reconstruction Error*, ICLR
+2026;
 the formulas are in docs/formulas.md.
 """
 

@@ -1,4 +1,7 @@
-"""Wanda: weight magnitude times input norm, compared within each output row (Sun et al., ICLR 2024, arXiv 2306.11695, eq. 1)."""
+"""Wanda: weight magnitude times input norm, compared within each output row.
+
+Sun et al., ICLR 2024, arXiv 2306.11695, eq. 1.
+"""
 
 from __future__ import annotations
 

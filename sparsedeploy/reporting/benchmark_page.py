@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from markupsafe import Markup
+
 from sparsedeploy.reporting.benchmark_table import (
     LEGEND,
     PHASES,
@@ -68,11 +70,11 @@ def repeat_command(result: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def notes_section(result: Mapping[str, Any]) -> str:
+def notes_section(result: Mapping[str, Any]) -> Markup:
     return section("Notes on the measurement", items(result["notes"] or ["None."]))
 
 
-def speed_sections(result: Mapping[str, Any]) -> Iterator[str]:
+def speed_sections(result: Mapping[str, Any]) -> Iterator[Markup]:
     """For each setting a chart of speedups with intervals, and the table."""
     for setting in settings(result):
         rows = rows_at(result, setting)
@@ -87,11 +89,11 @@ def speed_sections(result: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def sizes_section(result: Mapping[str, Any]) -> str:
+def sizes_section(result: Mapping[str, Any]) -> Markup:
     return section("Size, loading and memory", table(SIZE_HEADERS, size_rows(result)))
 
 
-def profile_sections(result: Mapping[str, Any]) -> Iterator[str]:
+def profile_sections(result: Mapping[str, Any]) -> Iterator[Markup]:
     """Time by layer beside each layer's sparsity, for each phase that some engine has profiled."""
     for phase in ("prefill", "decode"):
         found = [one for one in result["profiles"] if one["phase"] == phase and one["reason"] is None]
@@ -105,8 +107,8 @@ def profile_sections(result: Mapping[str, Any]) -> Iterator[str]:
             lines, title=f"Time by decoder layer, {phase}", x_label="decoder layer", y_label="ms", whole_x=True
         )
         caption = f"The engine's own times: {found[0]['what']}. The least of several runs of its profile."
-        tables = "".join(note(profile_title(one)) + table(PROFILE_HEADERS, profile_rows(one, result)) for one in found)
-        kinds = "".join(
+        tables = Markup("").join(note(profile_title(one)) + table(PROFILE_HEADERS, profile_rows(one, result)) for one in found)
+        kinds = Markup("").join(
             note(f"{one['name']}: most expensive kinds of operators")
             + table(
                 ("kind", "operators", "ms"),
@@ -133,11 +135,11 @@ def environment(result: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def environment_section(result: Mapping[str, Any]) -> str:
+def environment_section(result: Mapping[str, Any]) -> Markup:
     return section("Environment", pairs(environment(result)))
 
 
-def _speed_chart(result: Mapping[str, Any], rows: list[dict[str, Any]], title: str) -> str:
+def _speed_chart(result: Mapping[str, Any], rows: list[dict[str, Any]], title: str) -> Markup:
     shown = [row for row in rows if row["status"] == "measured" and row["total"]["speedup"] is not None]
     if not shown:
         return note("No speedups in this setting.")

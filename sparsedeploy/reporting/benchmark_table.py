@@ -17,7 +17,7 @@ PROFILE_HEADERS = ("", "sparse", "ms", "share", "linear ms", "kernels", "speedup
 LEGEND = (
     "prefill: the time to the first new token. decode: one token. end to end: the prompt and all new tokens. Times are "
     "medians of the rounds. speedup: the median of the rounds' ratios to the baseline, with its 95 % bootstrap "
-    "interval; a question mark where that holds 1. *: rounds far from the median (outliers). limit: the highest decode "
+    "interval; '?' where it includes 1. *: rounds far from the median (outliers). limit: the highest decode "
     "speedup that memory traffic alone would allow. read: reading the weights once at the measured bandwidth."
 )
 
@@ -47,7 +47,7 @@ def label(row: Mapping[str, Any]) -> str:
 
 
 def times(speedup: Mapping[str, Any] | None) -> str:
-    """The median, with a question mark where the interval holds 1."""
+    """The median, with '?' where the interval includes 1."""
     if speedup is None:
         return ""
     return f"{speedup['median']:.2f}x" + ("?" if speedup["low"] <= 1 <= speedup["high"] else "")

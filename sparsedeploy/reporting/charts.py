@@ -1,6 +1,6 @@
-"""Small line, bar and scatter charts as inline SVG with a key in HTML.
+"""Small line, bar and scatter charts and heat maps as SVG: inline in a page, or in a file of their own.
 
-No script, no network; colours come from the style sheet of the page.
+No script, no network; colours come from the style sheet of the page, in a file from its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,37 @@ _COLOURS = 6
 # Of a letter, on average, at the size that it has on a narrow screen.
 _LETTER = 9.0
 _LARGEST_RADIUS = 22
+# Height of a row of a heat map.
+_CELL = 22
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawn chart.
+
+    Attributes:
+        parts: SVG elements, in a box of ``width`` by ``height``.
+        names: of the series, in the order of their colours.
+        title: its accessible name.
+    """
+
+    parts: Sequence[str]
+    names: Sequence[str]
+    title: str
+    height: int = _HEIGHT
+
+    def __html__(self) -> str:
+        """The picture, and below it the key in HTML, which wraps and keeps its size on a narrow screen."""
+        key = "".join(
+            f'<span><svg class="swatch" viewBox="0 0 12 12" aria-hidden="true">'
+            f'<rect class="bar c{number % _COLOURS}" width="12" height="12"/></svg>{escape(name)}</span> '
+            for number, name in enumerate(self.names)
+        )
+        picture = (
+            f'<svg class="chart" viewBox="0 0 {_WIDTH} {self.height}" role="img" '
+            f'aria-label="{escape(self.title, quote=True)}">{"".join(self.parts)}</svg>'
+        )
+        return f'{picture}<p class="key">{key}</p>' if self.names else picture
 
 
 @dataclass(frozen=True)
@@ -49,7 +80,7 @@ class Disc:
 
 def line_chart(
     series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_y: bool = False, whole_x: bool = False
-) -> str:
+) -> Chart:
     """A line chart; the title is its accessible name. ``whole_x`` keeps the marks of x at whole numbers."""
     xs = [x for line in series for x, _ in line.points]
     ys = [y for line in series for _, y in line.points]
@@ -73,7 +104,7 @@ def line_chart(
                 f'<circle class="dot c{number % _COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
                 f"<title>{label}</title></circle>"
             )
-    return _svg(parts, [line.name for line in series], title)
+    return Chart(parts, [line.name for line in series], title)
 
 
 def bar_chart(
@@ -83,7 +114,7 @@ def bar_chart(
     title: str,
     y_label: str,
     line_at: float | None = None,
-) -> str:
+) -> Chart:
     """Grouped bars, one colour per series; ``line_at`` draws a level to compare with, such as 1x."""
     highest = max(max(bar.value, bar.high or 0, bar.limit or 0) for bars in series.values() for bar in bars)
     y_axis = _ticks(0, max(highest, line_at or 0))
@@ -117,12 +148,12 @@ def bar_chart(
     if line_at is not None:
         level = _y(_share(line_at, y_axis))
         parts.append(f'<line class="level" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}"/>')
-    return _svg(parts, list(series), title)
+    return Chart(parts, list(series), title)
 
 
 def scatter_chart(
     discs: Sequence[Disc], *, title: str, x_label: str, y_label: str, log_y: bool = False, lower_is_better: bool = True
-) -> str:
+) -> Chart:
     """Named discs, and a dashed line through those that no other one beats in both directions (more x is better)."""
     x_axis = _ticks(min(0.0, *(disc.x for disc in discs)), max(disc.x for disc in discs))
     ys = [disc.y for disc in discs]
@@ -150,7 +181,7 @@ def scatter_chart(
             f'<circle class="dot disc c{number % _COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">'
             f"<title>{label}</title></circle>"
         )
-    return _svg(parts, [disc.name for disc in discs], title)
+    return Chart(parts, [disc.name for disc in discs], title)
 
 
 def _inset(share: float, length: float) -> float:
@@ -170,18 +201,68 @@ def pareto_front(discs: Sequence[Disc], lower_is_better: bool = True) -> list[Di
     return sorted(best, key=lambda disc: disc.x)
 
 
-def _svg(parts: list[str], names: list[str], title: str) -> str:
-    """The picture, and below it the key in HTML, which wraps and keeps its size on a narrow screen."""
-    key = "".join(
-        f'<span><svg class="swatch" viewBox="0 0 12 12"><rect class="bar c{number % _COLOURS}" width="12" height="12"/>'
-        f"</svg>{escape(name)}</span> "
-        for number, name in enumerate(names)
+def heat_map(rows: Mapping[str, Sequence[float | None]], *, title: str, x_label: str) -> Chart:
+    """Rows of cells from 0 (light) to 1 (dark), None left empty; the value is in each cell's hover text."""
+    columns = max(len(values) for values in rows.values())
+    bottom = _TOP + _CELL * len(rows)
+    width = (_WIDTH - _LEFT - _RIGHT) / columns
+    parts = [
+        f"<title>{escape(title)}</title>",
+        f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{bottom + 38}" text-anchor="middle">'
+        f"{escape(x_label)}</text>",
+    ]
+    for line, (name, values) in enumerate(rows.items()):
+        top = _TOP + _CELL * line
+        parts.append(
+            f'<text class="tick" x="{_LEFT - 7}" y="{top + 0.7 * _CELL:.1f}" text-anchor="end">'
+            f"{escape(_shorten(name, 0.14))}</text>"
+        )
+        for at, value in enumerate(values):
+            if value is not None:
+                parts.append(
+                    f'<rect class="bar c0" x="{_LEFT + at * width:.1f}" y="{top}" width="{width:.1f}" '
+                    f'height="{_CELL - 1}" fill-opacity="{min(max(value, 0.04), 1):.3f}">'
+                    f"<title>{escape(f'{name}, {at}: {value:.3f}')}</title></rect>"
+                )
+    for at in range(0, columns, max(1, columns // 10)):
+        parts.append(
+            f'<text class="tick" x="{_LEFT + (at + 0.5) * width:.1f}" y="{bottom + 16}" text-anchor="middle">'
+            f"{at}</text>"
+        )
+    return Chart(parts, [], title, bottom + 46)
+
+
+def svg_file(charts: Sequence[Chart]) -> str:
+    """Charts below each other in one SVG file that needs no page: title, picture, key."""
+    parts: list[str] = []
+    top = 10
+    for chart in charts:
+        name = escape(chart.title)
+        parts.append(f'<text class="name" x="{_WIDTH / 2}" y="{top + 14}" text-anchor="middle">{name}</text>')
+        parts.append(f'<g transform="translate(0 {top + 20})">{"".join(chart.parts)}</g>')
+        top += 20 + chart.height
+        x, y = float(_LEFT), top + 6
+        for number, name in enumerate(chart.names):
+            if x > _LEFT and x + 20 + _LETTER * len(name) > _WIDTH:
+                x, y = float(_LEFT), y + 18
+            parts.append(f'<rect class="bar c{number % _COLOURS}" x="{x:.0f}" y="{y}" width="11" height="11"/>')
+            parts.append(f'<text x="{x + 16:.0f}" y="{y + 10}">{escape(name)}</text>')
+            x += 34 + _LETTER * len(name)
+        top = y + 30 if chart.names else top + 10
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {top}" width="{_WIDTH}" height="{top}">'
+        f'<style>{_FILE_STYLE}</style><rect width="{_WIDTH}" height="{top}" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
-    picture = (
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">'
-        f"{''.join(parts)}</svg>"
+
+
+_FILE_STYLE = (
+    "text { font: 12px sans-serif; fill: #1b1f24; } .tick, .axis { fill: #5b6570; } .name { font-size: 14px; }"
+    ".grid { stroke: #d9dee3; } .line { fill: none; stroke-width: 2; } .level { stroke: #1b1f24; }"
+    + "".join(
+        f".line.c{number} {{ stroke: {colour}; }} .dot.c{number}, .bar.c{number} {{ fill: {colour}; }}"
+        for number, colour in enumerate(("#2563b8", "#d0651d", "#2a8a4a", "#8a3fa0", "#b08900", "#c0304f"))
     )
-    return f'{picture}<p class="key">{key}</p>'
+)
 
 
 def _frame(title: str, x_label: str, y_label: str) -> str:

@@ -1,18 +1,17 @@
-"""Plans side by side: a table with bars for the terminal, a PNG for everything else."""
+"""Plans side by side: a table with bars for the terminal, a picture for everything else."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import write_bytes
+from sparsedeploy.folders import write_bytes, write_text
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
+from sparsedeploy.reporting.charts import Chart, Series, heat_map, line_chart, svg_file
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _BAR_CELLS, _FEWEST_CELLS = 40, 4
@@ -93,52 +92,43 @@ def bar(share: float, cells: int) -> str:
 
 
 def save_plot(plans: Mapping[str, SparsityPlan], path: Path) -> None:
-    """Draw the plans into a PNG: sparsity by layer, and a panel of modules for each plan that varies within layers.
+    """Draw the plans: sparsity by layer, and a heat map of the modules of each plan that varies within layers.
 
     Raises:
-        UserError: matplotlib is not installed, or the file cannot be written.
+        UserError: another ending than ``.svg`` or ``.png``, no renderer for PNG, or the file cannot be written.
     """
-    if path.suffix.lower() != ".png":
-        raise UserError(f"plot {path} is not a .png", "Name it, for example, plan.png.")
+    kind = path.suffix.lower()
+    if kind not in (".svg", ".png"):
+        raise UserError(f"plot {path} is neither .svg nor .png", "Name it, for example, plan.svg.")
+    picture = svg_file(_charts(plans))
+    if kind == ".svg":
+        write_text(path, picture)
+        return
     try:
-        from matplotlib.figure import Figure
+        import resvg_py
     except ImportError as error:
-        raise UserError("plots need matplotlib", "Install it: pip install 'sparsedeploy[plot]'.") from error
+        raise UserError(
+            "PNG plots need resvg", "Install it: pip install 'sparsedeploy[plot]'; or name the file .svg."
+        ) from error
+    write_bytes(path, bytes(resvg_py.svg_to_bytes(svg_string=picture, zoom=2)))
+
+
+def _charts(plans: Mapping[str, SparsityPlan]) -> list[Chart]:
     profiles = {label: profile(plan) for label, plan in plans.items()}
-    detailed = {label: one for label, one in profiles.items() if one.varies_within_layers}
-    rows = 1 + len(detailed)
-    heights = [3.2, *(0.32 * len(one.modules) + 0.9 for one in detailed.values())]
-    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
-    grid = figure.add_gridspec(rows, 1, height_ratios=heights)
-    _draw_lines(figure.add_subplot(grid[0]), profiles, plans)
-    for at, (label, one) in enumerate(detailed.items(), 1):
-        _draw_modules(figure, figure.add_subplot(grid[at]), label, one)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=130, format="png")
-    write_bytes(path, image.getvalue())
-
-
-def _draw_lines(axes: Any, profiles: Mapping[str, PlanProfile], plans: Mapping[str, SparsityPlan]) -> None:
-    markers = "osD^vP*X"
-    for at, (label, one) in enumerate(profiles.items()):
-        axes.plot(one.layers, marker=markers[at % len(markers)], markersize=4, linewidth=1.4, label=label)
-    for target in sorted({plan.sparsity for plan in plans.values()}):
-        axes.axhline(target, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
-    axes.set_xlabel("decoder layer")
-    axes.set_ylabel("sparsity")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(5, len(profiles)), frameon=False)
-
-
-def _draw_modules(figure: Any, axes: Any, label: str, one: PlanProfile) -> None:
-    values = [[float("nan") if rate is None else rate for rate in rates] for rates in one.modules.values()]
-    image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
-    axes.set_yticks(range(len(one.modules)), [name.rpartition(".")[2] for name in one.modules], fontsize=8)
-    axes.set_xlabel("decoder layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_title(label, fontsize=9)
-    figure.colorbar(image, ax=axes, label="sparsity")
+    lines = [Series(label, list(enumerate(one.layers))) for label, one in profiles.items()]
+    targets = sorted({plan.sparsity for plan in plans.values()})
+    title = f"Sparsity by decoder layer, target {', '.join(f'{target:g}' for target in targets)}"
+    first = line_chart(lines, title=title, x_label="decoder layer", y_label="sparsity", whole_x=True)
+    maps = [
+        heat_map(
+            {name.rpartition(".")[2]: rates for name, rates in one.modules.items()},
+            title=f"{label}: sparsity by module",
+            x_label="decoder layer",
+        )
+        for label, one in profiles.items()
+        if one.varies_within_layers
+    ]
+    return [first, *maps]
 
 
 def _kept(layer: Mapping[str, ModuleTarget]) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
 from rich.table import Table
 
 from sparsedeploy.reporting.benchmark_page import (
@@ -150,7 +151,7 @@ def html_report(report: Mapping[str, Any]) -> str:
         note(
             f"{heading(report)}. Perplexity: {quality['data']} ({quality['split']} split), {quality['windows']} "
             f"windows of {quality['context']} tokens. Prefill and decode: speedup over dense, the median of the "
-            "rounds' ratios; a question mark where its 95 % interval holds 1. Limit: the highest decode speedup that "
+            "rounds' ratios; '?' where its 95 % interval includes 1. Limit: the highest decode speedup that "
             "memory traffic alone would allow. Size: the exported folder; some engines compress zeros when they load "
             "the graph, not on disk."
         ),
@@ -180,7 +181,7 @@ def html_report(report: Mapping[str, Any]) -> str:
     )
 
 
-def _pareto_sections(report: Mapping[str, Any]) -> Iterator[str]:
+def _pareto_sections(report: Mapping[str, Any]) -> Iterator[Markup]:
     """Quality against decode speedup, the area of a mark for the size on disk: by perplexity, and by accuracy."""
     rows = [row for row in summary_rows(report) if row["baseline"] or row["decode_speedup"] is not None]
     for key, title, lower in (("perplexity", "perplexity", True), ("accuracy", "mean accuracy of the tasks", False)):
@@ -213,7 +214,7 @@ def _pareto_sections(report: Mapping[str, Any]) -> Iterator[str]:
         yield section(f"{title.capitalize()} against speed", figure(chart, caption, again))
 
 
-def _quality_section(report: Mapping[str, Any]) -> str:
+def _quality_section(report: Mapping[str, Any]) -> Markup:
     points: dict[str | None, list[tuple[float, float]]] = {}
     for model in report["models"]:
         points.setdefault(model.get("allocation"), []).append((model["sparsity"], model["quality"]["perplexity"]))
@@ -234,11 +235,11 @@ def _quality_section(report: Mapping[str, Any]) -> str:
     return section("Perplexity and sparsity", shown, table(("model", "sparsity", "perplexity"), rows))
 
 
-def _tasks_section(report: Mapping[str, Any]) -> str:
+def _tasks_section(report: Mapping[str, Any]) -> Markup:
     """Scores with their standard errors; empty when no model was run on tasks."""
     names = list(dict.fromkeys(name for model in report["models"] for name in model["quality"].get("tasks") or {}))
     if not names:
-        return ""
+        return Markup("")
     rows = []
     for model in report["models"]:
         tasks = model["quality"].get("tasks") or {}
@@ -260,20 +261,20 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def _layers_section(report: Mapping[str, Any]) -> str:
+def _layers_section(report: Mapping[str, Any]) -> Markup:
     models = [model for model in report["models"] if model["layer_sparsity"]]
     if not models:
-        return ""
+        return Markup("")
     return section("Where the zeros are", _layers_figure(models, "Sparsity by decoder layer", _step(report, "prune")))
 
 
-def _layers_figure(models: Sequence[Mapping[str, Any]], title: str, commands: Sequence[str]) -> str:
+def _layers_figure(models: Sequence[Mapping[str, Any]], title: str, commands: Sequence[str]) -> Markup:
     lines = [Series(model["name"], list(enumerate(model["layer_sparsity"]))) for model in models]
     chart = line_chart(lines, title=title, x_label="decoder layer", y_label="sparsity", whole_x=True)
     return figure(chart, "Each layer's share of zeros among its prunable weights.", commands)
 
 
-def _allocation_sections(report: Mapping[str, Any]) -> Iterator[str]:
+def _allocation_sections(report: Mapping[str, Any]) -> Iterator[Markup]:
     """For each sparsity that several allocations spread differently: their layers, quality and speed."""
     summary = {row["model"]: row for row in summary_rows(report)}
     groups: dict[int, list[Mapping[str, Any]]] = {}

@@ -1,10 +1,12 @@
 """Plans as tables, bars and pictures."""
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
+from sparsedeploy.errors import UserError
 from sparsedeploy.plan import NM, ModuleTarget, SparsityPlan
 from sparsedeploy.reporting.plan_plot import bar, plan_table, profile, save_plot
 
@@ -47,6 +49,26 @@ def test_every_figure_is_shown_at_any_width(width: int) -> None:
     assert "…" not in text
 
 
-def test_picture(tmp_path: Path) -> None:
-    save_plot({"flat": plan([[8, 8], [4, 4]]), "spread": plan([[12, 0], [8, 8]])}, tmp_path / "plans.png")
+PLANS = {"flat": plan([[8, 8], [4, 4]]), "<spread>": plan([[12, 0], [8, 8]])}
+
+
+def test_picture_as_svg(tmp_path: Path) -> None:
+    save_plot(PLANS, tmp_path / "plans.svg")
+    root = ElementTree.parse(tmp_path / "plans.svg").getroot()
+    texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"flat", "<spread>", "<spread>: sparsity by module", "q", "up"} <= texts
+    assert {element.text for element in root.iter("{http://www.w3.org/2000/svg}title")} >= {
+        "up, 0: 0.000",
+        "q, 1: 0.500",
+    }
+
+
+def test_picture_as_png(tmp_path: Path) -> None:
+    save_plot(PLANS, tmp_path / "plans.png")
     assert (tmp_path / "plans.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_ending_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither \.svg nor \.png"):
+        save_plot(PLANS, tmp_path / "plans.pdf")
+    assert not list(tmp_path.iterdir())
