@@ -1,89 +1,128 @@
-"""Text for calibration and evaluation: a file, a folder, a JSONL, a named set, or a ``datasets`` name."""
+"""Text for calibration, training and evaluation: a file, a folder, a JSONL, a named set, or a ``datasets`` name."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.reading import kind_of, parse_json, parse_object, read_text
 
 _FORMS = (
     "Give a text file, a folder of them, a .jsonl with a text field, stdlib, c4, or datasets:NAME[:CONFIG][:SPLIT]."
 )
+_ROW_FORMS = "Write one JSON object per line (in a .json file also a list of objects)."
+_TEXT_LIMIT = 1 << 32
+_SPLITS = ("train", "validation", "test")
 _C4 = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 
 
-def load_documents(data: str, *, field: str = "text", split: str = "train") -> list[str]:
+def read_split(data: str, split: str) -> str:
+    """The split of a text that is really read: c4 has no test split, its validation split stands in for it.
+
+    Raises:
+        UserError: another split than train, validation or test.
+    """
+    if split not in _SPLITS:
+        raise UserError(f"unknown split '{split[:80]}'", f"Use one of {', '.join(_SPLITS)}.")
+    is_c4 = data == "c4" and not Path(data).exists()
+    return "validation" if is_c4 and split == "test" else split
+
+
+def load_documents(data: str, *, field: str = "text", split: str = "train", flag: str = "--data-field") -> list[str]:
     """Read documents.
 
     Args:
-        data: a path (``.txt`` or any text file is one document; ``.jsonl`` one per line; a folder one per file),
-            ``stdlib`` (the running Python's own library), ``c4`` (first shard, through ``datasets``), or
-            ``datasets:NAME[:CONFIG][:SPLIT]``.
-        field: the text column of JSONL rows and data sets.
-        split: which split of a named set: train, validation or test.
+        data: a path (``.txt`` or any text file is one document; ``.jsonl`` and ``.json`` have one per row; a folder has
+            those of its files), ``stdlib`` (the running Python's own library), ``c4`` (one shard, through
+            ``datasets``), or ``datasets:NAME[:CONFIG][:SPLIT]``.
+        field: the text column of rows; a row with ``instruction`` and ``output`` instead is read as one text.
+        split: which split of a named set: train, validation or test; see :func:`read_split`.
+        flag: the option that names the column, for errors.
 
     Raises:
-        UserError: nothing there, not text, no such field, or no text in it.
+        UserError: nothing there, not text, no such field, no text in it, or an unknown split.
     """
+    split = read_split(data, split)
     path = Path(data).expanduser()
-    if path.is_file():
-        documents = _read_jsonl(path, field) if path.suffix in (".jsonl", ".json") else [_read_text(path)]
-    elif path.is_dir():
+    if path.is_dir():
         documents = [
             text
             for file in sorted(path.rglob("*"))
             if file.is_file() and not file.name.startswith(".")
-            for text in (_read_jsonl(file, field) if file.suffix == ".jsonl" else [_read_text(file)])
+            for text in _read_file(file, field, flag)
         ]
+    elif path.exists():
+        documents = _read_file(path, field, flag)
     elif data == "stdlib":
         from sparsedeploy.reference.corpus import stdlib_documents
 
         documents = stdlib_documents(split)  # type: ignore[arg-type]
     elif data == "c4":
-        documents = _load_dataset("allenai/c4", None, split, field, data_files={split: _C4.get(split, _C4["train"])})
+        documents = _load_dataset("allenai/c4", None, split, field, flag, data_files={split: _C4[split]})
     elif data.startswith("datasets:"):
         name, _, rest = data.removeprefix("datasets:").partition(":")
         config, _, named_split = rest.partition(":")
-        documents = _load_dataset(name, config or None, named_split or split, field)
+        documents = _load_dataset(name, config or None, named_split or split, field, flag)
     else:
-        raise UserError(f"no calibration text at '{data}'", _FORMS)
+        raise UserError(f"no text at '{data}'", _FORMS)
     documents = [text for text in documents if text.strip()]
     if not documents:
         raise UserError(f"'{data}' holds no text", _FORMS)
     return documents
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text", _FORMS) from error
+def is_rows(data: str) -> bool:
+    """Whether a text is a file of rows, each a unit of its own, and not running text."""
+    path = Path(data).expanduser()
+    return path.is_file() and path.suffix in (".jsonl", ".json")
 
 
-def _read_jsonl(path: Path, field: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error})", "Write one JSON object per line.") from error
-        documents.append(_text_of(row, field, f"{path} line {number}"))
-    return documents
+def _read_file(path: Path, field: str, flag: str) -> list[str]:
+    if path.suffix not in (".jsonl", ".json"):
+        return [read_text(path, limit=_TEXT_LIMIT, fix=_FORMS)]
+    return [_text_of(row, field, where, flag) for row, where in _rows(path)]
 
 
-def _text_of(row: Any, field: str, where: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        names = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{where} has no text field '{field}' (it has {names})", "Name the field with --data-field.")
-    return str(row[field])
+def _rows(path: Path) -> Iterator[tuple[Any, str]]:
+    r"""The rows of a file and where each stands; lines end at ``\n`` only, whatever else separates lines elsewhere."""
+    text = read_text(path, limit=_TEXT_LIMIT, fix=_ROW_FORMS)
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        for number, row in enumerate(parse_json(text, str(path), fix=_ROW_FORMS), 1):
+            yield row, f"{path} row {number}"
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{path} line {number}"
+            yield parse_object(line, where, fix=_ROW_FORMS), where
+
+
+def instruction_text(instruction: str, given: str, output: str) -> str:
+    """One instruction row as text; the response is part of what is trained on."""
+    parts = [f"### Instruction:\n{instruction}"]
+    if given.strip():
+        parts.append(f"### Input:\n{given}")
+    parts.append(f"### Response:\n{output}")
+    return "\n\n".join(parts)
+
+
+def _text_of(row: Any, field: str, where: str, flag: str) -> str:
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is {kind_of(row)}, not a JSON object", _ROW_FORMS)
+    if isinstance(row.get(field), str):
+        return str(row[field])
+    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+        return instruction_text(row["instruction"], str(row.get("input") or ""), row["output"])
+    fix = f"Name the text field with {flag}."
+    if field in row:
+        raise UserError(f"{where}: '{field}' is {kind_of(row[field])}, not a string", f"Drop the row, or: {fix}")
+    names = ", ".join(list(row)[:8]) or "no fields"
+    raise UserError(f"{where} has neither '{field}' nor 'instruction' and 'output' (it has {names})", fix)
 
 
 def _load_dataset(
-    name: str, config: str | None, split: str, field: str, data_files: dict[str, str] | None = None
+    name: str, config: str | None, split: str, field: str, flag: str, data_files: dict[str, str] | None = None
 ) -> list[str]:
     try:
         import datasets
@@ -99,4 +138,4 @@ def _load_dataset(
             f"data set '{name}' could not be loaded ({type(error).__name__}: {reason})",
             "Check its name and the network, or give a text file.",
         ) from error
-    return [_text_of(row, field, f"{name} row {number}") for number, row in enumerate(rows)]
+    return [_text_of(row, field, f"{name} row {number}", flag) for number, row in enumerate(rows)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sparsedeploy.calibration.documents import read_split
 from sparsedeploy.calibration.samples import default_length
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import model_sha256
@@ -70,7 +71,7 @@ def evaluate(
     measured = {
         name: {
             "data": texts[name],
-            "split": split,
+            "split": read_split(texts[name], split),
             "tokens_sha256": hashlib.sha256(part.numpy().tobytes()).hexdigest(),
             **perplexity(model, part, batch_size=batch_size).to_dict(),
         }

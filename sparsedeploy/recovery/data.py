@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsedeploy import progress
-from sparsedeploy.calibration.documents import load_documents
+from sparsedeploy.calibration.documents import is_rows, load_documents
 from sparsedeploy.errors import UserError
 from sparsedeploy.options import Options, option, seed_option
 
@@ -88,9 +86,8 @@ def load_training_data(tokenizer: Any, options: DataOptions) -> TrainingData:
     Raises:
         UserError: no data, not text, rows without the wanted fields, or nothing as long as the minimum.
     """
-    path = Path(options.data).expanduser()
-    rows = path.is_file() and path.suffix in (".jsonl", ".json")
-    texts = _read_rows(path, options.field) if rows else load_documents(options.data, field=options.field)
+    rows = is_rows(options.data)
+    texts = load_documents(options.data, field=options.field, flag="--train-field")
     sequences: list[torch.Tensor] = []
     order = list(range(len(texts)))
     random.Random(options.seed).shuffle(order)
@@ -137,46 +134,5 @@ def step_slices(count: int, steps: int, *, reference: bool = False) -> list[rang
     return [range(unit * t, unit * (t + 1)) for t in range(steps - 1)] + [range(unit * (steps - 1), count)]
 
 
-def instruction_text(instruction: str, given: str, output: str) -> str:
-    """One instruction row as text; the response is part of what is trained on."""
-    parts = [f"### Instruction:\n{instruction}"]
-    if given.strip():
-        parts.append(f"### Input:\n{given}")
-    parts.append(f"### Response:\n{output}")
-    return "\n\n".join(parts)
-
-
 def _pieces(ids: list[int], length: int) -> list[list[int]]:
     return [ids[start : start + length] for start in range(0, len(ids), length)]
-
-
-def _read_rows(path: Path, field: str) -> list[str]:
-    texts = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text", "Write one JSON object per line.") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error})", "Write one JSON object per line.") from error
-        texts.append(_row_text(row, field, f"{path} line {number}"))
-    if not texts:
-        raise UserError(f"{path} holds no rows", "Give rows with 'text', or 'instruction' and 'output'.")
-    return texts
-
-
-def _row_text(row: Any, field: str, where: str) -> str:
-    if isinstance(row, dict):
-        if isinstance(row.get(field), str):
-            return str(row[field])
-        if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
-            return instruction_text(row["instruction"], str(row.get("input") or ""), row["output"])
-    names = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-    raise UserError(
-        f"{where} has neither '{field}' nor 'instruction' and 'output' (it has {names})",
-        "Name the text column with --train-field.",
-    )

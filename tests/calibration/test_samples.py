@@ -53,8 +53,8 @@ def test_too_short_text_is_refused() -> None:
     ("name", "content", "message"),
     [
         ("empty.txt", b"", "holds no text"),
-        ("bad.jsonl", b'{"text": "a"}\n{oops', "line 2 is not JSON"),
-        ("field.jsonl", b'{"body": "a"}', "no text field 'text' .it has body"),
+        ("bad.jsonl", b'{"text": "a"}\n{oops', "line 2 is not valid JSON"),
+        ("field.jsonl", b'{"body": "a"}', "neither 'text' nor 'instruction' and 'output' .it has body"),
         ("binary.txt", b"\xff\xfe\x00", "not UTF-8"),
     ],
 )
@@ -65,7 +65,7 @@ def test_unusable_files_are_refused(tmp_path: Path, name: str, content: bytes, m
 
 
 def test_missing_text_names_the_forms() -> None:
-    with pytest.raises(UserError, match=r"no calibration text at 'nowhere.txt'\. Give a text file"):
+    with pytest.raises(UserError, match=r"no text at 'nowhere.txt'\. Give a text file"):
         load_documents("nowhere.txt")
 
 

@@ -104,7 +104,7 @@ def test_plans_and_checkpoints_side_by_side(cli: Cli, model: Path, text: Path) -
         (["-p", "mixed-2:6", "--pattern-option", "rule=marginal"], "32 inputs are not divisible by 6"),
         (["-p", "2:4", "--pattern-option", "n_min=1"], "pattern 2:4 has no options"),
         (["-s", "0.6", "-a", "rmi", "-n", "1"], "RMI compares calibration sequences and there is only one"),
-        (["-s", "0.6", "-a", "owl", "--data", "nowhere"], "no calibration text at 'nowhere'"),
+        (["-s", "0.6", "-a", "owl", "--data", "nowhere"], "no text at 'nowhere'"),
     ],
 )
 def test_bad_input(cli: Cli, model: Path, text: Path, options: list[str], message: str) -> None:

@@ -57,7 +57,7 @@ def prune(cli: Cli, model: Path, text: Path, *more: object) -> Outcome:
         (["-s", "0.5", "--method-option", "block"], "option 'block' is not NAME=VALUE"),
         (["-s", "0.5", "--device", "tpu9"], "unknown device 'tpu9'"),
         (["-s", "0.5", "--dtype", "int8"], "unknown dtype 'int8'"),
-        (["-s", "0.5", "--data", "nowhere.txt"], "no calibration text at 'nowhere.txt'"),
+        (["-s", "0.5", "--data", "nowhere.txt"], "no text at 'nowhere.txt'"),
         (["-s", "0.5", "--calibration-length", "200"], "calibration length 200 exceeds the model's 128 positions"),
         (["-s", "0.5", "-n", "0"], "is 0. It takes a whole number of at least 1"),
         (["-s", "0.5", "--plan", "nowhere.json"], "no plan at nowhere.json"),
@@ -177,7 +177,7 @@ def test_a_plan_for_another_model(cli: Cli, model: Path, text: Path) -> None:
 
 def test_eval(cli: Cli, model: Path, text: Path) -> None:
     refused(cli("eval", model, "-d", text, "-c", 500), "context 500 is outside [2, 128]", model.parent)
-    refused(cli("eval", model, "-d", "nowhere"), "no calibration text at 'nowhere'", model.parent)
+    refused(cli("eval", model, "-d", "nowhere"), "no text at 'nowhere'", model.parent)
     tensors = load_file(model / "model.safetensors")
     tensors["lm_head.weight"][:] = torch.nan
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from sparsedeploy.calibration.documents import instruction_text
 from sparsedeploy.errors import UserError
 from sparsedeploy.recovery.adapters import Adapter
-from sparsedeploy.recovery.data import DataOptions, instruction_text, load_training_data, step_slices
+from sparsedeploy.recovery.data import DataOptions, load_training_data, step_slices
 from sparsedeploy.recovery.state import RunState
 from sparsedeploy.recovery.training import (
     STATE,
@@ -93,10 +94,10 @@ def test_slices_are_the_published_shares() -> None:
     ("content", "message"),
     [
         ('{"text": "ab"}', "shorter than 8 tokens"),
-        ("", "holds no rows"),
-        ("{broken", "is not JSON"),
+        ("", "holds no text"),
+        ("{broken", "is not valid JSON"),
         ('{"prompt": "x"}', "neither 'text' nor 'instruction'"),
-        ('["text"]', "neither 'text' nor 'instruction'"),
+        ('["text"]', "line 1 is a list"),
     ],
 )
 def test_bad_rows_are_named(content: str, message: str, tmp_path: Path) -> None:
