@@ -107,7 +107,9 @@ def profile_sections(result: Mapping[str, Any]) -> Iterator[Markup]:
             lines, title=f"Time by decoder layer, {phase}", x_label="decoder layer", y_label="ms", whole_x=True
         )
         caption = f"The engine's own times: {found[0]['what']}. The least of several runs of its profile."
-        tables = Markup("").join(note(profile_title(one)) + table(PROFILE_HEADERS, profile_rows(one, result)) for one in found)
+        tables = Markup("").join(
+            note(profile_title(one)) + table(PROFILE_HEADERS, profile_rows(one, result)) for one in found
+        )
         kinds = Markup("").join(
             note(f"{one['name']}: most expensive kinds of operators")
             + table(
