@@ -65,7 +65,7 @@ def bench_command(
     ] = "5%",
     json_output: JsonOption = False,
 ) -> None:
-    """Measure prefill, decode and both together against a dense baseline, taking turns in one run.
+    """Measure prefill, decode and both together against a dense baseline, interleaved in one run.
 
     Exit code 1: the baseline failed somewhere or no artifact was measured; with --compare, something became worse.
     A single artifact that fails is a row with its reason.

@@ -1,6 +1,6 @@
 """Speed of models on their runtimes against one dense baseline, measured so that the ratio can be believed.
 
-For each number of cores and each prompt length all candidates are loaded at once and take turns: each round runs every
+For each number of cores and each prompt length all candidates are loaded at once and interleaved: each round runs every
 one of them, in an order that rotates. A round's speedup compares neighbours in time, and the figure given is the median
 of the rounds' speedups with its bootstrap interval. Prefill and decode are measured apart, because sparsity helps them
 differently. One that cannot be loaded, or fails in the middle, becomes a row with its reason; the others go on.
@@ -285,7 +285,7 @@ def _measure(
         for batch in options.batches:
             setting = Setting(cores, length, batch)
             alive = [one for one in candidates if one.name not in failures and batch <= one.runtime.max_batch]
-            failures.update(_take_turns(alive, models, setting, prompt, options, samples))
+            failures.update(_interleave(alive, models, setting, prompt, options, samples))
             yield (
                 setting,
                 {
@@ -295,7 +295,7 @@ def _measure(
             )
 
 
-def _take_turns(
+def _interleave(
     candidates: Sequence[Candidate],
     models: dict[str, LoadedModel],
     setting: Setting,
