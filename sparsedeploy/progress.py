@@ -48,10 +48,10 @@ def bar(description: str, total: int | None, unit: str = "") -> Iterator[Callabl
         yield lambda steps=1, status="": None
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
-        TextColumn(f"{unit}{{task.fields[status]}}"),
+        TextColumn(f"{unit}{{task.fields[status]}}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

@@ -26,7 +26,7 @@ FLOORS = (
     ("formats",),
     ("plan", "masks", "processes"),
     ("registry", "folders", "reading", "resources", "linear_algebra", "memory"),
-    ("options",),
+    ("options", "paths"),
     ("errors", "progress", "version"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

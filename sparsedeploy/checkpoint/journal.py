@@ -1,7 +1,8 @@
-"""The journal of a run: which layers of a checkpoint in the making are finished, so that a killed run can go on.
+"""The journal of a run: which layers of a checkpoint in the making are finished, so that a killed run can be resumed.
 
-The folder in the making is a hidden sibling of the output. A layer's line is written only after its tensors are safe on
-disk, so whatever the journal names is whole; whatever it does not name is simply done again.
+The folder in the making is a hidden sibling of the output. The plan's line is written only after all files of the
+folder are safe on disk, a layer's line only after its tensors are, so whatever the journal names is whole; whatever it
+does not name is simply done again. The journal goes last, when the folder has its name.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsedeploy.errors import UserError
-from sparsedeploy.folders import DiskError, check_writable, disk_error, publish
+from sparsedeploy.errors import UserError, add_hint
+from sparsedeploy.folders import JOURNAL, DiskError, as_disk_error, claim, discard, partial, publish, sync
 from sparsedeploy.reading import Fields, parse_object, read_bytes
 
-FILE = "journal.jsonl"
+START_OVER = "Run without --resume to start over."
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Journal:
     finished: int = 0
 
     def record_plan(self, plan: dict[str, Any]) -> None:
-        """Keep the plan; the folder's files have been created."""
+        """Keep the plan; the folder's files have been created and synced."""
         self._append({"plan": plan})
         self.plan = plan
 
@@ -50,7 +51,7 @@ class Journal:
         self.losses.update(losses)
 
     def _append(self, entry: dict[str, Any]) -> None:
-        with open(self.folder / FILE, "a", encoding="utf-8") as file:
+        with open(self.folder / JOURNAL, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -60,8 +61,8 @@ class Journal:
 def journalled_folder(output: Path, request: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Iterator[Journal]:
     """Yield the journal of a folder in the making; on success it becomes ``output``.
 
-    After a kill, or on a disk that fills up, the finished layers stay, and a run with ``resume`` goes on from there.
-    After bad input nothing stays.
+    After a kill, any failure but bad input, or on a disk that fills up, what is finished stays, and a run with
+    ``resume`` goes on from there; the error says so. After bad input nothing stays.
 
     Args:
         request: everything that decides the result, as flat plain data; it must be the same to resume.
@@ -69,56 +70,87 @@ def journalled_folder(output: Path, request: Mapping[str, Any], *, resume: bool,
     Raises:
         UserError: an output that exists, a disk that is full or read-only, or a changed request, naming what changed.
     """
-    check_writable(output, overwrite)
-    folder = output.parent / f".{output.name}.partial"
-    journal: Journal | None = None
-    try:
-        journal = _resumed(folder, request) if resume else None
-        if journal is None:
-            journal = _fresh(folder, request)
-        yield journal
-        (folder / FILE).unlink()
-        publish(folder, output)
-    except ResumeError:
-        raise
-    except (DiskError, OSError) as error:
-        reason = (error.message, error.fix) if isinstance(error, DiskError) else disk_error(error)
-        if reason is None:
+    with claim(output, overwrite=overwrite, resume=resume):
+        folder = partial(output)
+        journal: Journal | None = None
+        try:
+            journal = _resumed(folder, request) if resume else None
+            if journal is None:
+                discard(folder, output)
+                journal = _fresh(folder, request)
+            yield journal
+            publish(folder, output)
+            # Until here a killed run can still be resumed.
+            (output / JOURNAL).unlink()
+            sync(output)
+        except ResumeError:
             raise
-        if journal is not None and journal.finished:
-            fix = f"Mend that, then run the command again with --resume: {journal.finished} layers are kept."
-            raise DiskError(reason[0], fix) from error
-        shutil.rmtree(folder, ignore_errors=True)
-        raise DiskError(*reason) from error
-    except UserError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        except BaseException as error:
+            disk = error if isinstance(error, DiskError) else as_disk_error(error, output)
+            if journal is None or journal.plan is None or (disk is None and isinstance(error, UserError)):
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                kept = f"the plan and {journal.finished} finished layers are kept"
+                if disk is not None:
+                    raise DiskError(
+                        disk.message, f"Fix that, then run the command again with --resume: {kept}."
+                    ) from error
+                add_hint(error, f"{kept[0].upper()}{kept[1:]}: run the same command with --resume.")
+            if disk is not None:
+                raise disk from error
+            raise
 
 
 def _fresh(folder: Path, request: Mapping[str, Any]) -> Journal:
-    if folder.exists():
-        shutil.rmtree(folder)
     folder.mkdir(parents=True)
     journal = Journal(folder)
     journal._append({"request": dict(request)})
+    sync(folder)
+    sync(folder.parent)
     return journal
 
 
 def _resumed(folder: Path, request: Mapping[str, Any]) -> Journal | None:
-    """The journal of an interrupted run; None when there is none to go on with."""
-    path = folder / FILE
+    """The journal of an interrupted run; None when there is none to resume.
+
+    Raises:
+        UserError: a changed request, or a journal that cannot be read; the interrupted run is kept.
+    """
+    path = folder / JOURNAL
     if not path.exists():
         return None
-    fix = "Run without --resume to start over."
-    # Bytes after the last newline are a line that the kill cut short.
-    lines = read_bytes(path, fix=fix).split(b"\n")
-    entries = [
-        Fields(parse_object(line, f"{path} line {number}", fix=fix), f"{path} line {number}", fix)
-        for number, line in enumerate(lines[:-1], 1)
-    ]
-    if not entries:
-        return None
-    before = entries[0].mapping("request")
+    journal = Journal(folder)
+    try:
+        # Bytes after the last newline are a line that the kill cut short.
+        lines = read_bytes(path, fix=START_OVER).split(b"\n")
+        entries = [
+            Fields(parse_object(line, f"{path} line {number}", fix=START_OVER), f"{path} line {number}", START_OVER)
+            for number, line in enumerate(lines[:-1], 1)
+        ]
+        if not entries:
+            return None
+        before = entries[0].mapping("request")
+        for entry in entries[1:]:
+            if "plan" in entry:
+                journal.plan = entry.mapping("plan")
+            else:
+                journal.finished = entry.integer("layer") + 1
+                journal.losses.update(entry.mapping("losses"))
+    except UserError as error:
+        raise ResumeError(error.message, error.fix) from error
+    check_same(before, request)
+    whole = b"\n".join(lines[:-1]) + b"\n"
+    if path.stat().st_size != len(whole):
+        os.truncate(path, len(whole))
+    return journal
+
+
+def check_same(before: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+    """Refuse to resume a run with another request.
+
+    Raises:
+        UserError: naming what changed; the interrupted run is kept.
+    """
     now = json.loads(json.dumps(dict(request)))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
@@ -128,21 +160,7 @@ def _resumed(folder: Path, request: Mapping[str, Any]) -> Journal | None:
             f"({key} was {before.get(key)}, is {now.get(key)})",
             "Run with the same options, or without --resume to start over.",
         )
-    journal = Journal(folder)
-    for entry in entries[1:]:
-        if "plan" in entry:
-            journal.plan = entry.mapping("plan")
-        else:
-            journal.finished = entry.integer("layer") + 1
-            journal.losses.update(entry.mapping("losses"))
-    _cut(path, b"\n".join(lines[:-1]) + b"\n")
-    return journal
 
 
 class ResumeError(UserError):
     """The interrupted run is kept: it may still be resumed with its own options."""
-
-
-def _cut(path: Path, whole: bytes) -> None:
-    if path.stat().st_size != len(whole):
-        os.truncate(path, len(whole))

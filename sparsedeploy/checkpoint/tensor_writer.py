@@ -7,7 +7,6 @@ pruned tensor is written where the header says it lies. So nothing is written tw
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import BinaryIO
 import torch
 
 from sparsedeploy.checkpoint.masks import BIT_ORDER, FILE
+from sparsedeploy.folders import sync
 from sparsedeploy.masks import pack_bits
 from sparsedeploy.models.stored_names import StoredSlice
 from sparsedeploy.models.tensor_files import StoredTensor, TensorFiles, read_header
@@ -49,14 +49,17 @@ class TensorWriter:
         self._written: set[Path] = set()
 
     def create(self) -> None:
-        """Create the files: full length, with everything in them that pruning leaves alone.
+        """Create the files: full length, with everything in them that pruning leaves alone, and safe on disk.
 
         Not needed again in a later process that goes on with the same folder.
         """
         pruned = {one.tensor.name for target in self._targets for one in self._slices[target.name]}
         for shard in self._files.shards:
             _copy_except(shard, self._folder / shard.name, pruned)
+            sync(self._folder / shard.name)
         _create_masks(self._folder / FILE, self._targets)
+        sync(self._folder / FILE)
+        sync(self._folder)
 
     def put(self, module: str, weight: torch.Tensor, mask: torch.Tensor) -> None:
         """Write one module in the stored type: ``weight``, which is zero where ``mask`` (True = kept) is False."""
@@ -71,8 +74,7 @@ class TensorWriter:
     def sync(self) -> None:
         """Make everything written so far safe against a crash of the machine."""
         for path in self._written:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
         self._written.clear()
 
     def _write(self, path: Path, start: int, data: memoryview) -> None:

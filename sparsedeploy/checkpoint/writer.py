@@ -16,11 +16,10 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.checkpoint import masks as mask_file
-from sparsedeploy.checkpoint.journal import FILE as JOURNAL
 from sparsedeploy.checkpoint.manifest import FORMAT, MANIFEST, RECIPE
 from sparsedeploy.checkpoint.recipe import recipe_yaml
 from sparsedeploy.checkpoint.tensor_writer import TensorWriter
-from sparsedeploy.folders import new_folder, write_json, write_text
+from sparsedeploy.folders import JOURNAL, new_folder, write_json, write_text
 from sparsedeploy.masks import apply_mask
 from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER

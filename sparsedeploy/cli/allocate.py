@@ -65,8 +65,6 @@ def allocate_command(
     from sparsedeploy.workflows.options import PruneOptions
     from sparsedeploy.workflows.plan import plan_model
 
-    if output.is_dir():
-        raise UserError(f"output {output} is a folder", "Name a file, such as plan.json.")
     if output.exists() and not overwrite:
         raise UserError(f"output {output} exists", "Choose another, or pass --overwrite to replace it.")
     plan = plan_model(

@@ -35,7 +35,8 @@ RuntimePythonOption = Annotated[
     str | None, typer.Option("--python", help="Interpreter of an environment of your own that has the runtime.")
 ]
 
-console = Console(highlight=False)
+# What is printed holds paths and names of modules: data, in which brackets mean nothing.
+console = Console(highlight=False, markup=False)
 
 
 def print_json(value: Any) -> None:

@@ -71,8 +71,6 @@ def eval_command(
     from sparsedeploy.quality.evaluate import evaluate
     from sparsedeploy.quality.tasks import TaskOptions
 
-    if output is not None and output.is_dir():
-        raise UserError(f"output {output} is a folder", "Name a file, such as quality.json.")
     names = tuple(name.strip() for item in tasks or [] for name in item.split(",") if name.strip())
     asked = TaskOptions(names, tuple(task_path or []), limit, fewshot, seed) if tasks or task_path else None
     result = evaluate(

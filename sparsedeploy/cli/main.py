@@ -13,15 +13,19 @@ from sparsedeploy import progress
 from sparsedeploy.cli.allocate import allocate_command
 from sparsedeploy.cli.bench import bench_command
 from sparsedeploy.cli.demo import demo_command
+from sparsedeploy.cli.edge import Command
 from sparsedeploy.cli.eval import eval_command
 from sparsedeploy.cli.export import export_command
 from sparsedeploy.cli.generate import generate_command
 from sparsedeploy.cli.inspect import inspect_command
+from sparsedeploy.cli.process import Stop, no_foreign_messages, patient_streams, stoppable
 from sparsedeploy.cli.prune import prune_command
 from sparsedeploy.cli.recover import recover_command
 from sparsedeploy.cli.runtime import runtime_app
 from sparsedeploy.cli.serve import serve_command
-from sparsedeploy.errors import UserError
+from sparsedeploy.errors import UserError, hint_of
+from sparsedeploy.folders import disk_error
+from sparsedeploy.processes import environment_processes
 from sparsedeploy.version import __version__
 
 app = typer.Typer(
@@ -61,21 +65,21 @@ def root(
 
 
 _START, _MAKE, _CHECK, _SHIP = "Start here", "Make it sparse", "Look at it", "Ship it, with proof"
-app.command("demo", rich_help_panel=_START)(demo_command)
-app.command("prune", rich_help_panel=_MAKE)(prune_command)
-app.command("recover", rich_help_panel=_MAKE)(recover_command)
-app.command("allocate", rich_help_panel=_MAKE)(allocate_command)
-app.command("inspect", rich_help_panel=_CHECK)(inspect_command)
-app.command("eval", rich_help_panel=_CHECK)(eval_command)
-app.command("export", rich_help_panel=_SHIP)(export_command)
+app.command("demo", cls=Command, rich_help_panel=_START)(demo_command)
+app.command("prune", cls=Command, rich_help_panel=_MAKE)(prune_command)
+app.command("recover", cls=Command, rich_help_panel=_MAKE)(recover_command)
+app.command("allocate", cls=Command, rich_help_panel=_MAKE)(allocate_command)
+app.command("inspect", cls=Command, rich_help_panel=_CHECK)(inspect_command)
+app.command("eval", cls=Command, rich_help_panel=_CHECK)(eval_command)
+app.command("export", cls=Command, rich_help_panel=_SHIP)(export_command)
 app.add_typer(runtime_app, name="runtime", rich_help_panel=_SHIP)
-app.command("generate", rich_help_panel=_SHIP)(generate_command)
-app.command("serve", rich_help_panel=_SHIP)(serve_command)
-app.command("bench", rich_help_panel=_SHIP)(bench_command)
+app.command("generate", cls=Command, rich_help_panel=_SHIP)(generate_command)
+app.command("serve", cls=Command, rich_help_panel=_SHIP)(serve_command)
+app.command("bench", cls=Command, rich_help_panel=_SHIP)(bench_command)
 
 
 def main() -> None:
-    """Run the command line; exit code 0 on success, 2 for input that the user can mend, 1 for anything else."""
+    """Run the command line; exit code 0 on success, 2 for input that the user can fix, 128 + N for signal N, else 1."""
     arguments = sys.argv[1:]
     literal = arguments.index("--") if "--" in arguments else len(arguments)
     flags = {flag for flag in arguments[:literal] if flag in ("--debug", "--quiet", "-q")}
@@ -83,28 +87,43 @@ def main() -> None:
     debug = "--debug" in flags
     progress.show(not flags & {"--quiet", "-q"})
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if int(os.environ.get("RANK", "0")) > 0 and not debug:  # the first process of a torchrun speaks for all
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
-    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    with patient_streams(), stoppable(), no_foreign_messages(not debug):
+        code = _run(arguments, debug)
+    sys.exit(code)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    """Run a command and report how it failed, if it did; returns the exit code."""
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+    def report(line: str, code: int) -> int:
+        # The text of an error may come from a damaged or hostile file: it is printed as data, on one line.
+        stderr.print("".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(line.split())))
+        return code
+
     try:
+        if not environment_processes().main and not debug:  # the first process of a torchrun speaks for all
+            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
         code = app(args=arguments, standalone_mode=False)
+        sys.stdout.flush()
+        return code or 0
     except UserError as error:
         if debug:
             raise
-        stderr.print(f"error: {error}", markup=False)
-        code = 2
+        return report(f"error: {error}{hint_of(error)}", 2)
     except _USAGE_ERROR as error:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "sparsedeploy"
-        stderr.print(f"error: {error.format_message().rstrip('.')}. See {command} --help.", markup=False)
-        code = 2
-    except (KeyboardInterrupt, typer.Abort):
-        stderr.print("stopped")
-        code = 130
+        return report(f"error: {error.format_message().rstrip('.')}. See {command} --help.", 2)
+    except Stop as error:
+        return report(f"stopped{hint_of(error)}", 128 + error.number)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return report(f"stopped{hint_of(error)}", 130)
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and (disk := disk_error(error)) is not None:
+            return report(f"error: {disk[0]}. {disk[1]}{hint_of(error)}", 2)
         line = " ".join(str(error).split()) or type(error).__name__
-        stderr.print(f"error: unexpected {type(error).__name__}: {line[:400]}. Run again with --debug.", markup=False)
-        code = 1
-    sys.exit(code or 0)
+        return report(
+            f"error: unexpected {type(error).__name__}: {line[:400]}. Run again with --debug.{hint_of(error)}", 1
+        )

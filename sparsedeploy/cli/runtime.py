@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from sparsedeploy.cli.common import JsonOption, console, print_json
+from sparsedeploy.cli.edge import Command
 from sparsedeploy.runtimes import environments
 
 runtime_app = typer.Typer(no_args_is_help=True, help="Engines in environments of their own.")
@@ -15,7 +16,7 @@ runtime_app = typer.Typer(no_args_is_help=True, help="Engines in environments of
 NameArgument = Annotated[str, typer.Argument(help="Name of the runtime, such as deepsparse.")]
 
 
-@runtime_app.command("list")
+@runtime_app.command("list", cls=Command)
 def list_command(json_output: JsonOption = False) -> None:
     """Show every runtime: whether it is installed, its versions and whether this machine can run it."""
     found = environments.list_runtimes()
@@ -39,7 +40,7 @@ def list_command(json_output: JsonOption = False) -> None:
         console.print(f"{status.name}: {status.summary}", markup=False)
 
 
-@runtime_app.command("install")
+@runtime_app.command("install", cls=Command)
 def install_command(
     name: NameArgument,
     python: Annotated[
@@ -61,7 +62,7 @@ def install_command(
     )
 
 
-@runtime_app.command("check")
+@runtime_app.command("check", cls=Command)
 def check_command(
     name: NameArgument,
     python: Annotated[
@@ -84,7 +85,7 @@ def check_command(
     console.print(table)
 
 
-@runtime_app.command("remove")
+@runtime_app.command("remove", cls=Command)
 def remove_command(name: NameArgument, json_output: JsonOption = False) -> None:
     """Delete the runtime's environment."""
     freed = environments.remove(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from sparsedeploy import progress
 from sparsedeploy.cli.common import CoresOption, console
+from sparsedeploy.cli.process import Stop
 
 
 def serve_command(
@@ -26,8 +26,6 @@ def serve_command(
     """Serve an exported model over HTTP with its engine's own server, until Ctrl-C."""
     from sparsedeploy.runtimes.serving import serve
 
-    # Service managers end a program by SIGTERM: it takes the engine's server with it, like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     progress.note("start the server")
     with serve(artifact, host=host, port=port, length=length, cores=cores, python=python, timeout=timeout) as served:
         try:
@@ -38,5 +36,5 @@ def serve_command(
                 soft_wrap=True,
             )
             served.wait()
-        except KeyboardInterrupt:
+        except Stop:  # Ctrl-C, or SIGTERM from a service manager
             progress.note("stop the server")

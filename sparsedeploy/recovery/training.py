@@ -1,7 +1,7 @@
 """The training loop: next-token cross-entropy over whole texts, adapters only, AdamW, linear warm-up and decay.
 
-It can be read top to bottom. `accelerate` places the data, accumulates and clips gradients. Every micro-step seeds its
-own dropout, so a run that was killed and resumed gives the very weights of one that was not.
+It can be read top to bottom. Every forward pass seeds its own dropout, so a run that was killed and resumed gives the
+very weights of one that was not.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
@@ -97,16 +95,12 @@ def train_adapters(
             of the last good step.
     """
     device = next(model.parameters()).device
-    accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=options.accumulation)
     batches = make_batches([len(s) for s in sequences], options, seed)
     passes = len(batches)
     steps = math.ceil(passes / options.accumulation)
     parameters = [p for name in adapters for p in adapters[name].parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
     warmup = round(options.warmup_ratio * steps)
-    dataset: Any = sequences
-    loader = accelerator.prepare(DataLoader(dataset, batch_sampler=batches, collate_fn=collate))
-    optimizer = accelerator.prepare(optimizer)
 
     losses: list[float] = []
     tokens = 0
@@ -134,22 +128,21 @@ def train_adapters(
             progress.bar(description, steps, "steps") as advance,
         ):
             advance(done)
-            for at, batch in enumerate(accelerator.skip_first_batches(loader, first) if first else loader, first):
+            for at in range(first, passes):
                 torch.manual_seed(seed * 1_000_003 + at)
-                with accelerator.accumulate(model):
-                    loss = batch_loss(model, batch, options.precision)
-                    _check(loss, "loss", len(losses) + 1, description, save)
-                    accelerator.backward(loss)
-                    pending.append(loss.item())
-                    counted += int(batch["lengths"].sum())
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(parameters, options.clip)
-                        _check(norm, "gradient", len(losses) + 1, description, save)
+                batch = {key: value.to(device) for key, value in collate([sequences[i] for i in batches[at]]).items()}
+                loss = batch_loss(model, batch, options.precision)
+                _check(loss, "loss", len(losses) + 1, description, save)
+                (loss / options.accumulation).backward()
+                pending.append(loss.item())
+                counted += int(batch["lengths"].sum())
+                if (at + 1) % options.accumulation == 0 or at + 1 == passes:
+                    norm = nn.utils.clip_grad_norm_(parameters, options.clip)
+                    _check(norm, "gradient", len(losses) + 1, description, save)
                     for group in optimizer.param_groups:
                         group["lr"] = options.learning_rate * linear_schedule(len(losses), steps, warmup)
                     optimizer.step()
                     optimizer.zero_grad()
-                if accelerator.sync_gradients:
                     losses.append(sum(pending) / len(pending))
                     pending.clear()
                     tokens, counted = tokens + counted, 0

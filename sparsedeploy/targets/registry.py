@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsedeploy.artifacts.description import Artifact
 from sparsedeploy.errors import UserError
+from sparsedeploy.folders import claim
 from sparsedeploy.options import described
 from sparsedeploy.registry import TARGETS
 
@@ -43,6 +44,7 @@ def export_checkpoint(
                 f"--quantize does not go with --target {target}", f"Use --target {' or '.join(able)}, or leave it out."
             )
         options = {**(options or {}), "quantize": quantize}
-    return method.function(
-        checkpoint, output, method.make_options(options), trust_remote_code=trust_remote_code, overwrite=overwrite
-    )
+    chosen = method.make_options(options)
+    read = (checkpoint, *(value for value in (options or {}).values() if isinstance(value, str)))
+    with claim(output, overwrite=overwrite, inputs=read):
+        return method.function(checkpoint, output, chosen, trust_remote_code=trust_remote_code, overwrite=overwrite)

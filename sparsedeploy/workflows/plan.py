@@ -20,6 +20,7 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import LayerSource, StreamedLayers
 from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
+from sparsedeploy.models.low_rank import refuse_unmerged
 from sparsedeploy.options import build_options
 from sparsedeploy.plan import NM, MixedNM, SparsityPlan, check_sparsity, parse_pattern
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
@@ -143,6 +144,7 @@ def prepare(
     pruner = PRUNERS.get(options.method)
     pruner_options = pruner.make_options(options.method_options)
     folder = resolve_model(source)
+    refuse_unmerged(folder)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     sha256 = model_sha256(folder)
     if options.plan is not None and options.plan.model_sha256 not in (None, sha256):

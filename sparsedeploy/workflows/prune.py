@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from sparsedeploy.allocation import model_layers
 from sparsedeploy.checkpoint.journal import Journal, journalled_folder
 from sparsedeploy.checkpoint.tensor_writer import TensorWriter
 from sparsedeploy.checkpoint.writer import Provenance, complete
-from sparsedeploy.folders import check_free_space, check_writable
+from sparsedeploy.folders import check_free_space, claim
 from sparsedeploy.memory import use_huge_pages
 from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.models.loading import resolve_device
@@ -23,7 +23,7 @@ from sparsedeploy.processes import Processes, local_device, process_group
 from sparsedeploy.pruning.layers import losses_of, prune_layers
 from sparsedeploy.version import __version__
 from sparsedeploy.workflows.options import PruneOptions
-from sparsedeploy.workflows.plan import choose_plan, model_to_measure, prepare
+from sparsedeploy.workflows.plan import Prepared, choose_plan, model_to_measure, prepare
 
 
 def prune(
@@ -49,7 +49,10 @@ def prune(
     """
     use_huge_pages()
     on = local_device(resolve_device(device))
-    with process_group(on) as processes:
+    read = (source, options.calibration.data)
+    with process_group(on) as processes, ExitStack() as stack:
+        if processes.main:
+            stack.enter_context(claim(output, overwrite=overwrite, resume=resume, inputs=read))
         return _prune(source, output, options, on, dtype, resume, overwrite, trust_remote_code, processes)
 
 
@@ -65,7 +68,6 @@ def _prune(
     processes: Processes,
 ) -> dict[str, Any]:
     """:func:`prune` on one of possibly several processes; the first one writes."""
-    check_writable(output, overwrite)
     prepared = prepare(source, options, trust_remote_code=trust_remote_code)
     folder, calibration = prepared.folder, prepared.calibration
     layers = StreamedLayers(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -92,7 +94,7 @@ def _prune(
         elif options.plan is not None:
             plan = options.plan
         else:
-            plan = choose_plan(model_to_measure(prepared, device, dtype, layers), prepared, processes)
+            plan = _shared_plan(prepared, device, dtype, layers, processes)
         writer = TensorWriter(layers.files, making, plan.targets, slices)
         if journal is not None and journal.plan is None:
             check_free_space(journal.folder, layers.files.size)
@@ -128,3 +130,25 @@ def _prune(
             )
             manifest = complete(folder, journal.folder, slices, provenance, journal.losses)
         return processes.broadcast_object(manifest) or {}
+
+
+def _shared_plan(
+    prepared: Prepared,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    layers: StreamedLayers,
+    processes: Processes,
+) -> SparsityPlan:
+    """The plan of all processes: the first one's, as each one's own sums may differ in their last bits.
+
+    They measure together; a search prunes whole copies of the model, and only the first one does that.
+    """
+    assert prepared.choice is not None
+    plan = None
+    if not prepared.choice.searches:
+        plan = choose_plan(model_to_measure(prepared, device, dtype, layers), prepared, processes)
+    elif processes.main:
+        plan = choose_plan(model_to_measure(prepared, device, dtype, layers), prepared)
+    plan = processes.broadcast_object(plan)
+    assert plan is not None
+    return plan

@@ -14,12 +14,13 @@ from sparsedeploy.checkpoint.recipe import recipe_yaml
 from sparsedeploy.checkpoint.tensor_writer import TensorWriter
 from sparsedeploy.checkpoint.writer import Provenance, complete
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import check_free_space, check_writable, new_folder, write_text
+from sparsedeploy.folders import check_free_space, claim, new_folder, write_text
 from sparsedeploy.masks import apply_mask
 from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.models.loading import resolve_device
 from sparsedeploy.models.stored_names import stored_slices
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
+from sparsedeploy.processes import refuse_several
 from sparsedeploy.pruning.sparsegpt import check_block
 from sparsedeploy.runtimes import llmcompressor
 from sparsedeploy.workflows.options import PruneOptions
@@ -48,9 +49,22 @@ def prune_with_llmcompressor(
     Raises:
         UserError: a method that llm-compressor cannot replay, no environment, or what ``prune`` refuses.
     """
+    refuse_several("--engine llmcompressor")
+    with claim(output, overwrite=overwrite, inputs=(source, options.calibration.data)):
+        return _prune(source, output, options, device, dtype, overwrite, python)
+
+
+def _prune(
+    source: str,
+    output: Path,
+    options: PruneOptions,
+    device: str,
+    dtype: torch.dtype | None,
+    overwrite: bool,
+    python: str | None,
+) -> dict[str, Any]:
     llmcompressor.check_method(options.method)
     where = llmcompressor.environment(python)
-    check_writable(output, overwrite)
     prepared = prepare(source, options, calibrates=True)
     assert prepared.calibration is not None
     on = resolve_device(device)

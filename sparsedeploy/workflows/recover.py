@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from sparsedeploy.checkpoint.masks import FILE as MASKS
 from sparsedeploy.checkpoint.masks import load_masks
 from sparsedeploy.checkpoint.writer import Provenance, write_checkpoint
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import check_writable
+from sparsedeploy.folders import check_writable, claim
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.options import build_options
 from sparsedeploy.plan import SparsityPlan, parse_pattern
+from sparsedeploy.processes import refuse_several
 from sparsedeploy.pruning.layers import losses_of, prune_model
 from sparsedeploy.recovery.base import Recovered, RecoveryJob, check_masks
 from sparsedeploy.recovery.data import TrainingData, load_training_data
@@ -69,10 +71,12 @@ def prune_and_recover(
     Raises:
         UserError: any input that cannot be used, or training that diverges; ``output`` then does not exist.
     """
+    refuse_several("the training of a recovery")
     method = RECOVERIES.get(recover.method)
-    check_writable(output, overwrite)
     edge = _Edge(resolve_device(device), dtype, resume, overwrite, trust_remote_code)
-    return _from_dense(source, output, prune, recover, method, edge)
+    read = (source, prune.calibration.data, *_train_data(recover))
+    with claim(output, overwrite=overwrite, resume=resume, inputs=read):
+        return _from_dense(source, output, prune, recover, method, edge)
 
 
 def recover_checkpoint(
@@ -100,10 +104,29 @@ def recover_checkpoint(
     Raises:
         UserError: no manifest, masks that do not match the weights, a dense model that is missing or another one.
     """
+    refuse_several("the training of a recovery")
+    edge = _Edge(resolve_device(device), dtype, resume, overwrite, trust_remote_code)
+    read: list[str | Path] = [checkpoint, *_train_data(recover)]
+    read += [dense] if dense else []
+    read += [calibration.data] if calibration else []
+    with claim(output, overwrite=overwrite, resume=resume, inputs=read):
+        return _from_checkpoint(checkpoint, output, recover, dense, calibration, edge)
+
+
+def _train_data(recover: RecoverOptions) -> list[str]:
+    return [] if recover.data is None else [recover.data.data]
+
+
+def _from_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    recover: RecoverOptions,
+    dense: str | None,
+    calibration: CalibrationOptions | None,
+    edge: _Edge,
+) -> dict[str, Any]:
     method = RECOVERIES.get(recover.method)
     manifest = load_manifest(checkpoint)
-    check_writable(output, overwrite)
-    edge = _Edge(resolve_device(device), dtype, resume, overwrite, trust_remote_code)
     if (checkpoint / ADAPTER).is_dir():
         raise UserError(
             f"{checkpoint} has been recovered with adapters beside its weights",
@@ -130,6 +153,7 @@ def recover_checkpoint(
         allocation_options=plan.options,
         calibration=calibration or _calibration_of(manifest),
     )
+    check_writable(output, edge.overwrite, (folder, prune.calibration.data))
     return _from_dense(name, output, prune, recover, method, edge)
 
 
@@ -186,7 +210,7 @@ def _from_dense(
             job.batch_size,
         )
         job.masks, losses = {name: module.mask for name, module in pruned.items()}, losses_of(pruned)
-    recovered = method.function(job, options)
+    recovered = _recovered(job, method, options)
     return _write(
         folder,
         output,
@@ -232,7 +256,7 @@ def _from_pruned(
     )
     check_masks(job.linears, masks)
     job.state = RunState(output, request, resume=edge.resume)
-    recovered = method.function(job, options)
+    recovered = _recovered(job, method, options)
     return _write(
         folder,
         output,
@@ -245,6 +269,16 @@ def _from_pruned(
         recovery=_recovery(recover, options, training, data, method, recovered),
         edge=edge,
     )
+
+
+def _recovered(job: RecoveryJob, method: Method[Any], options: Any) -> Recovered:
+    with _kept(job):
+        recovered: Recovered = method.function(job, options)
+        return recovered
+
+
+def _kept(job: RecoveryJob) -> AbstractContextManager[None]:
+    return job.state.kept() if job.state is not None else nullcontext()
 
 
 def _options(method: Method[Any], recover: RecoverOptions) -> tuple[Any, TrainingOptions]:
@@ -314,16 +348,17 @@ def _write(
     recovery: dict[str, Any],
     edge: _Edge,
 ) -> dict[str, Any]:
-    manifest = write_checkpoint(
-        folder,
-        output,
-        Provenance(source_name, recovered.plan, *pruning, calibration, recovery),
-        model=job.model,
-        masks=recovered.masks,
-        losses=recovered.losses or losses,
-        low_rank=recovered.low_rank,
-        overwrite=edge.overwrite,
-    )
+    with _kept(job):
+        manifest = write_checkpoint(
+            folder,
+            output,
+            Provenance(source_name, recovered.plan, *pruning, calibration, recovery),
+            model=job.model,
+            masks=recovered.masks,
+            losses=recovered.losses or losses,
+            low_rank=recovered.low_rank,
+            overwrite=edge.overwrite,
+        )
     if job.state is not None:
         job.state.remove()
     return manifest

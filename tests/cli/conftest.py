@@ -11,23 +11,50 @@ from sparsedeploy.cli.main import main
 from tests.small_models import save_model
 
 
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder: path -> bytes, None for folders and what is not a regular file."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
 @dataclass
 class Outcome:
+    """How a command ended.
+
+    Attributes:
+        place: the test's folder; ``before`` what it held when the command started.
+    """
+
     code: int
     out: str
     err: str
+    place: Path
+    before: dict[str, bytes | None]
+
+    @property
+    def changed(self) -> list[str]:
+        """What the command created, changed or removed in the test's folder."""
+        after = contents(self.place)
+        return [
+            name
+            for name in sorted({*self.before, *after})
+            if (name in self.before, self.before.get(name)) != (name in after, after.get(name))
+        ]
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Outcome]:
     def run(*arguments: object) -> Outcome:
+        before = contents(tmp_path)
         monkeypatch.setattr("sys.argv", ["sparsedeploy", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main()
         progress.show(False)
         captured = capsys.readouterr()
-        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+        return Outcome(int(stop.value.code or 0), captured.out, captured.err, tmp_path, before)
 
     return run
 

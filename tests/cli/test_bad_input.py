@@ -17,14 +17,15 @@ Cli = Callable[..., Outcome]
 
 
 def refused(outcome: Outcome, message: str, folder: Path) -> None:
-    """The error is one line with the message and a fix, and no output or temporary folder is left."""
+    """The error is one line with the message and a fix, and everything in the test's folder is as it was."""
     assert outcome.code == 2, outcome.err
     lines = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, outcome.err
     assert message in lines[0]
     assert lines[0].count(". ") >= 1, "the line names no fix"
     assert "Traceback" not in outcome.err
-    assert not [*folder.glob("out*"), *folder.glob(".*.tmp")]
+    assert folder.is_relative_to(outcome.place)
+    assert outcome.changed == []
 
 
 def prune(cli: Cli, model: Path, text: Path, *more: object) -> Outcome:
@@ -151,7 +152,10 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(cli: Cli, model: Path, smal
     arguments = ("prune", model, "-o", small_disk / "out", "-s", 0.5, "-m", "magnitude")
     outcome = cli(*arguments)
     assert outcome.code == 2
-    assert "is full. Mend that, then run the command again with --resume: 2 layers are kept." in outcome.err
+    assert (
+        "is full. Fix that, then run the command again with --resume: the plan and 2 finished layers are kept."
+        in outcome.err
+    )
     assert not (small_disk / "out").exists()
     resize(1024)
     assert cli(*arguments, "--resume").code == 0

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from sparsedeploy.allocation import allocate
 from sparsedeploy.calibration.text import CalibrationOptions, calibration_set
-from sparsedeploy.checkpoint.journal import FILE as JOURNAL
 from sparsedeploy.errors import UserError
+from sparsedeploy.folders import JOURNAL
 from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.models.loading import load_config, load_model
 from sparsedeploy.models.tensor_files import TensorFiles

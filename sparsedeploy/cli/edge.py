@@ -1,0 +1,76 @@
+"""What every command does before its work: it checks the paths that it was given and the number of processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from sparsedeploy.paths import check_file_output, check_output, check_regular, expand
+from sparsedeploy.processes import refuse_several
+
+# The parameters that name what is written, and those of text that is no path.
+_FILES = ("csv", "html", "plot")
+_OUTPUT = "output"
+_PLAIN = ("prompt",)
+# The commands whose --output is a folder; the workflows keep that one to themselves (folders.claim).
+_MAKE_FOLDERS = ("prune", "recover", "export", "demo")
+# The only command that several processes can share.
+_SHARED = "prune"
+
+
+class Command(TyperCommand):
+    """A command that refuses paths which cannot be used, and several processes where it cannot share the work."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Check, then run.
+
+        Raises:
+            UserError: a path or the processes are refused.
+        """
+        if self.name != _SHARED:
+            refuse_several(f"the command {self.name}")
+        check_paths(str(self.name), ctx)
+        return super().invoke(ctx)
+
+
+def check_paths(command: str, ctx: typer.Context) -> None:
+    """Expand ``~`` in the parameters, in place, and refuse inputs without an end and outputs that cannot be written.
+
+    Raises:
+        UserError: such a path, before anything was read or written.
+    """
+    for name, value in ctx.params.items():
+        if isinstance(value, Path) or (isinstance(value, str) and value.startswith("~") and name not in _PLAIN):
+            ctx.params[name] = type(value)(expand(value))
+    inputs = list(_inputs(ctx))
+    for path in inputs:
+        check_regular(path)
+    for name in (_OUTPUT, *_FILES):
+        output = ctx.params.get(name)
+        if not isinstance(output, Path):
+            continue
+        if name == _OUTPUT and command in _MAKE_FOLDERS:
+            check_output(output)
+        else:
+            check_file_output(output, inputs)
+
+
+def _inputs(ctx: typer.Context) -> Iterator[str]:
+    """Every path on this machine that the parameters name, but for the outputs."""
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        if name in (_OUTPUT, *_FILES, *_PLAIN):
+            continue
+        value = ctx.params.get(name)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(item, (str, Path)):
+                continue
+            # NAME=PATH and NAME=VALUE stand for paths too.
+            for text in {str(item), str(item).partition("=")[2]} - {""}:
+                if "\0" not in text and os.path.lexists(text):
+                    yield text
