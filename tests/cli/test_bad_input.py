@@ -120,7 +120,10 @@ def test_existing_output_is_kept(cli: Cli, model: Path, text: Path) -> None:
     outcome = prune(cli, model, text, "-s", 0.5)
     assert outcome.code == 2
     assert "exists. Choose another, or pass --overwrite" in outcome.err
+    message = "holds files that sparsedeploy did not write"
+    refused(prune(cli, model, text, "-s", 0.5, "--overwrite"), message, model.parent)
     assert (output / "precious").read_text() == "x"
+    (output / "sparsity.json").write_text("{}")
     assert prune(cli, model, text, "-s", 0.5, "--overwrite").code == 0
     assert not (output / "precious").exists()
 
