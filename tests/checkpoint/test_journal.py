@@ -142,7 +142,7 @@ def test_a_damaged_journal_is_named_and_kept(text: str, tmp_path: Path) -> None:
     folder = partial(tmp_path / "out")
     folder.mkdir()
     (folder / "journal.jsonl").write_text(text, encoding="latin-1")
-    with pytest.raises(ResumeError, match=r"journal\.jsonl is damaged\. Run without --resume"):
+    with pytest.raises(ResumeError, match=r"journal\.jsonl.*Run without --resume"):
         begin(tmp_path / "out", None, resume=True)
     assert (folder / "journal.jsonl").read_text(encoding="latin-1") == text
     begin(tmp_path / "out", None)

@@ -107,6 +107,9 @@ def test_existing_output_is_kept_unless_told(checkpoint: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="--overwrite"):
         export_checkpoint(checkpoint, "deepsparse", output)
     assert (output / "mine.txt").read_text() == "keep"
+    with pytest.raises(UserError, match="files that sparsedeploy did not write"):
+        export_checkpoint(checkpoint, "deepsparse", output, overwrite=True)
+    (output / "artifact.json").write_text("{}")
     export_checkpoint(checkpoint, "deepsparse", output, overwrite=True)
     assert not (output / "mine.txt").exists()
     load_artifact(output)
