@@ -17,7 +17,9 @@ from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleShape
 from sparsedeploy.registry import ALLOCATORS
 
-_SMALLEST_EIGENVALUE = 1e-5  # relative to the largest: below it is the rounding of a rank-deficient matrix
+# Relative to the largest. The released code keeps every eigenvalue; below 1e-12 there is only rounding. The intended
+# tail needs none of those that a nearly rank-deficient matrix adds.
+_SMALLEST_EIGENVALUE = {"reference": 1e-12, "intended": 1e-5}
 _BINS = 100
 _PAIRS_AT_ONCE = 1 << 22  # (candidate, tail entry) pairs in memory: 32 MB in float64
 
@@ -34,8 +36,8 @@ class AlphaPruningOptions(Options):
     )
     lower_bound: Literal["reference", "intended"] = option(
         "reference",
-        "`reference` compares eigenvalues with a logarithm, as the released code does, so that the window of the "
-        "search has next to no lower end; `intended` is the window around the peak.",
+        "`reference` compares eigenvalues with a logarithm and keeps the smallest ones, as the released code does, so "
+        "that the search window has almost no lower end; `intended` is the window around the peak.",
     )
     granularity: Literal["layer", "projection"] = option(
         "layer", "One rate per `layer` (mean alpha of its linears) or per `projection`."
@@ -52,7 +54,9 @@ class AlphaPruning:
     def measure(self, layer: LayerContext) -> list[float]:
         """The exponent of every linear of the layer."""
         return [
-            tail_exponent(eigenvalues(linear.weight), self.options.metric, self.options.lower_bound)
+            tail_exponent(
+                eigenvalues(linear.weight, self.options.lower_bound), self.options.metric, self.options.lower_bound
+            )
             for linear in layer.linears.values()
         ]
 
@@ -79,16 +83,18 @@ def factors(alphas: list[float], strength: float) -> list[float]:
     return [(alpha - low) / (high - low) * 2 * strength + 1 - strength for alpha in alphas]
 
 
-def eigenvalues(weight: torch.Tensor) -> torch.Tensor:
-    """The min(rows, columns) eigenvalues of W^T W, ascending, float64, those below 1e-5 of the largest dropped.
+def eigenvalues(weight: torch.Tensor, lower_bound: str = "reference") -> torch.Tensor:
+    """The min(rows, columns) eigenvalues of W^T W, ascending, float64.
 
-    From the smaller Gram matrix: in float64 its rounding lies nine digits below the smallest value that is kept, and it
-    costs a fraction of a singular value decomposition.
+    From the smaller Gram matrix, in float64, at a fraction of the cost of a singular value decomposition.
+
+    Args:
+        lower_bound: ``reference`` drops only rounding (below 1e-12 of the largest), ``intended`` all below 1e-5 of it.
     """
     w = weight.detach().double()
     gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
     values = torch.linalg.eigvalsh(gram)
-    return values[values > _SMALLEST_EIGENVALUE * values[-1]]
+    return values[values > _SMALLEST_EIGENVALUE[lower_bound] * values[-1]]
 
 
 def tail_exponent(values: torch.Tensor, metric: str = "alpha_peak", lower_bound: str = "reference") -> float:

@@ -37,8 +37,11 @@ class RMIOptions(Options):
         "Compare the hidden states that enter the layers (the released code) or that leave them (the paper).",
     )
     samples: int | None = option(64, "So many of the calibration sequences are compared; None takes all.", at_least=2)
-    scale: float = option(
-        1.0, "b in I = exp(-b g); the rates depend on the order alone, so it changes only mixed N:M patterns.", above=0
+    scale: float = option(1.0, "b in I = exp(-b g); with `solver=exact` it changes only mixed N:M patterns.", above=0)
+    solver: Literal["exact", "reference"] = option(
+        "exact",
+        "`exact` solves the linear program: layers lie at the bounds. `reference` is the released code's SLSQP from "
+        "all ones, which stays near uniform where importances are close (needs scipy).",
     )
 
 
@@ -60,12 +63,42 @@ class RMI:
         importance = rmi_importance(linear_cka(torch.stack(measured)), self.options.scale)
         sizes = [sum(module.size for module in layer) for layer in layers]
         low, high = max(sparsity - delta, LOWEST_RATE), max(min(sparsity + delta, HIGHEST_RATE), sparsity)
-        rates = bounded_allocation(importance, sizes, sparsity, low, high)
+        exact = self.options.solver == "exact"
+        solve = bounded_allocation if exact else sequential_least_squares
+        rates = solve(importance, sizes, sparsity, low, high)
         return Shares(
             layer_units(layers, [rate - sparsity for rate in rates]),
             details={"importance": importance, "delta": delta},
-            ranking=tuple(importance) if delta > 0 else None,
+            ranking=tuple(importance) if delta > 0 and exact else None,
         )
+
+
+def sequential_least_squares(
+    importance: Sequence[float], sizes: Sequence[int], target: float, low: float, high: float
+) -> list[float]:
+    """The released code's solution of :func:`bounded_allocation`'s problem: SLSQP from x = 1, default tolerance.
+
+    It stops before layers of nearly equal importance have moved to their bounds.
+
+    Raises:
+        UserError: scipy is not installed.
+    """
+    try:
+        from scipy.optimize import minimize
+    except ImportError as error:
+        raise UserError(
+            "solver=reference needs scipy", "Install it: pip install scipy; or use solver=exact."
+        ) from error
+    check_scores(importance)
+    weights = [size / sum(sizes) for size in sizes]
+    found = minimize(
+        lambda x: sum(score * rate for score, rate in zip(importance, x, strict=True)),
+        [1.0] * len(sizes),
+        method="SLSQP",
+        bounds=[(low, high)] * len(sizes),
+        constraints={"type": "eq", "fun": lambda x: sum(w * rate for w, rate in zip(weights, x, strict=True)) - target},
+    )
+    return [min(max(float(rate), low), high) for rate in found.x]
 
 
 def default_delta(sparsity: float) -> float:

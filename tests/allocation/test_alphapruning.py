@@ -47,7 +47,15 @@ def slow_exponent(values: np.ndarray, lower: float, upper: float) -> float:
 def test_eigenvalues_are_squared_singular_values(shape: tuple[int, int]) -> None:
     weight = gaussian(*shape)
     expected = torch.linalg.svdvals(weight.double()).square().flip(0)
-    torch.testing.assert_close(eigenvalues(weight), expected[expected > 1e-5 * expected[-1]], rtol=1e-9, atol=0)
+    torch.testing.assert_close(eigenvalues(weight), expected, rtol=1e-6, atol=0)
+    intended = expected[expected > 1e-5 * expected[-1]]
+    torch.testing.assert_close(eigenvalues(weight, "intended"), intended, rtol=1e-9, atol=0)
+
+
+def test_the_reference_keeps_small_eigenvalues() -> None:
+    weight = torch.diag(torch.tensor([1.0, 1e-3, 1e-5]))
+    assert len(eigenvalues(weight)) == 3
+    assert len(eigenvalues(weight, "intended")) == 1
 
 
 def test_rank_deficient_matrices_lose_their_zeros() -> None:

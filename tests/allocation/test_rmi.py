@@ -15,6 +15,7 @@ from sparsedeploy.allocation.rmi import (
     default_delta,
     linear_cka,
     rmi_importance,
+    sequential_least_squares,
 )
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.errors import UserError
@@ -97,6 +98,25 @@ def test_rates_are_bang_bang_and_follow_the_order_alone() -> None:
     assert rates == stretched
     odd = bounded_allocation([3.0, 2.0, 1.0], [1] * 3, 0.7, 0.67, 0.73)
     assert odd == pytest.approx([0.67, 0.70, 0.73])
+
+
+def test_the_released_solver_meets_the_target_and_stays_near_uniform_where_importances_are_close() -> None:
+    pytest.importorskip("scipy")
+    close, apart = [1 - 1e-4 * i for i in range(8)], [1 - 0.1 * i for i in range(8)]
+    for importance in (close, apart):
+        rates = sequential_least_squares(importance, [1] * 8, 0.7, 0.67, 0.73)
+        assert sum(rates) / 8 == pytest.approx(0.7, abs=1e-6)
+    spread = {
+        name: max(rates) - min(rates)
+        for name, rates in (
+            ("close", sequential_least_squares(close, [1] * 8, 0.7, 0.67, 0.73)),
+            ("apart", sequential_least_squares(apart, [1] * 8, 0.7, 0.67, 0.73)),
+            ("exact", bounded_allocation(close, [1] * 8, 0.7, 0.67, 0.73)),
+        )
+    }
+    assert spread["close"] < 0.01
+    assert spread["apart"] == pytest.approx(0.06, abs=1e-3)
+    assert spread["exact"] == pytest.approx(0.06)
 
 
 def test_equal_importance_is_uniform() -> None:
