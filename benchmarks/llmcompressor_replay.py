@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsedeploy import progress
 from sparsedeploy.artifacts.description import load_artifact
-from sparsedeploy.calibration.text import CalibrationOptions
+from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.checkpoint.masks import FILE, load_masks
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
@@ -93,7 +93,7 @@ class Pruned:
     def __init__(self, folder: Path, options: PruneOptions, dense: Path) -> None:
         self.folder = folder / "checkpoint"
         manifest = prune(str(dense), self.folder, options, device="cpu")
-        self.plan = SparsityPlan.from_dict(manifest["plan"])
+        self.plan = manifest.plan
         self.masks = masks_of(self.folder, self.plan)
         self.export = folder / "export"
         export_checkpoint(self.folder, "llmcompressor", self.export)

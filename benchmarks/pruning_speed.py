@@ -118,7 +118,7 @@ def run(command: list[str]) -> dict[str, Any]:
 
 def mask_agreement(ours: Path, peer: Path) -> float:
     """Share of prunable weights that both prune or both keep."""
-    names = [entry["tensor"] for entry in load_manifest(ours)["modules"].values()]
+    names = [entry.tensor for entry in load_manifest(ours).modules.values()]
     left, right = load_file(ours / "model.safetensors"), load_file(peer / "model.safetensors")
     same = sum(int(((left[name] == 0) == (right[name] == 0)).sum()) for name in names)
     return same / sum(left[name].numel() for name in names)

@@ -84,8 +84,9 @@ def run_cell(method: str, level: str, seed: int, folder: Path) -> dict[str, Any]
     from sparsedeploy.plan import NM, MixedNM, parse_pattern
     from sparsedeploy.pruning.layers import prune_model
     from sparsedeploy.quality.perplexity import perplexity, text_windows
-    from sparsedeploy.recovery import RecoveryJob
-    from sparsedeploy.recovery.data import DataOptions, load_training_data
+    from sparsedeploy.recovery.base import RecoveryJob
+    from sparsedeploy.recovery.data import load_training_data
+    from sparsedeploy.recovery.options import DataOptions
     from sparsedeploy.recovery.training import TrainingOptions
     from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES
 

@@ -27,7 +27,7 @@ import torch
 
 from sparsedeploy import progress
 from sparsedeploy.artifacts.folder import describe_folder
-from sparsedeploy.calibration.text import CalibrationOptions
+from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.loading import load_model, load_tokenizer

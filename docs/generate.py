@@ -53,7 +53,7 @@ class Family:
 
 def families() -> list[Family]:
     """The registries, in the order of the pipeline."""
-    data = "\\\n    --data my-text.txt --samples 8 --calibration-length 128"
+    data = "\\\n    --data my-text.txt --samples 8 --calibration-length 128"  # left out where no text is read
     train = "\\\n    --train-data my-text.txt --train-samples 32 --train-length 128"
     return [
         Family(
@@ -282,7 +282,8 @@ class Parameter:
     @property
     def value(self) -> str:
         """What follows an option; nothing after a switch."""
-        return _word(self.hint)
+        word, metavar = _word(self.hint), self.info.metavar
+        return word if not metavar or self.argument else word.replace("TEXT", metavar.replace("|", ", "))
 
 
 def _word(hint: Any) -> str:
@@ -387,6 +388,8 @@ def _method_page(family: Family, method: Method[Any], formula: str | None) -> st
     if facts:
         parts.append("## Needs\n\n" + "".join(f"- {fact}\n" for fact in facts))
     example = family.example.format(name=method.name)
+    if method.traits.get("needs") in ("none", "weights"):
+        example = example.partition(" \\\n    --data")[0]
     managed = family.folder == "target" and method.name not in _EXPORTED_HERE
     marker = "<!-- test: skip needs its managed environment -->\n" if managed else ""
     parts.append(f"## Use\n\n{marker}```bash\n{example}\n```\n")

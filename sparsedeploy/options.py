@@ -33,6 +33,7 @@ class Facts:
         flag, short: on the command line; by default ``--`` and the name.
         choices: the names that are known, asked for when they are shown.
         replaces: options of a recipe that do not count when this one is typed.
+        only_with: another option without which this one has no effect.
     """
 
     help: str = ""
@@ -44,14 +45,14 @@ class Facts:
     below: float | None = None
     choices: Callable[[], Sequence[str]] | None = None
     replaces: tuple[str, ...] = ()
+    only_with: str | None = None
 
     @property
     def text(self) -> str:
         """The help with its choices."""
         if self.choices is None or "{choices}" not in self.help:
             return self.help
-        *first, last = self.choices()
-        return self.help.replace("{choices}", f"{', '.join(first)} or {last}" if first else last)
+        return self.help.replace("{choices}", one_of(self.choices()))
 
 
 def option(
@@ -66,15 +67,22 @@ def option(
     below: float | None = None,
     choices: Callable[[], Sequence[str]] | None = None,
     replaces: tuple[str, ...] = (),
+    only_with: str | None = None,
 ) -> T:
     """A field of an options dataclass, with its :class:`Facts`."""
-    facts = Facts(help, flag, short, at_least, above, at_most, below, choices, replaces)
+    facts = Facts(help, flag, short, at_least, above, at_most, below, choices, replaces, only_with)
     return field(default=default, metadata={"facts": facts})
 
 
 def seed_option(help: str, *, flag: str | None = None) -> int:
     """The field of a seed."""
     return option(0, help, flag=flag, at_least=0, at_most=_LARGEST_SEED)
+
+
+def one_of(names: Sequence[str]) -> str:
+    """``a, b or c``."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 class Options:
@@ -140,13 +148,18 @@ def build_options(owner: str, options: type[T], values: Mapping[str, Any]) -> T:
     """Build an options dataclass from plain values; ``owner`` names it in messages.
 
     Raises:
-        UserError: an unknown option, or a value that does not fit.
+        UserError: an unknown option, a value that does not fit, or one that has no effect.
     """
     converted = convert_options(owner, options, values)
     try:
-        return options(**converted)
+        built = options(**converted)
     except ValueError as error:
         raise UserError(f"{owner}: {error}", "Change that option.") from None
+    for item in described(options):
+        needed = item.facts.only_with
+        if needed and not getattr(built, needed) and converted.get(item.name, item.default) != item.default:
+            raise UserError(f"{owner}: option {item.name} has no effect without {needed}", "Leave it out, or set both.")
+    return built
 
 
 def convert_options(
@@ -160,7 +173,11 @@ def convert_options(
     Raises:
         UserError: an unknown option, or a value that does not fit.
     """
-    known = {item.name: item for item in described(options)}
+    known = {
+        item.name: item
+        for item in described(options)
+        if not item.section or values.get(item.name) is None or isinstance(values[item.name], item.arms[0])
+    }
     converted: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
@@ -197,11 +214,15 @@ def convert(label: str, value: Any, hint: Any, facts: Facts = Facts()) -> Any:
             raise UserError(f"{label} is {shown(value)}", f"It takes {_wanted(kind)}.")
         return build_options(label, kind, value)
     if origin is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(parts, (list, tuple)):
+        if not isinstance(value, (str, list, tuple)):
             raise UserError(f"{label} is {shown(value)}", f"It takes {_wanted(kind)}.")
+        parts = [
+            part
+            for each in ([value] if isinstance(value, str) else value)
+            for part in ([part.strip() for part in each.split(",")] if isinstance(each, str) else [each])
+        ]
         inner = typing.get_args(kind)[0]
-        return tuple(convert(label, part.strip() if isinstance(part, str) else part, inner, facts) for part in parts)
+        return tuple(convert(label, part, inner, facts) for part in parts if part != "")
     try:
         converted = _CONVERTERS[origin](value, kind)
     except (ValueError, KeyError, TypeError, OverflowError):

@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
-from sparsedeploy.reading import read_object
+from sparsedeploy.reading import Fields, read_object
 
 FORMAT = 1
 
@@ -209,30 +209,38 @@ class SparsityPlan:
         Raises:
             UserError: another format, or a missing or malformed entry.
         """
-        try:
-            if value["format"] != FORMAT:
-                raise UserError(f"plan format {value['format']} is not {FORMAT}", "Use the version that wrote it.")
-            targets = tuple(
-                ModuleTarget(
-                    name=str(entry["name"]),
-                    rows=int(entry["rows"]),
-                    columns=int(entry["columns"]),
-                    zeros_per_row=int(entry["zeros_per_row"]),
-                    pattern=NM.parse(entry["pattern"]) if entry["pattern"] else None,
-                )
-                for entry in value["modules"]
+        fields = Fields(value, "the plan", "Make it again: sparsedeploy allocate.")
+        if (found := fields.integer("format")) != FORMAT:
+            raise UserError(f"plan format {found} is not {FORMAT}", "Use the version that wrote it.")
+        targets = tuple(
+            ModuleTarget(
+                name=entry.text("name"),
+                rows=entry.integer("rows", minimum=1),
+                columns=entry.integer("columns", minimum=1),
+                zeros_per_row=entry.integer("zeros_per_row"),
+                pattern=NM.parse(pattern) if (pattern := entry.text("pattern", None)) else None,
             )
-            return SparsityPlan(
-                sparsity=float(value["sparsity"]),
-                pattern=str(value["pattern"]),
-                allocation=str(value["allocation"]),
-                targets=targets,
-                options=dict(value["options"]),
-                model_sha256=value["model_sha256"],
-                details=dict(value["details"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the plan is malformed ({type(error).__name__}: {error})", "Make it again.") from error
+            for entry in fields.each("modules")
+        )
+        plan = SparsityPlan(
+            sparsity=float(fields.number("sparsity")),
+            pattern=fields.text("pattern"),
+            allocation=fields.text("allocation"),
+            targets=targets,
+            options=fields.mapping("options"),
+            model_sha256=fields.text("model_sha256", None),
+            details=fields.mapping("details"),
+        )
+        parse_pattern(plan.pattern)
+        if not 0 <= plan.sparsity <= 1:
+            raise UserError(f"the plan's sparsity is {plan.sparsity:g}", fields.fix)
+        if not targets:
+            raise UserError("the plan names no modules", fields.fix)
+        if len(plan.by_name) < len(targets):
+            names = [target.name for target in targets]
+            twice = next(name for at, name in enumerate(names) if name in names[:at])
+            raise UserError(f"the plan has {twice} twice", fields.fix)
+        return plan
 
     def save(self, path: Path) -> None:
         write_json(path, self.to_dict())

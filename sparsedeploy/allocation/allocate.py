@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsedeploy import progress
-from sparsedeploy.allocation.base import Needs
+from sparsedeploy.allocation.base import Needs, sequences_read
 from sparsedeploy.allocation.budget import plan_from_shares, unequal_rates
 from sparsedeploy.allocation.mixed import MixedOptions, layer_step_costs, mixed_plan
 from sparsedeploy.calibration.driver import LayerContext, LayerDriver, as_source, iterate_weights
@@ -66,7 +66,7 @@ def allocate(
 
     reads = effective_needs(needs, marginal=marginal)
     if reads == "inputs" and tokens is not None:  # nothing else looks at the sequences that the method leaves out
-        tokens = tokens[: options.samples]
+        tokens = tokens[: sequences_read(method, options)]
     measured: list[Any] = [None] * len(layers)
     if reads != "none":
         measured = measure_layers(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sparsedeploy import progress
-from sparsedeploy.allocation.base import Shares, layer_units
+from sparsedeploy.allocation.base import Search, Shares, layer_units
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.errors import UserError
 from sparsedeploy.options import Options, option
@@ -29,24 +29,29 @@ class ATPOptions(Options):
         "layers at 70 %.",
     )
     search: bool = option(False, "Choose beta by trial: prune with each, and take the one with the lowest perplexity.")
-    step: float = option(0.002, "The distance between trial values, 0.002 in the paper.", above=0)
+    step: float = option(0.002, "The distance between trial values, 0.002 in the paper.", above=0, only_with="search")
     trials: int = option(
         16,
         "At most so many; where `step` would give more (shallow models), they are spread over the legal range.",
         at_least=1,
+        only_with="search",
     )
     patience: int = option(
         3,
         "Stop after so many trials in a row without a better one; 0 tries them all, as the paper does.",
         at_least=0,
+        only_with="search",
     )
     selection: Literal["validation", "test"] = option(
         "validation",
         "`validation` selects on validation text; `test` on the test text, as the released script does, so that the "
         "reported perplexity is then too good.",
+        only_with="search",
     )
-    text: str | None = option(None, "The text to select on; None takes the calibration source's own split.")
-    windows: int = option(32, "How many windows of it are evaluated.", at_least=1)
+    text: str | None = option(
+        None, "The text to select on; None takes the calibration source's own split.", only_with="search"
+    )
+    windows: int = option(32, "How many windows of it are evaluated.", at_least=1, only_with="search")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +59,7 @@ class ATPOptions(Options):
             raise ValueError("give either beta or search=true, not both")
 
 
-@ALLOCATORS.register("atp", ATPOptions, needs="none", strength="beta")
+@ALLOCATORS.register("atp", ATPOptions, needs="none", strength="beta", searches=lambda options: options.search)
 class ATP:
     """Arithmetic progression over depth, s_i = S - beta (L - 1) / 2 + beta (i - 1); no data (Huang et al. 2025)."""
 
@@ -76,6 +81,17 @@ class ATP:
             )
         deviations = [beta * (index - (count - 1) / 2) for index in range(count)]
         return Shares(layer_units(layers, deviations), details={"beta": beta, "largest_beta": bound})
+
+    def search(self, search: Search) -> tuple[SparsityPlan, dict[str, Any]]:
+        """Raises UserError when every trial diverged."""
+        asked = self.options
+        found = search_beta(
+            search.trial_on(asked.text, asked.selection, asked.windows),
+            lambda beta: search.plan_with(ATPOptions(beta=beta)),
+            trial_betas(search.sparsity, len(search.layers), asked.step, asked.trials),
+            patience=asked.patience,
+        )
+        return found.plan, {"selection": asked.selection, "trials": found.to_dict()}
 
 
 def largest_beta(sparsity: float, layers: int) -> float:

@@ -16,7 +16,8 @@ import torch
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.calibration.scores import wanda_score_blocks
 from sparsedeploy.errors import UserError
-from sparsedeploy.plan import ModuleShape
+from sparsedeploy.plan import NM, MixedNM, ModuleShape, SparsityPlan
+from sparsedeploy.registry import Method
 
 # What an allocator reads of each layer: nothing but its depth, its weights, the hidden states that enter and leave it,
 # or statistics of each linear's inputs.
@@ -47,6 +48,7 @@ class Shares:
         units: every prunable module in exactly one unit, in model order.
         rule: how ``Unit.value`` becomes a rate.
         details: the measurements behind it, plain numbers, for plots and reports.
+        window: how far a rate may lie from the target, where that bounds the rates.
         ranking: one importance per unit (higher keeps more) where the deviations do not tell it, because they are
             bang-bang or scaled by size; mixed N:M patterns are chosen from it.
     """
@@ -55,6 +57,7 @@ class Shares:
     rule: Literal["additive", "multiplicative"] = "additive"
     details: dict[str, Any] | None = None
     ranking: tuple[float, ...] | None = None
+    window: float | None = None
 
     @property
     def importance(self) -> tuple[float, ...]:
@@ -62,11 +65,31 @@ class Shares:
         return self.ranking if self.ranking is not None else tuple(-unit.value for unit in self.units)
 
 
+@dataclass(frozen=True)
+class Search:
+    """What an allocation that searches may use.
+
+    Attributes:
+        sparsity, pattern: the target.
+        layers: the modules of each layer, by depth.
+        plan_with: options -> the plan that the method makes with them; a second argument names another method.
+        trial_on: (text, split, windows) -> a trial, which prunes a copy of the model by a plan and returns its
+            perplexity on that text, infinite where the model diverged. A text of None is the calibration's own.
+    """
+
+    sparsity: float
+    pattern: NM | MixedNM | None
+    layers: list[list[ModuleShape]]
+    plan_with: Callable[..., SparsityPlan]
+    trial_on: Callable[[str | None, str, int], Callable[[SparsityPlan], float]]
+
+
 class Allocator(Protocol):
     """An allocation method; ``__init__(options)``.
 
-    It is registered with two traits: ``needs`` (:data:`Needs`) and ``strength``, the name of the option that makes the
-    allocation uniform at 0 (None for a method that always is).
+    Its traits: ``needs`` (:data:`Needs`); ``strength``, the name of the option that makes the allocation uniform at 0
+    (None for a method that always is); where it reads only some of the sequences, ``sequences``, the name of the option
+    that says how many; and where it searches by pruning, ``searches``: true, or a function of the options.
     """
 
     def measure(self, layer: LayerContext) -> Any:
@@ -81,9 +104,19 @@ class Allocator(Protocol):
             sparsity: the global target, in [0, 1).
         """
 
+    def search(self, search: Search) -> tuple[SparsityPlan, dict[str, Any]]:
+        """The best plan that was tried, and what the trials showed, as plain data; only with ``searches``."""
+        raise NotImplementedError
 
-# An allocation method, called with its options.
-MakeAllocator = Callable[[Any], Allocator]
+
+# An allocation method, called with its options; ``search`` is only asked for where the trait says so.
+MakeAllocator = Callable[[Any], Any]
+
+
+def sequences_read(method: Method[MakeAllocator], options: Any) -> int | None:
+    """How many of the calibration sequences an allocation reads; None for all."""
+    name = method.traits.get("sequences")
+    return getattr(options, name) if name else None
 
 
 def layer_scores(layer: LayerContext) -> Iterator[torch.Tensor]:

@@ -45,7 +45,7 @@ class RMIOptions(Options):
     )
 
 
-@ALLOCATORS.register("rmi", RMIOptions, needs="inputs", strength="delta")
+@ALLOCATORS.register("rmi", RMIOptions, needs="inputs", strength="delta", sequences="samples")
 class RMI:
     """Layer rates from the redundancy (linear CKA) between layers' representations (Huang et al. 2025, LoSA)."""
 
@@ -69,6 +69,7 @@ class RMI:
         return Shares(
             layer_units(layers, [rate - sparsity for rate in rates]),
             details={"importance": importance, "delta": delta},
+            window=delta,
             ranking=tuple(importance) if delta > 0 and exact else None,
         )
 

@@ -7,8 +7,10 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
+from sparsedeploy.checkpoint.manifest import CalibrationRecord
 from sparsedeploy.errors import UserError
 
 DEFAULT_SAMPLES = 128
@@ -22,13 +24,14 @@ class CalibrationSet:
 
     Attributes:
         tokens: int64 ``[sequences, length]``.
-        data: where the text came from, as the user named it.
+        data: where the text came from, as the user named it; ``field`` its text column.
         seed: the sampler's seed.
     """
 
     tokens: torch.Tensor
     data: str
     seed: int
+    field: str = "text"
 
     @property
     def fingerprint(self) -> str:
@@ -37,15 +40,10 @@ class CalibrationSet:
         digest.update(self.tokens.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> CalibrationRecord:
+        """What a manifest keeps."""
         sequences, length = self.tokens.shape
-        return {
-            "data": self.data,
-            "sequences": sequences,
-            "length": length,
-            "seed": self.seed,
-            "sha256": self.fingerprint,
-        }
+        return CalibrationRecord(self.data, sequences, length, self.seed, self.fingerprint, self.field)
 
 
 def default_length(config: Any) -> int:
@@ -54,7 +52,7 @@ def default_length(config: Any) -> int:
 
 
 def sample_tokens(
-    documents: list[str], tokenizer: Any, *, sequences: int, length: int, seed: int, data: str
+    documents: list[str], tokenizer: Any, *, sequences: int, length: int, seed: int, data: str, field: str = "text"
 ) -> CalibrationSet:
     """Draw ``sequences`` windows of ``length`` tokens: a random document, a random offset in it.
 
@@ -65,6 +63,10 @@ def sample_tokens(
     """
     if sequences < 1 or length < 2:
         raise UserError(f"cannot draw {sequences} sequences of {length} tokens", "Use at least 1 sequence of 2 tokens.")
+    if 8 * sequences * length > psutil.virtual_memory().available // 2:
+        raise UserError(
+            f"{sequences} sequences of {length} tokens do not fit in memory", "Lower --samples or --calibration-length."
+        )
     rng = random.Random(seed)
     encoded: dict[int, list[int]] = {}
 
@@ -90,7 +92,7 @@ def sample_tokens(
                 "Give more text, or lower --calibration-length.",
             )
         windows.extend(_window(stream, length, rng) for _ in range(sequences - len(windows)))
-    return CalibrationSet(torch.tensor(windows, dtype=torch.int64), data, seed)
+    return CalibrationSet(torch.tensor(windows, dtype=torch.int64), data, seed, field)
 
 
 def _window(tokens: list[int], length: int, rng: random.Random) -> list[int]:

@@ -8,59 +8,84 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from sparsedeploy.plan import NM, ModuleTarget, SparsityPlan
+from sparsedeploy.registry import PRUNERS
 
-MODIFIERS = {
-    "wanda": "WandaPruningModifier",
-    "sparsegpt": "SparseGPTModifier",
-    "magnitude": "MagnitudePruningModifier",
-}
 _HEADER = """\
 # This checkpoint's plan for llm-compressor:
 #   llmcompressor.oneshot(model, dataset=..., recipe="recipe.yaml", pipeline="sequential")
 # mask_structure counts what is pruned: 2:8 kept is 6:8 here. Modules that lose nothing are left out.
 """
-_SPARSEGPT_NOTE = """\
-# SparseGPTModifier prunes floor(weights of a block * sparsity) + 1 weights of each block of columns, so the rates are
-# just below the plan's: a block loses the plan's share, rounded up to a whole weight.
+_LACKS = """\
+# llm-compressor has no modifier for the pruning method '{method}': no recipe replays this checkpoint.
+# sparsity.json beside this file holds its plan, sparsity.masks its masks.
 """
-_MAGNITUDE_NOTE = """\
-# oneshot of llm-compressor 0.14 makes magnitude masks but never applies them; they need its training loop.
-"""
+
+
+@dataclass(frozen=True)
+class Modifier:
+    """llm-compressor's modifier for a pruning method; the trait ``llmcompressor`` of a pruner.
+
+    Attributes:
+        name: the modifier's class.
+        arguments: the pruner's options -> arguments of the modifier.
+        rounds_up: it prunes ``floor(weights * rate) + 1`` of each block of an unstructured module.
+        by_tensor: it takes one rate, and targets are tensors instead of modules.
+        note: for readers of the recipe.
+        unusable: why ``oneshot`` cannot replay it; empty where it can.
+    """
+
+    name: str
+    arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda options: {}
+    rounds_up: bool = False
+    by_tensor: bool = False
+    note: str = ""
+    unusable: str = ""
+
+
+def modifier_for(method: str) -> Modifier | None:
+    """The modifier of a pruning method; None where llm-compressor has none, or the method is not installed."""
+    modifier: Modifier | None = None
+    if method in PRUNERS.names():
+        modifier = PRUNERS.get(method).traits.get("llmcompressor")
+    return modifier
 
 
 def recipe_yaml(plan: SparsityPlan, method: str, options: dict[str, Any]) -> str:
     """The recipe text for ``llmcompressor.oneshot``.
 
     Args:
-        method: the pruner; one that llm-compressor lacks is written as SparseGPT.
-        options: of the pruner; SparseGPT's block and damping are carried over.
+        method: the pruner; for one that llm-compressor lacks the text says so and has no recipe.
+        options: of the pruner.
     """
-    modifier = MODIFIERS.get(method, MODIFIERS["sparsegpt"])
+    modifier = modifier_for(method)
+    if modifier is None:
+        return _LACKS.format(method=method)
     by_structure: dict[NM | None, list[ModuleTarget]] = {}
     for target in plan.targets:
         if target.zeros_per_row:
             by_structure.setdefault(target.pattern, []).append(target)
     parts: list[dict[str, Any]] = []
     for pattern, targets in by_structure.items():
-        groups = _by_rate(targets) if modifier == MODIFIERS["magnitude"] else [targets]
+        groups = _by_rate(targets) if modifier.by_tensor else [targets]
         parts.extend(_arguments(modifier, pattern, group, options) for group in groups)
     names = ["sparsity_modifiers"] if len(parts) == 1 else [f"group{index}_modifiers" for index in range(len(parts))]
-    stage = {name: {modifier: arguments} for name, arguments in zip(names, parts, strict=True)}
-    note = {MODIFIERS["sparsegpt"]: _SPARSEGPT_NOTE, MODIFIERS["magnitude"]: _MAGNITUDE_NOTE}.get(modifier, "")
-    return _HEADER + note + yaml.safe_dump({"sparsity_stage": stage}, sort_keys=False, width=110)
+    stage = {name: {modifier.name: arguments} for name, arguments in zip(names, parts, strict=True)}
+    return _HEADER + modifier.note + yaml.safe_dump({"sparsity_stage": stage}, sort_keys=False, width=110)
 
 
 def _arguments(
-    modifier: str, pattern: NM | None, targets: list[ModuleTarget], options: dict[str, Any]
+    modifier: Modifier, pattern: NM | None, targets: list[ModuleTarget], options: dict[str, Any]
 ) -> dict[str, Any]:
     names = [f"re:^{re.escape(target.name)}$" for target in targets]
     structure = f"{pattern.m - pattern.n}:{pattern.m}" if pattern else "0:0"
-    if modifier == MODIFIERS["magnitude"]:
+    if modifier.by_tensor:
         rate = _floor_safe_rate(targets[0])
         return {
             "init_sparsity": rate,
@@ -68,18 +93,14 @@ def _arguments(
             "mask_structure": structure if pattern else "unstructured",
             "targets": [f"{name[:-1]}.weight$" for name in names],
         }
-    is_sparsegpt = modifier == MODIFIERS["sparsegpt"]
-    rate_of = _one_less_rate if is_sparsegpt and pattern is None else _floor_safe_rate
+    rate_of = _one_less_rate if modifier.rounds_up and pattern is None else _floor_safe_rate
     rates = [rate_of(target) for target in targets]
-    arguments: dict[str, Any] = {
+    return {
         "sparsity": rates[0] if len(set(rates)) == 1 else rates,
         "mask_structure": structure,
         "targets": names,
+        **modifier.arguments(options),
     }
-    if is_sparsegpt:
-        arguments["block_size"] = int(options.get("block", 128))
-        arguments["dampening_frac"] = float(options.get("damping", 0.01))
-    return arguments
 
 
 def _by_rate(targets: list[ModuleTarget]) -> list[list[ModuleTarget]]:

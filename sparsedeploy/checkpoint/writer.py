@@ -16,7 +16,17 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.checkpoint import masks as mask_file
-from sparsedeploy.checkpoint.manifest import FORMAT, MANIFEST, RECIPE
+from sparsedeploy.checkpoint.manifest import (
+    MANIFEST,
+    RECIPE,
+    CalibrationRecord,
+    EngineRecord,
+    Manifest,
+    ModuleRecord,
+    RecoveryRecord,
+    SliceRecord,
+    SourceModel,
+)
 from sparsedeploy.checkpoint.recipe import recipe_yaml
 from sparsedeploy.checkpoint.tensor_writer import TensorWriter
 from sparsedeploy.folders import JOURNAL, new_folder, write_json, write_text
@@ -29,7 +39,6 @@ from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.models.weight_files import small_files
 from sparsedeploy.plan import SparsityPlan
-from sparsedeploy.version import __version__
 
 # Written anew.
 _OURS = (MANIFEST, RECIPE, mask_file.FILE)
@@ -42,18 +51,20 @@ class Provenance:
     Attributes:
         source_name: the model as the user named it.
         method: the pruner; ``options`` its options.
-        calibration: :meth:`CalibrationSet.describe`, or None when no text was read.
-        recovery: what won quality back after pruning, or None.
-        engine: the program that pruned, with its versions; None for this one.
+        calibration: None when no text was read.
+        request: everything that was asked for, in the sections of a recipe.
+        recovery: what recovered quality after pruning, or None.
+        engine: the program that pruned; None for this one.
     """
 
     source_name: str
     plan: SparsityPlan
     method: str
     options: dict[str, Any]
-    calibration: dict[str, Any] | None
-    recovery: dict[str, Any] | None = None
-    engine: dict[str, Any] | None = None
+    calibration: CalibrationRecord | None
+    request: dict[str, dict[str, Any]]
+    recovery: RecoveryRecord | None = None
+    engine: EngineRecord | None = None
 
 
 def write_checkpoint(
@@ -66,7 +77,7 @@ def write_checkpoint(
     losses: Mapping[str, float],
     low_rank: Mapping[str, LowRank] | None = None,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> Manifest:
     """Write the folder of a pruned model in memory and return its manifest; the folder appears only when complete.
 
     Args:
@@ -97,66 +108,55 @@ def complete(
     slices: Mapping[str, tuple[StoredSlice, ...]],
     provenance: Provenance,
     losses: Mapping[str, float],
-) -> dict[str, Any]:
+) -> Manifest:
     """Add everything but weights and masks to a folder in the making and return its manifest."""
     plan = provenance.plan
     _copy_rest(source, staging)
     write_text(staging / RECIPE, recipe_yaml(plan, provenance.method, provenance.options))
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "sparsedeploy": __version__,
-        "source": {"name": provenance.source_name, "sha256": plan.model_sha256},
-        "method": provenance.method,
-        "options": provenance.options,
-        "calibration": provenance.calibration,
-        "plan": plan.to_dict(),
-        "achieved": plan.achieved,
-        "modules": {
-            target.name: {
-                "shape": [target.rows, target.columns],
-                "zeros": target.zeros,
-                "sparsity": target.sparsity,
-                "loss": losses.get(target.name),
-                "tensor": slices[target.name][0].tensor.name,
-                **_slice_entry(slices[target.name]),
-            }
+    manifest = Manifest(
+        source=SourceModel(provenance.source_name, plan.model_sha256),
+        request=provenance.request,
+        method=provenance.method,
+        options=provenance.options,
+        calibration=provenance.calibration,
+        plan=plan,
+        modules={
+            target.name: ModuleRecord(
+                target.rows,
+                target.columns,
+                target.zeros,
+                losses.get(target.name),
+                slices[target.name][0].tensor.name,
+                _slice_records(slices[target.name]),
+            )
             for target in plan.targets
         },
-        "versions": {
+        versions={
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "safetensors": safetensors.__version__,
         },
-    }
-    if provenance.engine is not None:
-        manifest["engine"] = provenance.engine
-    if provenance.recovery is not None:
-        manifest["recovery"] = provenance.recovery
-    manifest["files"] = {
-        path.relative_to(staging).as_posix(): file_sha256(path)
-        for path in sorted(staging.rglob("*"))
-        if path.is_file() and path.name != JOURNAL
-    }
-    write_json(staging / MANIFEST, manifest)
+        engine=provenance.engine,
+        recovery=provenance.recovery,
+        files={
+            path.relative_to(staging).as_posix(): file_sha256(path)
+            for path in sorted(staging.rglob("*"))
+            if path.is_file() and path.name != JOURNAL
+        },
+    )
+    write_json(staging / MANIFEST, manifest.to_json())
     return manifest
 
 
-def _slice_entry(slices: tuple[StoredSlice, ...]) -> dict[str, Any]:
+def _slice_records(slices: tuple[StoredSlice, ...]) -> tuple[SliceRecord, ...]:
     """How a module lies in the files, where it is not simply one tensor ``[rows, columns]``."""
     if len(slices) == 1 and not slices[0].transposed and slices[0].tensor.shape[:-1] == (slices[0].last,):
-        return {}
-    return {
-        "slices": [
-            {
-                "tensor": one.tensor.name,
-                "rows": [one.first, one.last],
-                "offset": one.start - one.tensor.start,
-                "transposed": one.transposed,
-            }
-            for one in slices
-        ]
-    }
+        return ()
+    return tuple(
+        SliceRecord(one.tensor.name, one.first, one.last, one.start - one.tensor.start, one.transposed)
+        for one in slices
+    )
 
 
 def _copy_rest(source: Path, staging: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sparsedeploy.cli.common import (
-    DataFieldOption,
     DenseModelArgument,
     DeviceOption,
     DtypeOption,
@@ -18,85 +18,53 @@ from sparsedeploy.cli.common import (
     parse_dtype,
     print_json,
 )
-from sparsedeploy.cli.plan_options import (
-    AllocationOption,
-    AllocationOptionsOption,
-    BatchSizeOption,
-    DataOption,
-    LengthOption,
-    MethodOptionsOption,
-    PatternOption,
-    PatternOptionsOption,
-    SamplesOption,
-    SeedOption,
-    SparsityOption,
-)
+from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.errors import UserError
+from sparsedeploy.workflows.options import CalibrationOptions, PruneOptions
+
+_SEARCH = ("method", "method_options")
 
 
+@takes(
+    Section("prune", PruneOptions),
+    Section("calibration", CalibrationOptions, "Calibration text"),
+)
 def allocate_command(
     model: DenseModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Plan file to write, such as plan.json.")],
-    sparsity: SparsityOption = None,
-    allocation: AllocationOption = "uniform",
-    pattern: PatternOption = "unstructured",
-    data: DataOption = "c4",
-    data_field: DataFieldOption = "text",
-    samples: SamplesOption = 128,
-    calibration_length: LengthOption = None,
-    seed: SeedOption = 0,
-    batch_size: BatchSizeOption = None,
-    allocation_option: AllocationOptionsOption = None,
-    pattern_option: PatternOptionsOption = None,
-    method: Annotated[
-        str, typer.Option("--method", "-m", help="The method that a search (atp with search=true) prunes with.")
-    ] = "wanda",
-    method_option: MethodOptionsOption = None,
+    given: Given,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the plan file if it exists.")] = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Decide how much each layer loses and write it as a plan, without pruning; `prune --plan FILE` follows it."""
-    from sparsedeploy.calibration.text import CalibrationOptions
-    from sparsedeploy.options import parse_pairs
+    """Decide how much each layer loses and write it as a plan, without pruning; `prune --plan FILE` follows it.
+
+    `--method` is the method that a search (such as atp with search=true) prunes with.
+    """
     from sparsedeploy.reporting.plan_plot import plan_table
-    from sparsedeploy.workflows.options import PruneOptions
-    from sparsedeploy.workflows.plan import plan_model
+    from sparsedeploy.workflows.plan import measures_text, plan_model, resolve_allocation
 
     if output.exists() and not overwrite:
         raise UserError(f"output {output} exists", "Choose another, or pass --overwrite to replace it.")
-    plan = plan_model(
-        model,
-        PruneOptions(
-            sparsity=sparsity,
-            pattern=pattern,
-            pattern_options=parse_pairs(pattern_option or []),
-            method=method,
-            method_options=parse_pairs(method_option or []),
-            allocation=allocation,
-            allocation_options=parse_pairs(allocation_option or []),
-            calibration=CalibrationOptions(
-                data=data,
-                field=data_field,
-                sequences=samples,
-                length=calibration_length,
-                seed=seed,
-                batch_size=batch_size,
-            ),
-        ),
-        device=device,
-        dtype=parse_dtype(dtype),
-        trust_remote_code=trust_remote_code,
+    options = PruneOptions(**given.take("prune", without=_SEARCH))
+    choice = resolve_allocation(options)
+    if choice.searches:
+        options = PruneOptions(**given.take("prune"))
+    if choice.searches or measures_text(choice, options.method, prunes=False):
+        options = replace(options, calibration=CalibrationOptions(**given.take("calibration")))
+    given.refuse_unread(
+        {"prune": f"{choice.name} does not prune", "calibration": f"{choice.name} reads no calibration text"}
     )
+    plan = plan_model(model, options, device=device, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)
     plan.save(output)
     if as_json:
         print_json({"output": str(output), **plan.to_dict()})
         return
-    console.print(plan_table({allocation: plan}, console.width))
+    console.print(plan_table({plan.allocation: plan}, console.width))
     console.print(
-        f"{output}: {plan.achieved:.5f} global sparsity, asked {plan.sparsity:.5f} ({allocation}, {plan.pattern})",
+        f"{output}: {plan.achieved:.5f} global sparsity, asked {plan.sparsity:.5f} ({plan.allocation}, {plan.pattern})",
         soft_wrap=True,
     )
     console.print(f"next: sparsedeploy prune {model} -o SPARSE --plan {output}", soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsedeploy.cli.common import JsonOption, RuntimePythonOption, console, print_json
+from sparsedeploy.cli.flags import refuse_typed
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.reporting.benchmark_csv import benchmark_csv
@@ -19,6 +20,7 @@ from sparsedeploy.speed.comparison import compare_results, load_result, parse_th
 
 
 def bench_command(
+    context: typer.Context,
     artifacts: Annotated[
         list[str] | None,
         typer.Argument(
@@ -73,8 +75,15 @@ def bench_command(
     if compare is not None:
         if artifacts or baseline:
             raise UserError("--compare measures nothing", "Leave out the folders, or --compare.")
+        measured = {param.name for param in context.command.params if param.name} - {
+            "compare",
+            "threshold",
+            "json_output",
+        }
+        refuse_typed(context, measured, "--compare measures nothing")
         _compare(compare, threshold, json_output)
         return
+    refuse_typed(context, ("threshold",), "there is no --compare")
     if baseline is None:
         raise UserError("there is no baseline", "Name the dense model's folder: --baseline FOLDER.")
     result = benchmark(

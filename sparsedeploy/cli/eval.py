@@ -20,10 +20,12 @@ from sparsedeploy.cli.common import (
     console,
     print_json,
 )
+from sparsedeploy.cli.flags import refuse_typed
 from sparsedeploy.errors import UserError
 
 
 def eval_command(
+    context_: typer.Context,
     model: ModelArgument,
     data: Annotated[
         list[str] | None,
@@ -71,6 +73,10 @@ def eval_command(
     from sparsedeploy.quality.evaluate import evaluate
     from sparsedeploy.quality.tasks import TaskOptions
 
+    if not data:
+        refuse_typed(context_, ("split", "data_field", "max_windows"), "there is no --data")
+    if not tasks and not task_path:
+        refuse_typed(context_, ("limit", "fewshot", "seed"), "there are no --tasks")
     names = tuple(name.strip() for item in tasks or [] for name in item.split(",") if name.strip())
     asked = TaskOptions(names, tuple(task_path or []), limit, fewshot, seed) if tasks or task_path else None
     result = evaluate(

@@ -16,6 +16,8 @@ from sparsedeploy.cli.common import (
     console,
     print_json,
 )
+from sparsedeploy.options import one_of
+from sparsedeploy.registry import TARGETS
 
 if TYPE_CHECKING:
     from sparsedeploy.artifacts.description import Artifact, Quantization
@@ -23,9 +25,7 @@ if TYPE_CHECKING:
 
 def export_command(
     model: ModelArgument,
-    target: Annotated[
-        str, typer.Option("--target", "-t", help="What to export for: deepsparse, onnxruntime, vllm or llmcompressor.")
-    ],
+    target: Annotated[str, typer.Option("--target", "-t", help=f"What to export for: {one_of(TARGETS.names())}.")],
     output: OutputOption,
     quantize: Annotated[
         str | None,

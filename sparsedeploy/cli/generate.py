@@ -12,11 +12,13 @@ import typer
 
 from sparsedeploy import progress
 from sparsedeploy.cli.common import CoresOption, JsonOption, RuntimePythonOption, print_json
+from sparsedeploy.cli.flags import refuse_typed
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.text import load_text_tools
 
 
 def generate_command(
+    context: typer.Context,
     artifact: Annotated[Path, typer.Argument(help="Exported folder.")],
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to generate at most.")] = 64,
@@ -31,6 +33,8 @@ def generate_command(
     json_output: JsonOption = False,
 ) -> None:
     """Generate text with an exported model on its engine."""
+    if temperature == 0:
+        refuse_typed(context, ("seed",), "at temperature 0 nothing is drawn")
     tools = load_text_tools(artifact)
     tokens = tools.encode(prompt)
     show: Callable[[str], Any] = (lambda text: None) if json_output else _print_piece

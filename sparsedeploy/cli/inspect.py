@@ -59,7 +59,7 @@ def _plans(subjects: list[Path]) -> dict[str, SparsityPlan]:
     for path, name in zip(subjects, names, strict=True):
         label = name if names.count(name) == 1 and name else str(path)
         is_plan = path.is_file() or path.suffix == ".json"
-        plans[label] = SparsityPlan.load(path) if is_plan else SparsityPlan.from_dict(load_manifest(path)["plan"])
+        plans[label] = SparsityPlan.load(path) if is_plan else load_manifest(path).plan
     return plans
 
 
@@ -80,14 +80,14 @@ def _inspect_checkpoint(checkpoint: Path, as_json: bool) -> None:
 
 
 def _print(checkpoint: Path, result: Inspection) -> None:
-    plan = result.manifest["plan"]
-    table = Table(title=f"{checkpoint}: {result.manifest['method']}, {plan['allocation']}, {plan['pattern']}")
+    plan = result.manifest.plan
+    table = Table(title=f"{checkpoint}: {result.manifest.method}, {plan.allocation}, {plan.pattern}")
     for heading in ("module", "shape", "sparsity", "planned", "pattern", "rows 0..1"):
         table.add_column(heading, justify="right" if heading in ("sparsity", "planned") else "left", no_wrap=True)
     parts = zip(*(module.name.split(".") for module in result.modules), strict=False)
     common = "".join(f"{group[0]}." for group in itertools.takewhile(lambda group: len(set(group)) == 1, parts))
     console.print(f"modules of {common}" if common else "modules")
-    planned = {entry["name"]: entry["sparsity"] for entry in plan["modules"]}
+    planned = {target.name: target.sparsity for target in plan.targets}
     for module in result.modules:
         table.add_row(
             module.name.removeprefix(common),
@@ -98,8 +98,9 @@ def _print(checkpoint: Path, result: Inspection) -> None:
             _histogram(module.row_sparsity),
         )
     console.print(table)
-    target = plan["sparsity"]
-    console.print(f"global sparsity {result.sparsity:.5f}, asked {target:.5f}, over {len(result.modules)} modules")
+    console.print(
+        f"global sparsity {result.sparsity:.5f}, asked {plan.sparsity:.5f}, over {len(result.modules)} modules"
+    )
     if not result.problems:
         console.print("the folder matches its manifest: files, masks, zeros and patterns")
     for problem in result.problems:
@@ -126,5 +127,5 @@ def _as_dict(result: Inspection) -> dict[str, object]:
         "sparsity": result.sparsity,
         "modules": modules,
         "problems": result.problems,
-        "plan": result.manifest["plan"],
+        "plan": result.manifest.plan.to_dict(),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,47 +19,30 @@ from sparsedeploy.cli.common import (
     parse_dtype,
     print_json,
 )
+from sparsedeploy.cli.flags import Given, Section, takes
+from sparsedeploy.errors import UserError
+from sparsedeploy.registry import RECOVERIES, Method
+from sparsedeploy.workflows.options import CalibrationOptions, DataOptions, RecoverOptions
 
-RecoverOptionsOption = Annotated[
-    list[str] | None, typer.Option("--recover-option", help="NAME=VALUE for the recovery method, such as steps=5.")
-]
-TrainDataOption = Annotated[
-    str | None,
-    typer.Option("--train-data", help="Text to train on: a .jsonl of text or instruction rows, or what --data takes."),
-]
-TrainFieldOption = Annotated[str, typer.Option("--train-field", help="Text column of training rows and data sets.")]
-TrainSamplesOption = Annotated[int, typer.Option("--train-samples", help="At most so many training sequences.")]
-TrainLengthOption = Annotated[int, typer.Option("--train-length", help="Longest training sequence, in tokens.")]
-TrainMinLengthOption = Annotated[int, typer.Option("--train-min-length", help="Shorter sequences are left out.")]
-TrainOptionsOption = Annotated[
-    list[str] | None, typer.Option("--train-option", help="NAME=VALUE of training, such as learning_rate=2e-4.")
-]
+if TYPE_CHECKING:
+    from sparsedeploy.checkpoint.manifest import Manifest
+
+# The checkpoint's own values stand where none is typed.
+_SECTIONS = (
+    Section("recover", RecoverOptions, flags={"method": ("--method", "-m")}),
+    Section("train", DataOptions, "Training text", without=("seed",)),
+    Section("calibration", CalibrationOptions, "Calibration text, in place of the checkpoint's", undecided=True),
+)
 
 
+@takes(*_SECTIONS)
 def recover_command(
     checkpoint: Annotated[Path, typer.Argument(help="Folder that sparsedeploy prune wrote.")],
     output: OutputOption,
-    method: Annotated[str, typer.Option("--method", "-m", help="losa, sparse-lora, lora or sparselo.")] = "losa",
-    train_data: TrainDataOption = None,
-    train_field: TrainFieldOption = "text",
-    train_samples: TrainSamplesOption = 10_000,
-    train_length: TrainLengthOption = 1024,
-    train_min_length: TrainMinLengthOption = 8,
-    recover_option: RecoverOptionsOption = None,
-    train_option: TrainOptionsOption = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of adapters, dropout and the order of the text.")] = 0,
+    given: Given,
     dense: Annotated[
-        str | None, typer.Option("--dense", help="Where the dense model is now, for losa and sparselo.")
+        str | None, typer.Option("--dense", help="Where the dense model is now, for methods that start from it.")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", "-d", help="Calibration text [default: that of the checkpoint].")
-    ] = None,
-    data_field: Annotated[str, typer.Option("--data-field", help="Text field of --data.")] = "text",
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Sequences of --data.")] = 128,
-    calibration_length: Annotated[
-        int | None, typer.Option("--calibration-length", help="Tokens per sequence of --data.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Calibration sequences per layer call.")] = 1,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     resume: ResumeOption = False,
@@ -67,25 +50,24 @@ def recover_command(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Win a pruned model's quality back inside its mask, by training small adapters or keeping a low-rank part."""
-    from sparsedeploy.calibration.text import CalibrationOptions
-    from sparsedeploy.options import parse_pairs
-    from sparsedeploy.workflows.options import RecoverOptions
+    """Recover a pruned model's quality inside its mask, by training small adapters or keeping a low-rank part."""
     from sparsedeploy.workflows.recover import recover_checkpoint
 
-    calibration = (
-        CalibrationOptions(data, data_field, samples, calibration_length, 0, batch_size) if data is not None else None
+    options, method = take_recovery(given)
+    calibration = given.take("calibration", without=("seed",)) if method.traits["calibrates"] else {}
+    given.refuse_unread(
+        {
+            "recover": f"{method.name} does not train",
+            "train": f"{method.name} does not train",
+            "calibration": f"{method.name} reads no calibration text",
+        }
     )
+    if dense is not None and method.traits["starts_from"] != "dense":
+        raise UserError(f"--dense has no effect: {method.name} starts from the pruned model", "Leave it out.")
     manifest = recover_checkpoint(
         checkpoint,
         output,
-        RecoverOptions(
-            method=method,
-            options=parse_pairs(recover_option or []),
-            data=training_data(train_data, train_field, train_samples, train_length, train_min_length, seed),
-            training=parse_pairs(train_option or []),
-            seed=seed,
-        ),
+        options,
         dense=dense,
         calibration=calibration,
         device=device,
@@ -95,25 +77,36 @@ def recover_command(
         trust_remote_code=trust_remote_code,
     )
     if as_json:
-        print_json({"output": str(output), "achieved": manifest["achieved"], "recovery": manifest["recovery"]})
+        values = manifest.to_json()
+        print_json({"output": str(output), "achieved": values["achieved"], "recovery": values["recovery"]})
     else:
         print_recovery(output, manifest)
 
 
-def training_data(data: str | None, field: str, samples: int, length: int, min_length: int, seed: int) -> Any:
-    """The training text's options; None when no text is given."""
-    from sparsedeploy.recovery.data import DataOptions
+def take_recovery(given: Given, seed: int | None = None) -> tuple[RecoverOptions, Method[Any]]:
+    """The recovery that was asked for, and its method; the training options are left where it does not train.
 
-    return None if data is None else DataOptions(data, field, samples, length, min_length, seed)
+    Args:
+        seed: where none is given for recovery.
+    """
+    method = RECOVERIES.get(given.value("recover", "method", RecoverOptions.method))
+    trains = method.traits["trains"]
+    values = given.take("recover", without=() if trains else ("training",))
+    if seed is not None:
+        values.setdefault("seed", seed)
+    text = {"seed": values.get("seed", 0), **given.take("train")} if trains else {}
+    data = DataOptions(**text) if text.get("data") else None
+    return RecoverOptions(**values, data=data), method
 
 
-def print_recovery(output: Path, manifest: dict[str, Any]) -> None:
+def print_recovery(output: Path, manifest: Manifest) -> None:
     """Say what was recovered."""
-    recovery = manifest["recovery"]
-    report = recovery["report"]
+    recovery = manifest.recovery
+    assert recovery is not None
+    report = recovery.report
     console.print(
-        f"{output}: {manifest['achieved']:.2%} of {len(manifest['modules'])} modules' weights are zero "
-        f"({manifest['method']}, then {recovery['method']})"
+        f"{output}: {manifest.achieved:.2%} of {len(manifest.modules)} modules' weights are zero "
+        f"({manifest.method}, then {recovery.method})"
     )
     for at, step in enumerate(report.get("steps", []), 1):
         console.print(

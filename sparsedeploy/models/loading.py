@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,10 +154,9 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device '{name}'", "Use auto, cpu, cuda or cuda:N.") from error
+    if re.fullmatch(r"cpu|cuda(:\d{1,4})?", name) is None:
+        raise UserError(f"unknown device '{name}'", "Use auto, cpu, cuda or cuda:N.")
+    device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"device '{name}' is not on this machine", "Use --device cpu.")
     return device

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from sparsedeploy.calibration.statistics import InputStatistics
+from sparsedeploy.checkpoint.recipe import Modifier
 from sparsedeploy.masks import apply_mask
 from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleTarget
@@ -26,7 +27,17 @@ class MagnitudeOptions(Options):
     )
 
 
-@PRUNERS.register("magnitude", MagnitudeOptions, needs="none")
+_MODIFIER = Modifier(
+    "MagnitudePruningModifier",
+    by_tensor=True,
+    note="""\
+# oneshot of llm-compressor 0.14 makes magnitude masks but never applies them; they need its training loop.
+""",
+    unusable="its oneshot makes magnitude masks but never applies them",
+)
+
+
+@PRUNERS.register("magnitude", MagnitudeOptions, needs="none", llmcompressor=_MODIFIER)
 def magnitude(
     weight: torch.Tensor, statistics: InputStatistics | None, target: ModuleTarget, options: MagnitudeOptions
 ) -> Pruned:

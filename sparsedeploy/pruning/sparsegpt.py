@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsedeploy.calibration.statistics import InputStatistics
+from sparsedeploy.checkpoint.recipe import Modifier
 from sparsedeploy.errors import UserError
 from sparsedeploy.linear_algebra import add_product, all_finite, upper_cholesky_
 from sparsedeploy.masks import apply_mask
@@ -39,7 +40,21 @@ class SparseGPTOptions(Options):
     )
 
 
-@PRUNERS.register("sparsegpt", SparseGPTOptions, needs="hessian")
+_MODIFIER = Modifier(
+    "SparseGPTModifier",
+    arguments=lambda options: {
+        "block_size": options.get("block", SparseGPTOptions.block),
+        "dampening_frac": options.get("damping", SparseGPTOptions.damping),
+    },
+    rounds_up=True,
+    note="""\
+# SparseGPTModifier prunes floor(weights of a block * sparsity) + 1 weights of each block of columns, so the rates are
+# just below the plan's: a block loses the plan's share, rounded up to a whole weight.
+""",
+)
+
+
+@PRUNERS.register("sparsegpt", SparseGPTOptions, needs="hessian", llmcompressor=_MODIFIER)
 def sparsegpt(
     weight: torch.Tensor, statistics: InputStatistics | None, target: ModuleTarget, options: SparseGPTOptions
 ) -> Pruned:

@@ -11,6 +11,7 @@ import torch
 
 from sparsedeploy.calibration.scores import wanda_score_blocks
 from sparsedeploy.calibration.statistics import InputStatistics
+from sparsedeploy.checkpoint.recipe import Modifier
 from sparsedeploy.masks import apply_mask
 from sparsedeploy.options import Options
 from sparsedeploy.plan import ModuleTarget
@@ -24,7 +25,7 @@ class WandaOptions(Options):
     """Wanda has no options."""
 
 
-@PRUNERS.register("wanda", WandaOptions, needs="sum_squares")
+@PRUNERS.register("wanda", WandaOptions, needs="sum_squares", llmcompressor=Modifier("WandaPruningModifier"))
 def wanda(
     weight: torch.Tensor, statistics: InputStatistics | None, target: ModuleTarget, options: WandaOptions
 ) -> Pruned:

@@ -13,7 +13,7 @@ import torch
 
 from sparsedeploy import progress
 from sparsedeploy.allocation.allocate import measure_layers, model_layers
-from sparsedeploy.allocation.base import Shares
+from sparsedeploy.allocation.base import Shares, sequences_read
 from sparsedeploy.errors import UserError
 from sparsedeploy.masks import apply_mask, pack_bits, unpack_bits
 from sparsedeploy.models.layers import ResidentLayers
@@ -31,6 +31,7 @@ from sparsedeploy.recovery.training import STATE, train_adapters
 from sparsedeploy.registry import ALLOCATORS, RECOVERIES
 
 _PHASE = "phase"
+_ALLOCATION = "rmi"  # where none is asked for
 _CODE_RANK = 8  # the size of the released code's adapters: it slices them, so larger ranks silently become this
 
 
@@ -58,13 +59,17 @@ class LosaOptions(Options):
     reference_slices: bool = option(False, "The released code's share of the data for each step.")
 
 
-@RECOVERIES.register("losa", LosaOptions, starts_from="dense", trains=True, calibrates=True)
+@RECOVERIES.register("losa", LosaOptions, starts_from="dense", trains=True, calibrates=True, allocation=_ALLOCATION)
 def losa(job: RecoveryJob, options: LosaOptions) -> Recovered:
     """Progressive pruning with masked adapters, ranks by reconstruction error, merged without cost (LoSA)."""
     data = job.training_data()
     if job.mixed.rule != "apportion" or job.mixed.wanted != "importance":
         raise UserError(
             "LoSA chooses the N of mixed patterns by importance", "Leave the pattern options rule and wanted out."
+        )
+    if not options.layer_rates and job.allocation not in (None, "uniform"):
+        raise UserError(
+            f"layer_rates=false leaves no use for the allocation {job.allocation}", "Leave one of them out."
         )
     omegas = mean_ranks(options.steps, options.first_rank, options.rank_increment)
     targets = sparsity_schedule(job.sparsity, options.steps, options.schedule)
@@ -164,11 +169,11 @@ class _Run:
     def _allocation(self) -> str:
         if not self.options.layer_rates:
             return "uniform"
-        return self.job.allocation or "rmi"
+        return self.job.allocation or _ALLOCATION
 
     @property
     def _allocation_options(self) -> Any:
-        if self._allocation == self.job.allocation and self.job.allocation_options is not None:
+        if self._allocation == (self.job.allocation or _ALLOCATION) and self.job.allocation_options is not None:
             return self.job.allocation_options
         return ALLOCATORS.get(self._allocation).make_options()
 
@@ -200,7 +205,7 @@ class _Run:
         if needs != "none":
             measured = measure_layers(
                 self.job.model,
-                tokens[: self._allocation_options.samples] if needs == "inputs" else tokens,
+                tokens[: sequences_read(method, self._allocation_options)] if needs == "inputs" else tokens,
                 needs,
                 allocator.measure,
                 name=self._allocation,

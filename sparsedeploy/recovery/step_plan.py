@@ -70,9 +70,8 @@ def _unstructured(
         sum(least[name].zeros for name in unit.modules) / size if least else 0.0
         for unit, size in zip(shares.units, sizes, strict=True)
     ]
-    details = shares.details or {}
-    if shares.ranking is not None and "delta" in details:
-        low, high = window(current, sizes, sparsity, details["delta"])
+    if shares.ranking is not None and shares.window is not None:
+        low, high = window(current, sizes, sparsity, shares.window)
         rates = bounded_allocation(shares.ranking, sizes, sparsity, low, high)
     else:
         values = [unit.value for unit in shares.units]

@@ -26,8 +26,8 @@ from sparsedeploy.reporting.charts import Disc, Series, line_chart, scatter_char
 from sparsedeploy.reporting.page import commands_block, figure, note, page, pairs, section, table
 
 FORMAT = 2
-# The first of these that a task has is its score.
-_METRICS = ("acc_norm", "acc", "exact_match")
+# The first of these that a task has is its score. The pruning papers report acc for their tasks.
+_METRICS = ("acc", "acc_norm", "exact_match")
 
 
 def layer_sparsity(plan: Mapping[str, Any]) -> list[float]:
@@ -245,8 +245,15 @@ def _tasks_section(report: Mapping[str, Any]) -> Markup:
         tasks = model["quality"].get("tasks") or {}
         mean = accuracy(tasks)
         rows.append((model["name"], *(_score_cell(tasks.get(name)) for name in names), _percent(mean)))
-    text = "Percent, with the standard error; normalised accuracy where a task has it."
-    return section("Tasks", table(("model", *names, "mean"), rows), note(text), commands_block(_step(report, "eval")))
+    text = "Percent, with the standard error; acc is what the pruning papers report."
+    headers = [f"{name} ({_metric_of(report, name)})" for name in names]
+    return section("Tasks", table(("model", *headers, "mean"), rows), note(text), commands_block(_step(report, "eval")))
+
+
+def _metric_of(report: Mapping[str, Any], task: str) -> str:
+    """The metric that stands for a task."""
+    every = (score((model["quality"].get("tasks") or {}).get(task, {})) for model in report["models"])
+    return next((found[0] for found in every if found is not None), "")
 
 
 def _score_cell(metrics: Mapping[str, Any] | None) -> str:

@@ -13,29 +13,32 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsedeploy import progress
+from sparsedeploy.checkpoint.recipe import modifier_for
 from sparsedeploy.errors import UserError
+from sparsedeploy.options import one_of
 from sparsedeploy.plan import SparsityPlan
+from sparsedeploy.registry import PRUNERS
 from sparsedeploy.runtimes.environments import Environment, require
 from sparsedeploy.runtimes.worker import Worker
 
 RUNTIME = "llmcompressor"
 # Seconds without a sign of life: between two modules, or in an examination after them.
 _TIMEOUT = 3600.0
-# llm-compressor names its modifiers, we name our pruners.
-METHODS = ("wanda", "sparsegpt")
 
 
 def check_method(method: str) -> None:
     """Refuse a pruner that ``oneshot`` cannot replay.
 
     Raises:
-        UserError: any but Wanda and SparseGPT.
+        UserError: naming those that it can.
     """
-    if method not in METHODS:
-        reason = "its oneshot makes magnitude masks but never applies them" if method == "magnitude" else "it has none"
+    modifier = modifier_for(method)
+    if modifier is None or modifier.unusable:
+        reason = modifier.unusable if modifier else "it has none"
+        able = [name for name in PRUNERS.names() if (one := modifier_for(name)) and not one.unusable]
         raise UserError(
             f"llm-compressor {pinned_version()} cannot prune by {method} ({reason})",
-            "Use --method wanda or sparsegpt, or the built-in engine.",
+            f"Use --method {one_of(able)}, or the built-in engine.",
         )
 
 

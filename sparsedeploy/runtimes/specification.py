@@ -146,7 +146,7 @@ def runtime_for_target(target: str) -> Runtime:
     for runtime in sorted(runtimes, key=lambda runtime: runtime.name != target):
         if target in runtime.targets:
             return runtime
-    known = ", ".join(target for runtime in runtimes for target in runtime.targets)
+    known = ", ".join(sorted({target for runtime in runtimes for target in runtime.targets}))
     raise UserError(f"no runtime here runs an artifact of target '{target}'", f"Export for one of: {known}.")
 
 

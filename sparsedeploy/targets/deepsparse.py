@@ -26,7 +26,8 @@ from sparsedeploy.artifacts.description import (
     write_artifact,
 )
 from sparsedeploy.artifacts.folder import Checkpoint, open_checkpoint
-from sparsedeploy.calibration.text import CalibrationOptions, calibration_set, recorded_tokens
+from sparsedeploy.calibration.options import CalibrationOptions
+from sparsedeploy.calibration.text import calibration_set, recorded_tokens
 from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder
@@ -66,15 +67,22 @@ class DeepSparseOptions(Options):
     int8_keep: str | None = option(
         None,
         "Linears to keep in float32, by the ends of their names, separated by commas, such as `down_proj`.",
+        only_with="int8",
     )
     data: str | None = option(
-        None, "The calibration text; None takes the one that the checkpoint's manifest names, again."
+        None, "The calibration text; None takes the one that the checkpoint's manifest names, again.", only_with="int8"
     )
-    sequences: int = option(16, "Sequences of that text to take the ranges from.", at_least=1)
+    field: str | None = option(
+        None,
+        "Its text column, for JSONL rows and data sets; None takes the one that the manifest names.",
+        only_with="int8",
+    )
+    sequences: int = option(16, "Sequences of that text to take the ranges from.", at_least=1, only_with="int8")
     windows: int = option(
         16,
         "Windows of the text's test split to take the perplexity on, before and after; 0 takes none.",
         at_least=0,
+        only_with="int8",
     )
 
 
@@ -150,19 +158,20 @@ def _calibrate(
     if any(isinstance(child, nn.Linear) for linear in chosen.values() for child in linear.modules() if child != linear):
         raise UserError("an adapter that is not merged cannot be computed in integers", "Merge it first.")
     manifest = load_manifest(opened.folder) if (opened.folder / MANIFEST).is_file() else None
-    recorded = manifest["calibration"] if manifest else None
-    data = options.data or (recorded and recorded["data"])
+    recorded = manifest.calibration if manifest else None
+    data = options.data or (recorded.data if recorded else None)
+    field = options.field or (recorded.field if recorded and data == recorded.data else "text")
     if data is None:
         raise UserError(f"{opened.folder} names no calibration text", "Name one: --target-option data=TEXT.")
     if manifest is not None and options.data is None:
-        tokens = recorded_tokens(opened.folder, manifest)
+        tokens = recorded_tokens(opened.folder, manifest, field=options.field)
     else:
-        wish = CalibrationOptions(data=data, sequences=options.sequences)
+        wish = CalibrationOptions(data=data, field=field, sequences=options.sequences)
         tokens = calibration_set(opened.folder, model.config, wish).tokens
     ranges = activation_ranges(model, chosen, tokens[: options.sequences])
     if options.windows == 0:
         return ranges, None
-    windows = text_windows(data, opened.tokenizer, tokens.shape[1], limit=options.windows)
+    windows = text_windows(data, opened.tokenizer, tokens.shape[1], field=field, limit=options.windows)
     return ranges, windows.numpy()
 
 

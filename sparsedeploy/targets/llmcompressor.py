@@ -19,7 +19,7 @@ from sparsedeploy.artifacts.description import (
     write_artifact,
 )
 from sparsedeploy.calibration.text import recorded_tokens
-from sparsedeploy.checkpoint.manifest import RECIPE, load_manifest
+from sparsedeploy.checkpoint.manifest import RECIPE, Manifest, load_manifest
 from sparsedeploy.checkpoint.recipe import recipe_yaml
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder, write_json, write_text
@@ -98,16 +98,16 @@ def export_llmcompressor(
     checkpoint, output = resolve_model(checkpoint), Path(output)
     check_writable(output, overwrite)
     manifest = load_manifest(checkpoint)
-    llmcompressor.check_method(manifest["method"])
-    plan = SparsityPlan.from_dict(manifest["plan"])
-    dense = _dense_model(options.model or manifest["source"]["name"], manifest["source"]["sha256"])
+    llmcompressor.check_method(manifest.method)
+    plan = manifest.plan
+    dense = _dense_model(options.model or manifest.source.name, manifest.source.sha256)
     tokens = recorded_tokens(
-        checkpoint, manifest, data=options.data, field=options.field or "text", trust_remote_code=trust_remote_code
+        checkpoint, manifest, data=options.data, field=options.field, trust_remote_code=trust_remote_code
     )
     version = llmcompressor.pinned_version()
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     with new_folder(output, overwrite=overwrite) as folder:
-        write_text(folder / RECIPE, recipe_yaml(plan, manifest["method"], manifest["options"]))
+        write_text(folder / RECIPE, recipe_yaml(plan, manifest.method, manifest.options))
         plan.save(folder / PLAN)
         save_file({"tokens": tokens}, folder / TOKENS)
         write_json(folder / DENSE, _describe_dense(dense, manifest))
@@ -143,20 +143,18 @@ def _dense_model(name: str, sha256: str | None) -> Path:
     return folder
 
 
-def _describe_dense(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def _describe_dense(folder: Path, manifest: Manifest) -> dict[str, Any]:
     files = [folder / "config.json", *weight_files(folder)]
     return {
-        "name": manifest["source"]["name"],
+        "name": manifest.source.name,
         "folder": str(folder.resolve()),
-        "sha256": manifest["source"]["sha256"],
+        "sha256": manifest.source.sha256,
         "files": {path.name: file_sha256(path) for path in files},
     }
 
 
-def _readme(
-    checkpoint: Path, dense: Path, manifest: dict[str, Any], plan: SparsityPlan, shape: Any, version: str
-) -> str:
-    recovery = manifest.get("recovery")
+def _readme(checkpoint: Path, dense: Path, manifest: Manifest, plan: SparsityPlan, shape: Any, version: str) -> str:
+    recovery = manifest.recovery
     return _README.format(
         name=checkpoint.resolve().name,
         recipe=RECIPE,
@@ -164,7 +162,7 @@ def _readme(
         dense=DENSE,
         tokens=TOKENS,
         plan=PLAN,
-        method=manifest["method"],
+        method=manifest.method,
         allocation=plan.allocation,
         pattern=plan.pattern,
         sparsity=plan.achieved,
@@ -174,5 +172,5 @@ def _readme(
         folder=dense.resolve(),
         sequences=shape[0],
         length=shape[1],
-        recovered=_RECOVERED.format(recovery=recovery["method"]) if recovery else "",
+        recovered=_RECOVERED.format(recovery=recovery.method) if recovery else "",
     )

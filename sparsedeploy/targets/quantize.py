@@ -30,11 +30,10 @@ from sparsedeploy.artifacts.folder import Checkpoint, open_checkpoint
 from sparsedeploy.calibration.samples import default_length
 from sparsedeploy.calibration.text import recorded_tokens
 from sparsedeploy.checkpoint import masks as mask_file
-from sparsedeploy.checkpoint.manifest import RECIPE, load_manifest
+from sparsedeploy.checkpoint.manifest import RECIPE, Manifest, load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder
 from sparsedeploy.models.tensor_files import TensorFiles
-from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.runtimes import llmcompressor
 
@@ -74,13 +73,13 @@ def export_quantized(
     opened = open_checkpoint(checkpoint)
     manifest = load_manifest(opened.folder)
     where = llmcompressor.environment(python)
-    plan = SparsityPlan.from_dict(manifest["plan"])
+    plan = manifest.plan
     masks = mask_file.load_masks(opened.folder / mask_file.FILE, {t.name: t.columns for t in plan.targets})
     stored = TensorFiles(opened.folder).locate(f"{plan.targets[0].name}.weight").dtype
     dtype = str(torch.bfloat16 if scheme == "w4a16" and stored == torch.float32 else stored).removeprefix("torch.")
     tokens = None
     if options.algorithm == "gptq":
-        tokens = recorded_tokens(opened.folder, manifest, data=options.data, field=options.field or "text")
+        tokens = recorded_tokens(opened.folder, manifest, data=options.data, field=options.field)
     text, windows = _windows(opened, manifest, options)
     with new_folder(output, overwrite=overwrite) as folder:
         found = llmcompressor.quantize_folder(
@@ -133,17 +132,16 @@ def _complete(
     )
 
 
-def _windows(
-    opened: Checkpoint, manifest: dict[str, Any], options: VllmOptions
-) -> tuple[str | None, torch.Tensor | None]:
+def _windows(opened: Checkpoint, manifest: Manifest, options: VllmOptions) -> tuple[str | None, torch.Tensor | None]:
     """The name of the text for the perplexity and its windows; None and None where there is none."""
-    recorded = manifest["calibration"]
-    text = options.text or options.data or (recorded and recorded["data"])
+    recorded = manifest.calibration
+    text = options.text or options.data or (recorded.data if recorded else None)
+    field = options.field or (recorded.field if recorded and text == recorded.data else "text")
     if options.windows == 0 or text is None:
         return None, None
     try:
         length = default_length(opened.config)
-        return text, text_windows(text, opened.tokenizer, length, field=options.field or "text", limit=options.windows)
+        return text, text_windows(text, opened.tokenizer, length, field=field, limit=options.windows)
     except UserError as error:
         if options.text is not None:
             raise

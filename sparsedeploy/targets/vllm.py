@@ -59,19 +59,26 @@ class VllmOptions(Options):
         "`round` to the nearest value, or `gptq`, which needs the calibration text. GPTQ moves errors on to later "
         "weights, and where those are pruned they are lost: measured on 70 % sparse weights, rounding is the better "
         "one, with 4 bits too.",
+        only_with="quantize",
     )
-    data: str | None = option(None, "The calibration text; None takes the one that the checkpoint's manifest names.")
+    data: str | None = option(
+        None, "The calibration text; None takes the one that the checkpoint's manifest names.", only_with="quantize"
+    )
     field: str | None = option(
-        None, "Text column of JSONL rows and data sets; None takes the one that the manifest names."
+        None,
+        "Text column of JSONL rows and data sets; None takes the one that the manifest names.",
+        only_with="quantize",
     )
     text: str | None = option(
         None,
         "What to take the perplexity on, before and after (its test split); None takes the calibration text's.",
+        only_with="quantize",
     )
     windows: int = option(
         32,
         "Windows of it, each min(2048, the model's positions) long; 0 takes no perplexity.",
         at_least=0,
+        only_with="quantize",
     )
 
 

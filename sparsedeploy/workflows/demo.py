@@ -5,13 +5,15 @@ It goes on where an earlier run in the same folder stopped: checkpoints and arti
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import shlex
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sparsedeploy import progress
 from sparsedeploy.artifacts.description import load_artifact
-from sparsedeploy.calibration.text import CalibrationOptions
+from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
@@ -25,7 +27,7 @@ from sparsedeploy.runtimes.environments import install
 from sparsedeploy.speed.benchmark import benchmark
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.version import __version__
-from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.options import DemoOptions, PruneOptions
 from sparsedeploy.workflows.prune import prune
 
 TARGET = "deepsparse"
@@ -33,32 +35,6 @@ TARGET = "deepsparse"
 _DATA = "stdlib"
 _SPLIT = "test"
 _WINDOWS = 64
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """What the demo does.
-
-    Attributes:
-        preset: the reference model's.
-        sparsities: the checkpoints to make beside the dense model.
-        tasks: of lm-evaluation-harness, to measure beside perplexity.
-        profile: also measure the time of each layer.
-        cores: for the benchmark; None takes all.
-    """
-
-    preset: str = "default"
-    sparsities: tuple[float, ...] = (0.5, 0.7, 0.9)
-    method: str = "sparsegpt"
-    allocation: str = "uniform"
-    samples: int = 64
-    tasks: tuple[str, ...] = ()
-    prompt_length: int = 128
-    decode_tokens: int = 32
-    rounds: int = 10
-    profile: bool = False
-    cores: int | None = None
-    python: str | None = None
 
 
 def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy demo") -> dict[str, Any]:
@@ -151,13 +127,12 @@ def _is_made_of(folder: Path, dense: Path, sparsity: float, options: DemoOptions
         manifest = load_manifest(folder)
     except UserError:
         return False
-    plan = manifest["plan"]
-    calibration = manifest["calibration"]
+    plan, calibration = manifest.plan, manifest.calibration
     return (
-        manifest["source"]["sha256"] == model_sha256(dense)
-        and manifest["sparsedeploy"] == __version__
-        and (manifest["method"], plan["allocation"], plan["sparsity"]) == (options.method, options.allocation, sparsity)
-        and (calibration is None or calibration["sequences"] == options.samples)
+        manifest.source.sha256 == model_sha256(dense)
+        and manifest.sparsedeploy == __version__
+        and (manifest.method, plan.allocation, plan.sparsity) == (options.method, options.allocation, sparsity)
+        and (calibration is None or calibration.sequences == options.samples)
     )
 
 
@@ -175,7 +150,7 @@ def _exported(checkpoint: Path, folder: Path) -> Path:
 
 def _model(name: str, checkpoint: Path, artifact: Path) -> dict[str, Any]:
     exported = load_artifact(artifact)
-    plan = None if name == "dense" else load_manifest(checkpoint)["plan"]
+    plan = None if name == "dense" else load_manifest(checkpoint).plan.to_dict()
     return {
         "name": name,
         "checkpoint": str(checkpoint),
@@ -194,14 +169,20 @@ def _commands(
 ) -> dict[str, str]:
     """Step -> the command that repeats it; the dense model (sparsity None) is not pruned."""
     steps = {
-        "eval": f"sparsedeploy eval {checkpoint} --data {_DATA} --split {_SPLIT} --max-windows {_WINDOWS}"
-        + (f" --tasks {','.join(options.tasks)}" if options.tasks else ""),
-        "export": f"sparsedeploy export {checkpoint} --target {TARGET} -o {artifact}",
+        "eval": _line(
+            ["sparsedeploy", "eval", checkpoint, "--data", _DATA, "--split", _SPLIT, "--max-windows", _WINDOWS]
+            + (["--tasks", ",".join(options.tasks)] if options.tasks else [])
+        ),
+        "export": _line(["sparsedeploy", "export", checkpoint, "--target", TARGET, "-o", artifact]),
     }
     if sparsity is None:
         return steps
-    prune_line = (
-        f"sparsedeploy prune {dense} -o {checkpoint} --sparsity {sparsity:g} --method {options.method} "
-        f"--allocation {options.allocation} --data {_DATA} --samples {options.samples}"
-    )
-    return {"prune": prune_line, **steps}
+    words = ["sparsedeploy", "prune", dense, "-o", checkpoint, "--sparsity", f"{sparsity:g}"]
+    words += ["--method", options.method, "--allocation", options.allocation]
+    if load_manifest(checkpoint).calibration is not None:
+        words += ["--data", _DATA, "--samples", options.samples]
+    return {"prune": _line(words), **steps}
+
+
+def _line(words: Iterable[object]) -> str:
+    return shlex.join(map(str, words))

@@ -1,51 +1,151 @@
-"""What the jobs decide, in one place: the frozen dataclasses that the command line and the recipes fill."""
+"""What the jobs decide, in one place: the frozen dataclasses that command line, recipes and manifests are read into."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sparsedeploy.calibration.text import CalibrationOptions
+from sparsedeploy.calibration.options import CalibrationOptions
+from sparsedeploy.options import Options, described, option, plain_options, seed_option
 from sparsedeploy.plan import SparsityPlan
-from sparsedeploy.recovery.data import DataOptions
+from sparsedeploy.recovery.options import DataOptions
+from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES
+
+_TARGET = ("sparsity", "pattern", "pattern_options")
+_SPREAD = ("allocation", "allocation_options")
 
 
 @dataclass(frozen=True)
-class PruneOptions:
+class PruneOptions(Options):
     """Everything that ``prune`` decides.
 
     Attributes:
-        sparsity: global fraction of zeros; None takes the N:M pattern's own.
-        pattern: ``unstructured``, ``N:M`` (N kept) or ``mixed-N:M`` (N kept on average).
+        sparsity: None takes the N:M pattern's own.
+        allocation: None leaves it to the job: uniform, or what the recovery method uses.
         pattern_options: of a mixed pattern (:class:`sparsedeploy.allocation.MixedOptions`).
         plan: a ready plan, in place of ``sparsity``, ``pattern`` and ``allocation``.
     """
 
-    sparsity: float | None = None
-    pattern: str = "unstructured"
-    pattern_options: Mapping[str, Any] | None = None
-    method: str = "wanda"
-    method_options: Mapping[str, Any] | None = None
-    allocation: str = "uniform"
-    allocation_options: Mapping[str, Any] | None = None
+    sparsity: float | None = option(
+        None, "Fraction of decoder-linear weights to remove: 0.7.", short="-s", replaces=_TARGET
+    )
+    method: str = option(
+        "wanda",
+        "How weights are chosen: {choices}.",
+        short="-m",
+        choices=PRUNERS.names,
+        replaces=("method", "method_options"),
+    )
+    allocation: str | None = option(
+        None,
+        "How sparsity is spread over layers: {choices} [default: uniform; with losa: rmi].",
+        short="-a",
+        choices=ALLOCATORS.names,
+        replaces=_SPREAD,
+    )
+    pattern: str = option(
+        "unstructured",
+        "unstructured; N:M with N of every M kept (2:4, 4:8, 2:8); or mixed-N:M on average.",
+        short="-p",
+        replaces=_TARGET,
+    )
+    method_options: Mapping[str, Any] | None = option(None, "For the method, such as block=64.", flag="--method-option")
+    allocation_options: Mapping[str, Any] | None = option(
+        None, "For the allocation, such as strength=0.1, granularity=block.", flag="--allocation-option"
+    )
+    pattern_options: Mapping[str, Any] | None = option(
+        None, "For a mixed pattern, such as strength=1, n_max=4, rule=marginal.", flag="--pattern-option"
+    )
     plan: SparsityPlan | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
 
 @dataclass(frozen=True)
-class RecoverOptions:
+class RecoverOptions(Options):
     """Everything that recovery decides.
 
     Attributes:
-        method: a registered recovery; ``options`` its options.
         data: the text to train on; None for methods that do not train.
         training: values of :class:`TrainingOptions`.
-        seed: of adapters, dropout and the order of the text.
     """
 
-    method: str = "losa"
-    options: Mapping[str, Any] | None = None
+    method: str = option(
+        "losa",
+        "Recover quality: {choices}.",
+        flag="--recover",
+        choices=RECOVERIES.names,
+        replaces=("method", "options", "training"),
+    )
+    options: Mapping[str, Any] | None = option(
+        None, "For the recovery method, such as steps=5.", flag="--recover-option"
+    )
     data: DataOptions | None = None
-    training: Mapping[str, Any] | None = None
-    seed: int = 0
+    training: Mapping[str, Any] | None = option(
+        None, "For training, such as learning_rate=2e-4.", flag="--train-option"
+    )
+    seed: int = seed_option("Seed of everything that is random.")
+
+
+@dataclass(frozen=True)
+class DemoOptions(Options):
+    """What the demo does."""
+
+    sparsities: tuple[float, ...] = option(
+        (0.5, 0.7, 0.9), "Repeat for several [default: 0.5, 0.7, 0.9].", flag="--sparsity", short="-s"
+    )
+    method: str = option("sparsegpt", "How weights are chosen: {choices}.", short="-m", choices=PRUNERS.names)
+    allocation: str = option(
+        "uniform", "How sparsity is spread over layers: {choices}.", short="-a", choices=ALLOCATORS.names
+    )
+    samples: int = option(64, "Calibration sequences.", short="-n", at_least=1)
+    tasks: tuple[str, ...] = option(
+        (), "Also measure tasks of lm-evaluation-harness, separated by commas, such as python_lines."
+    )
+    preset: str = option("default", "Reference model: default (minutes) or tiny.")
+    prompt_length: int = option(128, "Tokens of the benchmark's prompt.", at_least=1)
+    decode_tokens: int = option(32, "Tokens to decode after it.", at_least=1)
+    rounds: int = option(10, "Benchmark rounds.", short="-r", at_least=1)
+    profile: bool = option(False, "Also measure the time of each layer.")
+    cores: int | None = option(None, "Cores to measure on [default: all].", short="-c", at_least=1)
+    python: str | None = option(None, "Python for DeepSparse's environment, 3.8 to 3.11.")
+
+
+# The sections of a recipe and of a manifest's request.
+SECTIONS: dict[str, type[Options]] = {
+    "prune": PruneOptions,
+    "calibration": CalibrationOptions,
+    "recover": RecoverOptions,
+    "train": DataOptions,
+}
+
+
+def request_of(
+    prune: PruneOptions, recover: RecoverOptions | None = None, *, reads_text: bool
+) -> dict[str, dict[str, Any]]:
+    """Everything that was asked for, as plain data in the sections of a recipe."""
+    if (plan := prune.plan) is not None:
+        prune = replace(
+            prune,
+            sparsity=plan.sparsity,
+            pattern=plan.pattern,
+            pattern_options=plan.details.get("mixed"),
+            allocation=plan.allocation,
+            allocation_options=plan.options,
+        )
+    request = {"prune": _section(prune)}
+    if reads_text:
+        request["calibration"] = _section(prune.calibration)
+    return request if recover is None else {**request, **recovery_request(recover)}
+
+
+def recovery_request(recover: RecoverOptions) -> dict[str, dict[str, Any]]:
+    """The part of a request that is about recovery."""
+    request = {"recover": _section(recover)}
+    return request if recover.data is None else {**request, "train": _section(recover.data)}
+
+
+def _section(options: Any) -> dict[str, Any]:
+    """The values of a section, without the sections and plans inside it."""
+    inner = {item.name for item in described(type(options)) if item.section}
+    return {name: value for name, value in plain_options(options).items() if name not in inner}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from torch import nn
 
 from sparsedeploy.allocation import ALLOCATORS, MixedOptions, allocate, model_layers
 from sparsedeploy.allocation.allocate import check_pattern, effective_needs
-from sparsedeploy.allocation.atp import ATPOptions, search_beta, trial_betas
+from sparsedeploy.allocation.base import Search
 from sparsedeploy.calibration.samples import CalibrationSet, default_length
 from sparsedeploy.calibration.text import calibration_set
+from sparsedeploy.checkpoint.manifest import CalibrationRecord
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import LayerSource, StreamedLayers
@@ -54,22 +56,29 @@ class AllocationChoice:
 
     @property
     def searches(self) -> bool:
-        return isinstance(self.options, ATPOptions) and self.options.search
+        """Whether making the plan prunes copies of the model and compares them."""
+        trait = ALLOCATORS.get(self.name).traits.get("searches", False)
+        return bool(trait(self.options) if callable(trait) else trait)
 
 
-def resolve_allocation(options: PruneOptions) -> AllocationChoice:
+def resolve_allocation(options: PruneOptions, default: str = "uniform") -> AllocationChoice:
     """Check target, pattern, allocation and their options against each other.
+
+    Args:
+        default: the allocation where none is asked for.
 
     Raises:
         UserError: what cannot be or does not go together.
     """
     sparsity, pattern = resolve_pattern(options.sparsity, options.pattern)
-    allocation_options = ALLOCATORS.get(options.allocation).make_options(options.allocation_options)
-    check_pattern(options.allocation, allocation_options, pattern)
+    name = options.allocation or default
+    allocation_options = ALLOCATORS.get(name).make_options(options.allocation_options)
+    if options.allocation is not None:
+        check_pattern(name, allocation_options, pattern)
     mixed = build_options("a mixed pattern", MixedOptions, options.pattern_options or {})
     if options.pattern_options and not isinstance(pattern, MixedNM):
         raise UserError(f"pattern {options.pattern} has no options", "They belong to mixed-N:M patterns.")
-    return AllocationChoice(sparsity, pattern, options.allocation, allocation_options, mixed)
+    return AllocationChoice(sparsity, pattern, name, allocation_options, mixed)
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Prepared:
     trust_remote_code: bool
 
     @property
-    def described(self) -> dict[str, Any] | None:
+    def described(self) -> CalibrationRecord | None:
         """The calibration text, for a manifest."""
         return self.calibration.describe() if self.calibration else None
 
@@ -104,23 +113,23 @@ class Prepared:
             "plan": asdict(self.choice) if self.choice is not None else plan.to_dict() if plan else None,
             "method": self.options.method,
             "method_options": asdict(self.pruner_options),
-            "calibration": self.described,
+            "calibration": asdict(described) if (described := self.described) else None,
         }
 
-    def selection_windows(self) -> torch.Tensor:
+    def selection_windows(self, text: str | None, split: str, limit: int) -> torch.Tensor:
         """The windows that a search compares its trials on, int64 ``[windows, length]``.
+
+        Args:
+            text: None takes the calibration text's own source.
 
         Raises:
             UserError: no tokenizer, no text or too little.
         """
-        assert self.choice is not None
-        asked, calibration = self.choice.options, self.options.calibration
-        data = asked.text or calibration.data
+        calibration = self.options.calibration
+        data = text or calibration.data
         tokenizer = load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
         length = calibration.length or default_length(self.config)
-        return text_windows(
-            data, tokenizer, length, field=calibration.field, split=asked.selection, limit=asked.windows
-        )
+        return text_windows(data, tokenizer, length, field=calibration.field, split=split, limit=limit)
 
 
 def prepare(
@@ -129,6 +138,7 @@ def prepare(
     *,
     prunes: bool = True,
     calibrates: bool = False,
+    allocation: str = "uniform",
     trust_remote_code: bool = False,
 ) -> Prepared:
     """Check a request against its model and read what calibration text it needs.
@@ -136,11 +146,12 @@ def prepare(
     Args:
         prunes: False where only a plan is wanted.
         calibrates: read the text whatever the pruner and the allocation need.
+        allocation: the one where none is asked for.
 
     Raises:
         UserError: any input that cannot be used.
     """
-    choice = None if options.plan is not None else resolve_allocation(options)
+    choice = None if options.plan is not None else resolve_allocation(options, allocation)
     pruner = PRUNERS.get(options.method)
     pruner_options = pruner.make_options(options.method_options)
     folder = resolve_model(source)
@@ -151,14 +162,20 @@ def prepare(
         raise UserError(
             "the plan was made for another model (its hash differs)", "Make it again: sparsedeploy allocate."
         )
-    prunes = prunes or (choice is not None and choice.searches)
-    needs_text = (
-        calibrates or (prunes and pruner.traits["needs"] != "none") or (choice is not None and choice.needs_data)
-    )
     calibration = None
-    if needs_text:
+    if calibrates or measures_text(choice, options.method, prunes=prunes):
         calibration = calibration_set(folder, config, options.calibration, trust_remote_code=trust_remote_code)
     return Prepared(options, folder, config, sha256, choice, pruner_options, calibration, trust_remote_code)
+
+
+def measures_text(choice: AllocationChoice | None, method: str, *, prunes: bool = True) -> bool:
+    """Whether the allocation (None: there is a plan already) or the pruner reads calibration text.
+
+    Args:
+        prunes: False where only a plan is wanted.
+    """
+    prunes = prunes or (choice is not None and choice.searches)
+    return (prunes and PRUNERS.get(method).traits["needs"] != "none") or (choice is not None and choice.needs_data)
 
 
 def plan_model(
@@ -228,13 +245,13 @@ def choose_plan(
     tokens = prepared.calibration.tokens if prepared.calibration else None
     batch_size = options.calibration.batch_size
 
-    def plan_with(allocation_options: Any) -> SparsityPlan:
+    def plan_with(allocation_options: Any, name: str = choice.name) -> SparsityPlan:
         return allocate(
             model,
             tokens,
             choice.sparsity,
             choice.pattern,
-            choice.name,
+            name,
             allocation_options,
             mixed=choice.mixed,
             model_sha256=prepared.sha256,
@@ -246,23 +263,22 @@ def choose_plan(
     if not choice.searches:
         return plan_with(choice.options)
     assert isinstance(model, nn.Module), "a search prunes whole copies of the model"
-    dense, selection = model, prepared.selection_windows()
+    dense = model
 
-    def trial(plan: SparsityPlan) -> float:
-        candidate = copy.deepcopy(dense)
-        prune_model(candidate, tokens, plan, options.method, prepared.pruner_options, batch_size)
-        try:
-            return perplexity(candidate, selection, batch_size=batch_size or 1).perplexity
-        except UserError:  # its only reason: the pruned model has diverged
-            return math.inf
+    def trial_on(text: str | None, split: str, limit: int) -> Callable[[SparsityPlan], float]:
+        selection = prepared.selection_windows(text, split, limit)
 
-    asked = choice.options
-    betas = trial_betas(choice.sparsity, len(model_layers(model)), asked.step, asked.trials)
-    found = search_beta(
-        trial, lambda beta: plan_with(replace(asked, search=False, beta=beta)), betas, patience=asked.patience
-    )
-    return replace(
-        found.plan,
-        options=asdict(asked) | {"beta": found.beta},
-        details={**found.plan.details, "search": {"selection": asked.selection, "trials": found.to_dict()}},
-    )
+        def trial(plan: SparsityPlan) -> float:
+            candidate = copy.deepcopy(dense)
+            prune_model(candidate, tokens, plan, options.method, prepared.pruner_options, batch_size)
+            try:
+                return perplexity(candidate, selection, batch_size=batch_size or 1).perplexity
+            except UserError:  # its only reason: the pruned model has diverged
+                return math.inf
+
+        return trial
+
+    search = Search(choice.sparsity, choice.pattern, model_layers(dense), plan_with, trial_on)
+    allocator = ALLOCATORS.get(choice.name).function(choice.options)
+    plan, details = allocator.search(search)
+    return replace(plan, details={**plan.details, "search": details})

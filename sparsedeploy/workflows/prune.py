@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sparsedeploy.allocation import model_layers
 from sparsedeploy.checkpoint.journal import Journal, journalled_folder
+from sparsedeploy.checkpoint.manifest import Manifest
 from sparsedeploy.checkpoint.tensor_writer import TensorWriter
 from sparsedeploy.checkpoint.writer import Provenance, complete
 from sparsedeploy.folders import check_free_space, claim
@@ -22,7 +22,7 @@ from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.processes import Processes, local_device, process_group
 from sparsedeploy.pruning.layers import losses_of, prune_layers
 from sparsedeploy.version import __version__
-from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.options import PruneOptions, request_of
 from sparsedeploy.workflows.plan import Prepared, choose_plan, model_to_measure, prepare
 
 
@@ -36,7 +36,7 @@ def prune(
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-) -> dict[str, Any]:
+) -> Manifest:
     """Prune a model folder or hub id into ``output`` and return the new checkpoint's manifest.
 
     Memory holds the embeddings, one decoder layer and the activations of the calibration text; never the whole model.
@@ -66,7 +66,7 @@ def _prune(
     overwrite: bool,
     trust_remote_code: bool,
     processes: Processes,
-) -> dict[str, Any]:
+) -> Manifest:
     """:func:`prune` on one of possibly several processes; the first one writes."""
     prepared = prepare(source, options, trust_remote_code=trust_remote_code)
     folder, calibration = prepared.folder, prepared.calibration
@@ -127,9 +127,12 @@ def _prune(
                 options.method,
                 asdict(prepared.pruner_options),
                 prepared.described,
+                request_of(options, reads_text=calibration is not None),
             )
             manifest = complete(folder, journal.folder, slices, provenance, journal.losses)
-        return processes.broadcast_object(manifest) or {}
+        written = processes.broadcast_object(manifest)
+        assert written is not None, "the first process writes"
+        return written
 
 
 def _shared_plan(

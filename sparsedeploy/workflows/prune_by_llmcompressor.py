@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sparsedeploy.allocation import model_layers
+from sparsedeploy.checkpoint.manifest import EngineRecord, Manifest
 from sparsedeploy.checkpoint.recipe import recipe_yaml
 from sparsedeploy.checkpoint.tensor_writer import TensorWriter
 from sparsedeploy.checkpoint.writer import Provenance, complete
@@ -23,7 +23,7 @@ from sparsedeploy.plan import ModuleTarget, SparsityPlan
 from sparsedeploy.processes import refuse_several
 from sparsedeploy.pruning.sparsegpt import check_block
 from sparsedeploy.runtimes import llmcompressor
-from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.options import PruneOptions, request_of
 from sparsedeploy.workflows.plan import choose_plan, model_to_measure, prepare
 
 ENGINE = "llmcompressor"
@@ -38,7 +38,7 @@ def prune_with_llmcompressor(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     python: str | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """:func:`sparsedeploy.workflows.prune.prune` with llm-compressor as the pruner; returns the checkpoint's manifest.
 
     Unlike the built-in engine it holds the whole model in memory and cannot resume.
@@ -62,7 +62,7 @@ def _prune(
     dtype: torch.dtype | None,
     overwrite: bool,
     python: str | None,
-) -> dict[str, Any]:
+) -> Manifest:
     llmcompressor.check_method(options.method)
     where = llmcompressor.environment(python)
     prepared = prepare(source, options, calibrates=True)
@@ -90,8 +90,9 @@ def _prune(
             dtype="auto" if dtype is None else str(dtype).removeprefix("torch."),
             device=device,
         )
-    engine = {"name": ENGINE, "versions": facts["versions"], "surplus_zeros": surplus_zeros(plan, weights)}
-    provenance = Provenance(source, plan, options.method, method_options, prepared.described, engine=engine)
+    engine = EngineRecord(ENGINE, facts["versions"], surplus_zeros(plan, weights))
+    request = request_of(options, reads_text=True)
+    provenance = Provenance(source, plan, options.method, method_options, prepared.described, request, engine=engine)
     with new_folder(output, overwrite=overwrite) as staging:
         check_free_space(staging, layers.files.size)
         slices = stored_slices(layers.model, layers.files)

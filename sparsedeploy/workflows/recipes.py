@@ -1,92 +1,48 @@
 """Recipes: whole pipelines as YAML, by name (shipped) or file. A wrong key is named, with those that would fit.
 
-Sections, all optional but one of the first two: ``prune`` (what ``prune`` decides), ``recover`` (method, options,
-training, seed), ``calibration`` (which text is measured), ``train`` (which text is trained on); and two lines for
-readers, ``title`` and ``source``.
+The sections are the options dataclasses themselves, see :data:`sparsedeploy.workflows.options.SECTIONS`; ``prune`` or
+``recover`` must be there. Two lines are for readers, ``title`` and ``source``.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sparsedeploy.allocation import ALLOCATORS, MixedOptions
 from sparsedeploy.errors import UserError
+from sparsedeploy.options import build_options, convert_options, shown
+from sparsedeploy.plan import parse_pattern
+from sparsedeploy.pruning import PRUNERS
+from sparsedeploy.reading import read_text
+from sparsedeploy.recovery.training import TrainingOptions
+from sparsedeploy.registry import RECOVERIES
 from sparsedeploy.resources import shipped
+from sparsedeploy.workflows.options import SECTIONS
 
-
-@dataclass(frozen=True)
-class PruneSection:
-    """What ``prune`` decides; None leaves it to the command's default."""
-
-    sparsity: float | None = None
-    pattern: str | None = None
-    pattern_options: Mapping[str, Any] | None = None
-    method: str | None = None
-    method_options: Mapping[str, Any] | None = None
-    allocation: str | None = None
-    allocation_options: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class CalibrationSection:
-    """Which text is measured."""
-
-    data: str | None = None
-    field: str | None = None
-    sequences: int | None = None
-    length: int | None = None
-    seed: int | None = None
-    batch_size: int | None = None
-    accumulate: str | None = None
-
-
-@dataclass(frozen=True)
-class RecoverSection:
-    """How quality is won back."""
-
-    method: str | None = None
-    options: Mapping[str, Any] | None = None
-    training: Mapping[str, Any] | None = None
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class TrainSection:
-    """Which text is trained on."""
-
-    data: str | None = None
-    field: str | None = None
-    samples: int | None = None
-    max_length: int | None = None
-    min_length: int | None = None
+_FORM = "See the shipped recipes for the form."
+_LIMIT = 1 << 20  # bytes
+_DEPTH = 20
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A read recipe; ``name`` is how the user called it."""
+    """A read recipe.
+
+    Attributes:
+        name: how the user called it.
+        sections: section -> option -> value, converted to the option's type; what the recipe leaves out is not there.
+    """
 
     name: str
-    title: str = ""
-    source: str = ""
-    prune: PruneSection = field(default_factory=PruneSection)
-    calibration: CalibrationSection = field(default_factory=CalibrationSection)
-    recover: RecoverSection = field(default_factory=RecoverSection)
-    train: TrainSection = field(default_factory=TrainSection)
-
-
-_SECTIONS: dict[str, type[Any]] = {
-    "prune": PruneSection,
-    "calibration": CalibrationSection,
-    "recover": RecoverSection,
-    "train": TrainSection,
-}
-_KINDS: dict[str, Any] = {"sparsity": (int, float), "sequences": int, "length": int, "seed": int, "batch_size": int}
-_KINDS |= {"samples": int, "max_length": int, "min_length": int}
+    title: str
+    source: str
+    sections: Mapping[str, Mapping[str, Any]]
 
 
 def recipe_names() -> list[str]:
@@ -101,81 +57,96 @@ def load_recipe(name: str) -> Recipe:
         UserError: no such recipe, not YAML, a key that is not known, or a value or method option that does not fit.
     """
     path = Path(name).expanduser()
-    if not path.is_file():
+    if not path.exists():
         path = shipped("recipes") / f"{name}.yaml"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no recipe '{name}'", f"Shipped: {', '.join(recipe_names())}; or give a YAML file.")
+    text = read_text(path, limit=_LIMIT, fix=_FORM)
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"recipe {path} is not YAML ({reason})", "See the shipped recipes for the form.") from error
-    recipe = parse_recipe(value, name)
-    check_recipe(recipe)
-    return recipe
+        raise UserError(f"recipe {path} is not YAML ({reason})", _FORM) from error
+    return parse_recipe(value, name)
 
 
 def parse_recipe(value: Any, name: str) -> Recipe:
-    """Check keys and types.
+    """Check keys, types, methods and their options.
 
     Raises:
         UserError: naming the key.
     """
     if not isinstance(value, dict):
-        raise UserError(f"recipe {name} is no mapping", f"Its sections: {', '.join(_SECTIONS)}.")
-    parts: dict[str, Any] = {}
+        raise UserError(f"recipe {name} is not a mapping", f"Its sections: {', '.join(SECTIONS)}.")
+    sections: dict[str, dict[str, Any]] = {}
     for key, content in value.items():
         if key in ("title", "source"):
-            parts[key] = str(content)
-        elif key in _SECTIONS:
-            parts[key] = _section(content, _SECTIONS[key], f"recipe {name}: {key}")
-        else:
-            raise UserError(f"recipe {name}: unknown key '{key}'", f"Known: title, source, {', '.join(_SECTIONS)}.")
-    if not parts.keys() & {"prune", "recover"}:
+            continue
+        if key not in SECTIONS:
+            raise UserError(f"recipe {name}: unknown key {shown(key)}", f"Known: title, source, {', '.join(SECTIONS)}.")
+        if not isinstance(content, dict):
+            raise UserError(f"recipe {name}: {key} is not a mapping", _FORM)
+        given = {option: each for option, each in content.items() if each is not None}
+        sections[key] = convert_options(f"recipe {name}: {key}", SECTIONS[key], given)
+    if not sections.keys() & {"prune", "recover"}:
         raise UserError(f"recipe {name} neither prunes nor recovers", "Add a section 'prune' or 'recover'.")
-    return Recipe(name, **parts)
+    try:
+        _check_methods(sections.get("prune", {}), sections.get("recover", {}))
+    except UserError as error:
+        raise UserError(f"recipe {name}: {error.message}", error.fix) from None
+    return Recipe(name, str(value.get("title", "")), str(value.get("source", "")), sections)
 
 
-def check_recipe(recipe: Recipe) -> None:
+def _check_methods(prune: Mapping[str, Any], recover: Mapping[str, Any]) -> None:
     """Check methods and their options against the registries.
 
     Raises:
         UserError: an unknown method or option.
     """
-    from sparsedeploy.allocation import ALLOCATORS, MixedOptions
-    from sparsedeploy.options import build_options
-    from sparsedeploy.plan import parse_pattern
-    from sparsedeploy.pruning import PRUNERS
-    from sparsedeploy.recovery import RECOVERIES
-    from sparsedeploy.recovery.training import TrainingOptions
-
-    prune, recover = recipe.prune, recipe.recover
-    try:
-        if prune.pattern is not None:
-            parse_pattern(prune.pattern)
-        if prune.method is not None:
-            PRUNERS.get(prune.method).make_options(prune.method_options)
-        if prune.allocation is not None:
-            ALLOCATORS.get(prune.allocation).make_options(prune.allocation_options)
-        build_options("a mixed pattern", MixedOptions, prune.pattern_options or {})
-        if recover.method is not None:
-            RECOVERIES.get(recover.method).make_options(recover.options)
-        build_options("training", TrainingOptions, recover.training or {})
-    except UserError as error:
-        raise UserError(f"recipe {recipe.name}: {error.message}", error.fix) from None
+    if "pattern" in prune:
+        parse_pattern(prune["pattern"])
+    for values, key, options, registry in (
+        (prune, "method", "method_options", PRUNERS),
+        (prune, "allocation", "allocation_options", ALLOCATORS),
+        (recover, "method", "options", RECOVERIES),
+    ):
+        if key in values:
+            registry.get(values[key]).make_options(values.get(options))
+    build_options("a mixed pattern", MixedOptions, prune.get("pattern_options", {}))
+    build_options("training", TrainingOptions, recover.get("training", {}))
 
 
-def _section(content: Any, section: type[Any], where: str) -> Any:
-    known = [each.name for each in dataclasses.fields(section)]
-    if not isinstance(content, dict):
-        raise UserError(f"{where} is no mapping", f"Its keys: {', '.join(known)}.")
-    for key, value in content.items():
-        if key not in known:
-            raise UserError(f"{where} has no key '{key}'", f"Its keys: {', '.join(known)}.")
-        kind = _KINDS.get(key, dict if key.endswith("options") or key == "training" else str)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise UserError(f"{where}.{key} is {value!r}", "It takes " + _KIND_NAMES[kind] + ".")
-    return section(**content)
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, repeated keys, dates and numbers to the base of sixty: ``2:4`` is a pattern, not 124."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
+        self.levels = getattr(self, "levels", 0) + 1
+        if self.levels > _DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"more than {_DEPTH} levels", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for at, name in enumerate(names):
+            if name in names[:at]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
-_KIND_NAMES: dict[Any, str] = {int: "a whole number", (int, float): "a number", dict: "a mapping", str: "text"}
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, re.compile(r"[-+]?[0-9]+$") if tag == "tag:yaml.org,2002:int" else pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+|\.inf|\.nan)$", re.IGNORECASE),
+    list("-+0123456789."),
+)

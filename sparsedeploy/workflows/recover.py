@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from sparsedeploy.allocation import MixedOptions
-from sparsedeploy.calibration.text import CalibrationOptions
-from sparsedeploy.checkpoint.manifest import load_manifest
+from sparsedeploy.calibration.options import CalibrationOptions
+from sparsedeploy.calibration.text import recorded_options
+from sparsedeploy.checkpoint.manifest import CalibrationRecord, Manifest, RecoveryRecord, load_manifest
 from sparsedeploy.checkpoint.masks import FILE as MASKS
 from sparsedeploy.checkpoint.masks import load_masks
 from sparsedeploy.checkpoint.writer import Provenance, write_checkpoint
@@ -24,16 +25,16 @@ from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.options import build_options
-from sparsedeploy.plan import SparsityPlan, parse_pattern
+from sparsedeploy.plan import parse_pattern
 from sparsedeploy.processes import refuse_several
 from sparsedeploy.pruning.layers import losses_of, prune_model
-from sparsedeploy.recovery.base import Recovered, RecoveryJob, check_masks
+from sparsedeploy.recovery.base import Recovered, RecoveryJob, RecoveryMethod, check_masks
 from sparsedeploy.recovery.data import TrainingData, load_training_data
 from sparsedeploy.recovery.state import RunState
 from sparsedeploy.recovery.training import TrainingOptions
 from sparsedeploy.registry import RECOVERIES, Method
 from sparsedeploy.version import __version__
-from sparsedeploy.workflows.options import PruneOptions, RecoverOptions
+from sparsedeploy.workflows.options import PruneOptions, RecoverOptions, recovery_request, request_of
 from sparsedeploy.workflows.plan import choose_plan, prepare
 
 # What may change when a run that diverged is resumed.
@@ -62,7 +63,7 @@ def prune_and_recover(
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-) -> dict[str, Any]:
+) -> Manifest:
     """Make a sparse checkpoint of a dense model and win its quality back; returns the manifest.
 
     Args:
@@ -85,21 +86,22 @@ def recover_checkpoint(
     recover: RecoverOptions,
     *,
     dense: str | None = None,
-    calibration: CalibrationOptions | None = None,
+    calibration: Mapping[str, Any] | None = None,
     device: str = "auto",
     dtype: torch.dtype | None = None,
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-) -> dict[str, Any]:
+) -> Manifest:
     """Recover a pruned checkpoint into ``output``; returns the new manifest.
 
-    Methods that start from the dense model (LoSA, SparseLo) take the one that the manifest names and prune it anew to
-    the checkpoint's target with its method, allocation and calibration text.
+    Methods that start from the dense model (LoSA, SparseLo) take the one that the manifest names and prune it anew as
+    the checkpoint was pruned: by its plan, or, for a method that chooses the rates itself, to its target with its
+    allocation; always with its pruner, options and calibration text.
 
     Args:
         dense: where that model is now; its hash must be the manifest's.
-        calibration: other text than the checkpoint's.
+        calibration: values of :class:`CalibrationOptions` in place of the checkpoint's.
 
     Raises:
         UserError: no manifest, masks that do not match the weights, a dense model that is missing or another one.
@@ -108,7 +110,7 @@ def recover_checkpoint(
     edge = _Edge(resolve_device(device), dtype, resume, overwrite, trust_remote_code)
     read: list[str | Path] = [checkpoint, *_train_data(recover)]
     read += [dense] if dense else []
-    read += [calibration.data] if calibration else []
+    read += [calibration["data"]] if calibration and "data" in calibration else []
     with claim(output, overwrite=overwrite, resume=resume, inputs=read):
         return _from_checkpoint(checkpoint, output, recover, dense, calibration, edge)
 
@@ -122,9 +124,9 @@ def _from_checkpoint(
     output: Path,
     recover: RecoverOptions,
     dense: str | None,
-    calibration: CalibrationOptions | None,
+    calibration: Mapping[str, Any] | None,
     edge: _Edge,
-) -> dict[str, Any]:
+) -> Manifest:
     method = RECOVERIES.get(recover.method)
     manifest = load_manifest(checkpoint)
     if (checkpoint / ADAPTER).is_dir():
@@ -132,29 +134,61 @@ def _from_checkpoint(
             f"{checkpoint} has been recovered with adapters beside its weights",
             "Recover the folder before it.",
         )
-    plan = SparsityPlan.from_dict(manifest["plan"])
     if method.traits["starts_from"] == "pruned":
-        return _from_pruned(checkpoint, output, manifest, plan, recover, method, edge)
-    name = dense or manifest["source"]["name"]
+        return _from_pruned(checkpoint, output, manifest, recover, method, edge)
+    name = dense or manifest.source.name
     try:
         folder = resolve_model(name)
     except UserError as error:
         raise UserError(
             f"{recover.method} starts from the dense model, which is not at {name}", "Say where it is: --dense."
         ) from error
-    if model_sha256(folder) != manifest["source"]["sha256"]:
+    if model_sha256(folder) != manifest.source.sha256:
         raise UserError(f"{name} is not the model that {checkpoint} was pruned from", "Give that one: --dense.")
-    prune = PruneOptions(
-        sparsity=plan.sparsity,
-        pattern=plan.pattern,
-        method=manifest["method"],
-        method_options=manifest["options"],
-        allocation=plan.allocation,
-        allocation_options=plan.options,
-        calibration=calibration or _calibration_of(manifest),
-    )
+    prune = _again(manifest, method, calibration or {})
     check_writable(output, edge.overwrite, (folder, prune.calibration.data))
     return _from_dense(name, output, prune, recover, method, edge)
+
+
+def _again(manifest: Manifest, method: Method[RecoveryMethod], other: Mapping[str, Any]) -> PruneOptions:
+    """The checkpoint's pruning, with calibration values of the caller's in place of its own.
+
+    Raises:
+        UserError: text is needed and there is none.
+    """
+    prune = _same_pruning(manifest)
+    if method.traits["calibrates"] and manifest.calibration is None and "data" not in other:
+        raise UserError(f"{manifest.method} read no calibration text and {method.name} needs some", "Add --data.")
+    calibration = prune.calibration
+    if "data" in other:
+        calibration = replace(calibration, field=CalibrationOptions.field)
+    prune = replace(prune, calibration=replace(calibration, **other))
+    return prune if "allocation" in method.traits else replace(prune, plan=manifest.plan)
+
+
+def _same_pruning(manifest: Manifest) -> PruneOptions:
+    """What prunes the dense model again as the checkpoint was pruned.
+
+    The plan's own allocation and options stand for what was asked: of a search they hold what it found. Where no
+    allocation was asked for, it is again left to the job.
+    """
+    plan, asked = manifest.plan, manifest.request.get("prune", {})
+    calibration = CalibrationOptions()
+    if manifest.calibration is not None:
+        accumulate = manifest.request.get("calibration", {}).get("accumulate", calibration.accumulate)
+        calibration = replace(recorded_options(manifest), accumulate=accumulate)
+    spread = asked.get("allocation") is not None
+    mixed = plan.pattern.startswith("mixed")
+    return PruneOptions(
+        sparsity=plan.sparsity,
+        pattern=plan.pattern,
+        pattern_options=(asked.get("pattern_options") or plan.details.get("mixed")) if mixed else None,
+        method=manifest.method,
+        method_options=manifest.options,
+        allocation=plan.allocation if spread else None,
+        allocation_options=plan.options if spread else None,
+        calibration=calibration,
+    )
 
 
 def _from_dense(
@@ -162,14 +196,23 @@ def _from_dense(
     output: Path,
     prune: PruneOptions,
     recover: RecoverOptions,
-    method: Method[Any],
+    method: Method[RecoveryMethod],
     edge: _Edge,
-) -> dict[str, Any]:
+) -> Manifest:
     options, training = _options(method, recover)
-    prepared = prepare(source, prune, calibrates=method.traits["calibrates"], trust_remote_code=edge.trust_remote_code)
+    own_allocation = method.traits.get("allocation")
+    prepared = prepare(
+        source,
+        prune,
+        calibrates=method.traits["calibrates"],
+        allocation=own_allocation or "uniform",
+        trust_remote_code=edge.trust_remote_code,
+    )
     folder, choice, calibration = prepared.folder, prepared.choice, prepared.calibration
-    if recover.method == "losa" and (choice is None or choice.searches):
-        raise UserError("LoSA chooses its rates at every step", "Leave out --plan, or a search for the allocation.")
+    if own_allocation and (choice is None or choice.searches):
+        raise UserError(
+            f"{recover.method} chooses its rates at every step", "Leave out --plan, or a search for the allocation."
+        )
     data = _training_data(folder, prepared.config, recover, method, edge)
     request = {**prepared.request(), **_request(recover, options, training, data, edge)}
     state = RunState(output, request, resume=edge.resume) if method.traits["trains"] else None
@@ -184,9 +227,8 @@ def _from_dense(
         pruner=prune.method,
         pruner_options=prepared.pruner_options,
         plan=prune.plan,
-        # The default, uniform, leaves LoSA its own allocation.
-        allocation=choice.name if choice and choice.name != "uniform" else None,
-        allocation_options=choice.options if choice and choice.name != "uniform" else None,
+        allocation=prune.allocation,
+        allocation_options=choice.options if choice else None,
         mixed=choice.mixed if choice else MixedOptions(),
         calibration=calibration,
         batch_size=prune.calibration.batch_size,
@@ -220,6 +262,7 @@ def _from_dense(
         source_name=source,
         pruning=(prune.method, asdict(prepared.pruner_options)),
         calibration=prepared.described,
+        request=request_of(prune, recover, reads_text=calibration is not None),
         recovery=_recovery(recover, options, training, data, method, recovered),
         edge=edge,
     )
@@ -228,13 +271,13 @@ def _from_dense(
 def _from_pruned(
     folder: Path,
     output: Path,
-    manifest: dict[str, Any],
-    plan: SparsityPlan,
+    manifest: Manifest,
     recover: RecoverOptions,
-    method: Method[Any],
+    method: Method[RecoveryMethod],
     edge: _Edge,
-) -> dict[str, Any]:
+) -> Manifest:
     options, training = _options(method, recover)
+    plan = manifest.plan
     config = load_config(folder, trust_remote_code=edge.trust_remote_code)
     masks = load_masks(folder / MASKS, {target.name: target.columns for target in plan.targets})
     data = _training_data(folder, config, recover, method, edge)
@@ -245,7 +288,7 @@ def _from_pruned(
         dense=lambda: model,
         sparsity=plan.sparsity,
         pattern=parse_pattern(plan.pattern),
-        pruner=manifest["method"],
+        pruner=manifest.method,
         pruner_options=None,
         plan=plan,
         masks=masks,
@@ -262,16 +305,17 @@ def _from_pruned(
         output,
         job,
         recovered,
-        {name: module["loss"] for name, module in manifest["modules"].items() if module["loss"] is not None},
-        source_name=manifest["source"]["name"],
-        pruning=(manifest["method"], manifest["options"]),
-        calibration=manifest["calibration"],
+        {name: module.loss for name, module in manifest.modules.items() if module.loss is not None},
+        source_name=manifest.source.name,
+        pruning=(manifest.method, manifest.options),
+        calibration=manifest.calibration,
+        request={**manifest.request, **recovery_request(recover)},
         recovery=_recovery(recover, options, training, data, method, recovered),
         edge=edge,
     )
 
 
-def _recovered(job: RecoveryJob, method: Method[Any], options: Any) -> Recovered:
+def _recovered(job: RecoveryJob, method: Method[RecoveryMethod], options: Any) -> Recovered:
     with _kept(job):
         recovered: Recovered = method.function(job, options)
         return recovered
@@ -281,7 +325,7 @@ def _kept(job: RecoveryJob) -> AbstractContextManager[None]:
     return job.state.kept() if job.state is not None else nullcontext()
 
 
-def _options(method: Method[Any], recover: RecoverOptions) -> tuple[Any, TrainingOptions]:
+def _options(method: Method[RecoveryMethod], recover: RecoverOptions) -> tuple[Any, TrainingOptions]:
     if recover.data is None and method.traits["trains"]:
         raise UserError(
             f"{method.name} trains and no training text was given",
@@ -291,7 +335,7 @@ def _options(method: Method[Any], recover: RecoverOptions) -> tuple[Any, Trainin
 
 
 def _training_data(
-    folder: Path, config: Any, recover: RecoverOptions, method: Method[Any], edge: _Edge
+    folder: Path, config: Any, recover: RecoverOptions, method: Method[RecoveryMethod], edge: _Edge
 ) -> TrainingData | None:
     if recover.data is None or not method.traits["trains"]:
         return None
@@ -321,18 +365,18 @@ def _recovery(
     options: Any,
     training: TrainingOptions,
     data: TrainingData | None,
-    method: Method[Any],
+    method: Method[RecoveryMethod],
     recovered: Recovered,
-) -> dict[str, Any]:
+) -> RecoveryRecord:
     """The manifest's section."""
-    return {
-        "method": recover.method,
-        "options": asdict(options),
-        "training": asdict(training) if method.traits["trains"] else None,
-        "data": data.describe() if data else None,
-        "seed": recover.seed,
-        "report": recovered.report,
-    }
+    return RecoveryRecord(
+        method=recover.method,
+        options=asdict(options),
+        training=asdict(training) if method.traits["trains"] else None,
+        data=data.describe() if data else None,
+        seed=recover.seed,
+        report=recovered.report,
+    )
 
 
 def _write(
@@ -344,15 +388,16 @@ def _write(
     *,
     source_name: str,
     pruning: tuple[str, dict[str, Any]],
-    calibration: dict[str, Any] | None,
-    recovery: dict[str, Any],
+    calibration: CalibrationRecord | None,
+    request: dict[str, dict[str, Any]],
+    recovery: RecoveryRecord,
     edge: _Edge,
-) -> dict[str, Any]:
+) -> Manifest:
     with _kept(job):
         manifest = write_checkpoint(
             folder,
             output,
-            Provenance(source_name, recovered.plan, *pruning, calibration, recovery),
+            Provenance(source_name, recovered.plan, *pruning, calibration, request, recovery),
             model=job.model,
             masks=recovered.masks,
             losses=recovered.losses or losses,
@@ -362,13 +407,6 @@ def _write(
     if job.state is not None:
         job.state.remove()
     return manifest
-
-
-def _calibration_of(manifest: dict[str, Any]) -> CalibrationOptions:
-    used = manifest["calibration"]
-    if used is None:
-        raise UserError(f"{manifest['method']} read no calibration text and this recovery needs some", "Add --data.")
-    return CalibrationOptions(data=used["data"], sequences=used["sequences"], length=used["length"], seed=used["seed"])
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsedeploy.calibration.documents import load_documents
-from sparsedeploy.calibration.text import CalibrationOptions
+from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.models.loading import load_tokenizer
 from sparsedeploy.workflows.options import PruneOptions
 from sparsedeploy.workflows.plan import prepare
@@ -21,7 +21,9 @@ def windows_for(folder: Path, length: int, asked: dict[str, Any]) -> torch.Tenso
         allocation_options={"search": True, **asked},
         calibration=CalibrationOptions(data="stdlib", length=length, sequences=2),
     )
-    return prepare(str(folder), options).selection_windows()
+    prepared = prepare(str(folder), options)
+    chosen = prepared.choice.options
+    return prepared.selection_windows(chosen.text, chosen.selection, chosen.windows)
 
 
 @pytest.mark.parametrize("selection", ["validation", "test"])

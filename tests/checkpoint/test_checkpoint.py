@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsedeploy.calibration.text import CalibrationOptions
+from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.checkpoint.manifest import inspect_checkpoint
 from sparsedeploy.checkpoint.masks import FILE, load_masks
 from sparsedeploy.errors import UserError
@@ -36,13 +36,11 @@ def run(source: Path, output: Path, text: str, **options: object) -> dict:
 def test_every_family_reloads_with_its_zeros(family: str, tmp_path: Path, text: str) -> None:
     source = save_model(tmp_path / "dense", family, dtype=torch.bfloat16)
     manifest = run(source, tmp_path / "sparse", text, method="sparsegpt", allocation="owl")
-    row_unit = max(entry["rows"] for entry in manifest["plan"]["modules"])
-    total = sum(entry["rows"] * entry["columns"] for entry in manifest["plan"]["modules"])
-    assert abs(manifest["achieved"] - 0.6) * total < row_unit
+    row_unit = max(target.rows for target in manifest.plan.targets)
+    total = sum(target.size for target in manifest.plan.targets)
+    assert abs(manifest.achieved - 0.6) * total < row_unit
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", dtype="auto")
-    masks = load_masks(
-        tmp_path / "sparse" / FILE, {name: entry["shape"][1] for name, entry in manifest["modules"].items()}
-    )
+    masks = load_masks(tmp_path / "sparse" / FILE, {name: module.columns for name, module in manifest.modules.items()})
     for name, mask in masks.items():
         assert not model.get_submodule(name).weight[~mask].any()
     assert AutoTokenizer.from_pretrained(tmp_path / "sparse")("fox")["input_ids"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsedeploy.calibration.text import CalibrationOptions
+from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.reference import reference_model
 from sparsedeploy.registry import PRUNERS
 from sparsedeploy.runtimes.environments import install

@@ -13,7 +13,8 @@ import torch
 from sparsedeploy.calibration.documents import instruction_text
 from sparsedeploy.errors import UserError
 from sparsedeploy.recovery.adapters import Adapter
-from sparsedeploy.recovery.data import DataOptions, load_training_data, step_slices
+from sparsedeploy.recovery.data import load_training_data, step_slices
+from sparsedeploy.recovery.options import DataOptions
 from sparsedeploy.recovery.state import RunState
 from sparsedeploy.recovery.training import (
     STATE,

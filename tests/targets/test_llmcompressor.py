@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparsedeploy.artifacts.description import load_artifact
-from sparsedeploy.calibration.text import CalibrationOptions
+from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.checkpoint.manifest import inspect_checkpoint, load_manifest
 from sparsedeploy.checkpoint.masks import FILE, load_masks
 from sparsedeploy.errors import UserError
@@ -70,7 +70,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chec
         if case not in made:
             folder = tmp_path_factory.mktemp("pruned") / "model"
             manifest = prune(str(reference_model("tiny")), folder, CASES[case], device="cpu")
-            plan = SparsityPlan.from_dict(manifest["plan"])
+            plan = manifest.plan
             masks = load_masks(folder / FILE, {target.name: target.columns for target in plan.targets})
             made[case] = Checkpoint(folder, plan, masks)
         return made[case]
@@ -137,9 +137,9 @@ def test_the_engine_writes_a_sound_checkpoint(
     manifest = prune_with_llmcompressor(str(reference_model("tiny")), tmp_path / "out", CASES[case], device="cpu")
     ours = load_manifest(checkpoint(case).folder)
     assert inspect_checkpoint(tmp_path / "out").problems == []
-    assert manifest["engine"]["versions"]["llmcompressor"] == llmcompressor.pinned_version()
+    assert manifest.engine.versions["llmcompressor"] == llmcompressor.pinned_version()
     for key in ("plan", "achieved", "calibration", "method", "options"):
-        assert manifest[key] == ours[key]
+        assert getattr(manifest, key) == getattr(ours, key)
 
 
 @pytest.mark.llmcompressor
@@ -219,7 +219,7 @@ def test_the_export_holds_what_the_checkpoint_was_made_from(
     dense, sparse, _ = small
     artifact = export_checkpoint(sparse, "llmcompressor", tmp_path / "out")
     manifest = load_manifest(sparse)
-    assert artifact.sparsity.fraction == manifest["achieved"]
+    assert artifact.sparsity.fraction == manifest.achieved
     assert set(artifact.files) == {
         "README.md",
         "calibration.safetensors",
@@ -228,10 +228,10 @@ def test_the_export_holds_what_the_checkpoint_was_made_from(
         "recipe.yaml",
         "replay.py",
     }
-    assert SparsityPlan.load(tmp_path / "out" / "plan.json") == SparsityPlan.from_dict(manifest["plan"])
+    assert SparsityPlan.load(tmp_path / "out" / "plan.json") == manifest.plan
     described = json.loads((tmp_path / "out" / "dense_model.json").read_text())
     assert described["folder"] == str(dense)
-    assert described["sha256"] == manifest["source"]["sha256"]
+    assert described["sha256"] == manifest.source.sha256
     assert load_file(tmp_path / "out" / "calibration.safetensors")["tokens"].shape == (2, 32)
 
 
@@ -263,7 +263,7 @@ def test_what_cannot_be_replayed_or_quantised_is_refused(
     for folder, target, quantize, message in (
         (dense, "llmcompressor", None, "has no sparsity.json. Give a folder that sparsedeploy prune wrote"),
         (dense, "vllm", "w8a8", "has no sparsity.json. Give a folder that sparsedeploy prune wrote"),
-        (by_size, "llmcompressor", None, "cannot prune by magnitude .* Use --method wanda or sparsegpt"),
+        (by_size, "llmcompressor", None, "cannot prune by magnitude .* Use --method sparsegpt or wanda"),
         (sparse, "vllm", "int3", "vllm: option quantize is 'int3'. It takes fp8-dynamic or w8a8 or w4a16"),
         (
             sparse,

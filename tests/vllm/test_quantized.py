@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparsedeploy.calibration.text import CalibrationOptions, calibration_set
+from sparsedeploy.calibration.options import CalibrationOptions
+from sparsedeploy.calibration.text import calibration_set
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.loading import load_config, load_model
 from sparsedeploy.reference import reference_model

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsedeploy.calibration.text import CalibrationOptions
+from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.checkpoint.manifest import inspect_checkpoint
 from sparsedeploy.checkpoint.masks import FILE as MASKS
 from sparsedeploy.checkpoint.masks import load_masks
@@ -20,7 +20,7 @@ from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import load_model
 from sparsedeploy.models.low_rank import LowRankLinear, load_adapter
 from sparsedeploy.models.structure import find_decoder_stack
-from sparsedeploy.recovery.data import DataOptions
+from sparsedeploy.recovery.options import DataOptions
 from sparsedeploy.recovery.state import RunState
 from sparsedeploy.workflows.options import PruneOptions, RecoverOptions
 from sparsedeploy.workflows.prune import prune
@@ -66,7 +66,7 @@ def test_prune_with_recovery_writes_a_sound_checkpoint(method: str, folders: Pat
     inspection = inspect_checkpoint(out)
     assert inspection.problems == []
     assert inspection.sparsity == pytest.approx(0.6, abs=2e-3)
-    assert manifest["recovery"]["method"] == method
+    assert manifest.recovery.method == method
     assert not list(tmp_path.glob(".*")), "nothing is left of the run's state"
     beside = method in ("lora", "sparselo")
     assert (out / "adapter").is_dir() == beside
@@ -82,7 +82,7 @@ def test_prune_with_recovery_writes_a_sound_checkpoint(method: str, folders: Pat
 def test_recover_a_checkpoint(method: str, folders: Path, tmp_path: Path) -> None:
     manifest = recover_checkpoint(folders / "pruned", tmp_path / "out", options(folders, method))
     assert inspect_checkpoint(tmp_path / "out").problems == []
-    assert manifest["source"] == json.loads((folders / "pruned" / "sparsity.json").read_text())["source"]
+    assert manifest.to_json()["source"] == json.loads((folders / "pruned" / "sparsity.json").read_text())["source"]
     if method in ("sparse-lora", "lora"):  # their masks are the checkpoint's; the others prune anew
         names = {m.name: m.columns for m in inspect_checkpoint(folders / "pruned").modules}
         before, after = load_masks(folders / "pruned" / MASKS, names), load_masks(tmp_path / "out" / MASKS, names)
@@ -92,13 +92,13 @@ def test_recover_a_checkpoint(method: str, folders: Path, tmp_path: Path) -> Non
 def test_both_ways_to_recover_give_the_same_weights(folders: Path, tmp_path: Path) -> None:
     once = prune_and_recover(str(folders / "dense"), tmp_path / "a", pruning(folders), options(folders, "sparse-lora"))
     twice = recover_checkpoint(folders / "pruned", tmp_path / "b", options(folders, "sparse-lora"))
-    assert once["files"]["model.safetensors"] == twice["files"]["model.safetensors"]
-    assert once["files"][MASKS] == twice["files"][MASKS]
+    assert once.files["model.safetensors"] == twice.files["model.safetensors"]
+    assert once.files[MASKS] == twice.files[MASKS]
 
 
 def test_saving_keeps_logits_and_the_adapter_is_part_of_the_hash(folders: Path, tmp_path: Path) -> None:
     """The merged or attached model that was written computes what a reload computes."""
-    from sparsedeploy.recovery import recover as module
+    from sparsedeploy.workflows import recover as module
 
     seen: list[torch.Tensor] = []
     original = module.write_checkpoint
@@ -109,7 +109,7 @@ def test_saving_keeps_logits_and_the_adapter_is_part_of_the_hash(folders: Path, 
 
         model = load_model(folders / "dense")
         for name, linear in find_decoder_stack(model).all_linears().items():
-            linear.weight.data.copy_(kwargs["linears"][name].weight)
+            linear.weight.data.copy_(find_decoder_stack(kwargs["model"]).all_linears()[name].weight)
         attach_low_rank(model, kwargs["low_rank"])
         tokens = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -179,8 +179,8 @@ def test_killed_and_resumed_writes_the_same_files(
     with pytest.raises(UserError, match=r"cannot resume: .*seed"):
         prune_and_recover(run[0], tmp_path / "out", run[1], dataclasses.replace(run[2], seed=1), resume=True)
     resumed = prune_and_recover(run[0], tmp_path / "out", *run[1:], resume=True)
-    assert resumed["files"]["model.safetensors"] == whole["files"]["model.safetensors"]
-    assert resumed["files"][MASKS] == whole["files"][MASKS]
+    assert resumed.files["model.safetensors"] == whole.files["model.safetensors"]
+    assert resumed.files[MASKS] == whole.files[MASKS]
     assert not list(tmp_path.glob(".*"))
 
 

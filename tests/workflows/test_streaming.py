@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsedeploy.allocation import allocate
-from sparsedeploy.calibration.text import CalibrationOptions, calibration_set
+from sparsedeploy.calibration.options import CalibrationOptions
+from sparsedeploy.calibration.text import calibration_set
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import JOURNAL
 from sparsedeploy.models.layers import StreamedLayers
@@ -82,7 +83,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from sparsedeploy.checkpoint import journal, tensor_writer
-from sparsedeploy.calibration.text import CalibrationOptions
+from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.workflows.options import PruneOptions
 from sparsedeploy.workflows.prune import prune
 

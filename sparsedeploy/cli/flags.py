@@ -1,0 +1,223 @@
+"""Flags from options: a command takes the options of dataclasses, and what is typed and never read is refused."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.options import Described, convert, described, parse_pairs
+
+Target = tuple[str, str]  # (section, option)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Options that a command takes.
+
+    Attributes:
+        name: of the section, as in a recipe.
+        panel: where the help shows its flags; None is the main one.
+        flags: option -> flags in place of its own.
+        without: options that the command does not take.
+        undecided: options whose default is not shown, because the command has another; True for all.
+    """
+
+    name: str
+    options: type[Any]
+    panel: str | None = None
+    flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    undecided: tuple[str, ...] | bool = ()
+
+    def items(self) -> list[Described]:
+        """What can be typed; not the options that hold options themselves."""
+        return [item for item in described(self.options) if not item.section and item.name not in self.without]
+
+    def declared(self, item: Described) -> tuple[str, ...]:
+        """The flags of an option, the long one first."""
+        own = (item.facts.flag or f"--{item.name.replace('_', '-')}", item.facts.short)
+        return self.flags.get(item.name, tuple(flag for flag in own if flag))
+
+    def default(self, item: Described) -> Any:
+        """The default to show."""
+        hidden = self.undecided is True or (self.undecided and item.name in self.undecided)
+        return None if hidden or item.kind is tuple or item.default == "" else item.default
+
+
+class Given:
+    """The options that a command was given: what was typed, over a recipe.
+
+    Args:
+        typed: (section, option) -> converted value.
+        flags: (section, option) -> the flag that was typed.
+        replaced: (section, option) -> options of the same section whose recipe values it replaces.
+    """
+
+    def __init__(
+        self,
+        typed: Mapping[Target, Any],
+        flags: Mapping[Target, str],
+        replaced: Mapping[Target, tuple[str, ...]] | None = None,
+        recipe: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._typed = dict(typed)
+        self._flags = dict(flags)
+        self._replaced = dict(replaced or {})
+        self._recipe = recipe or {}
+        self._taken: set[str] = set()
+
+    def over(self, recipe: Mapping[str, Mapping[str, Any]]) -> Given:
+        """The same over a recipe's values."""
+        return Given(self._typed, self._flags, self._replaced, recipe)
+
+    def value(self, section: str, name: str, default: Any = None) -> Any:
+        """One value, without taking it."""
+        return self._values(section).get(name, default)
+
+    def names(self, section: str) -> list[str]:
+        """The options that were given."""
+        return list(self._values(section))
+
+    def take(self, section: str, *, without: Iterable[str] = ()) -> dict[str, Any]:
+        """The section's values that were given; they count as read."""
+        values = {name: value for name, value in self._values(section).items() if name not in without}
+        self._taken |= {flag for (place, name), flag in self._flags.items() if place == section and name in values}
+        return values
+
+    def refuse_unread(self, why: Mapping[str, str]) -> None:
+        """Refuse what was typed and has not been taken.
+
+        Args:
+            why: section -> the reason.
+
+        Raises:
+            UserError: naming the flags.
+        """
+        for section in dict.fromkeys(place for place, _ in self._typed):
+            flags = [flag for (place, _), flag in self._flags.items() if place == section and flag not in self._taken]
+            _refuse(flags, why.get(section, "nothing here reads it"))
+
+    def _values(self, section: str) -> dict[str, Any]:
+        typed = {name: value for (place, name), value in self._typed.items() if place == section}
+        replaced = {name for key in typed for name in self._replaced.get((section, key), ())}
+        values = {name: value for name, value in self._recipe.get(section, {}).items() if name not in replaced}
+        for name, value in typed.items():
+            before = values.get(name)
+            values[name] = {**before, **value} if isinstance(value, dict) and isinstance(before, Mapping) else value
+        return values
+
+
+def refuse_typed(context: typer.Context, parameters: Iterable[str], why: str) -> None:
+    """Refuse those of a command's own parameters that were typed although nothing reads them.
+
+    Raises:
+        UserError: naming the flags.
+    """
+    refused = set(parameters)
+    _refuse([p.opts[0] for p in context.command.params if p.name in refused and _is_typed(context, p.name)], why)
+
+
+def _is_typed(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _refuse(flags: list[str], why: str) -> None:
+    if flags:
+        raise UserError(
+            f"{' and '.join(flags)} {'has' if len(flags) == 1 else 'have'} no effect: {why}", "Leave it out."
+        )
+
+
+@dataclass
+class _Flag:
+    parameter: str
+    declared: tuple[str, ...]
+    item: Described
+    panel: str | None
+    default: Any
+    targets: list[tuple[Section, Described]] = field(default_factory=list)
+
+    def declare(self) -> inspect.Parameter:
+        """The parameter that stands for it in the command's signature."""
+        kind, values = self.item.kind, self.item.values
+        option = typer.Option(
+            *self.declared,
+            help=self.item.facts.text,
+            rich_help_panel=self.panel,
+            metavar="|".join(map(str, values)) or ("NAME=VALUE" if kind is Mapping else None),
+        )
+        hint = typing.cast(Any, Annotated)[_typed_as(self.item), option]
+        return inspect.Parameter(self.parameter, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=hint)
+
+
+def takes(*sections: Section) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: where the command's parameter ``given`` stands, its flags stand on the command line."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        flags = _flags(sections)
+        hints = typing.get_type_hints(command, include_extras=True)
+        parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+        for name, parameter in inspect.signature(command).parameters.items():
+            if name == "given":
+                parameters += [flag.declare() for flag in flags]
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            context: typer.Context = values.pop("context")
+            given = _given([(flag, values.pop(flag.parameter)) for flag in flags], context)
+            command(given=given, **values)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _flags(sections: Iterable[Section]) -> list[_Flag]:
+    """One for each flag; sections that name the same one share it."""
+    flags: dict[str, _Flag] = {}
+    for section in sections:
+        for item in section.items():
+            declared = section.declared(item)
+            new = _Flag(f"{section.name}_{item.name}", declared, item, section.panel, section.default(item))
+            flags.setdefault(declared[0], new).targets.append((section, item))
+    return list(flags.values())
+
+
+def _given(flags: Iterable[tuple[_Flag, Any]], context: typer.Context) -> Given:
+    typed: dict[Target, Any] = {}
+    names: dict[Target, str] = {}
+    replaced: dict[Target, tuple[str, ...]] = {}
+    for flag, value in flags:
+        if not _is_typed(context, flag.parameter):
+            continue
+        plain = parse_pairs(value) if flag.item.kind is Mapping else value
+        for section, item in flag.targets:
+            target = (section.name, item.name)
+            typed[target] = convert(flag.declared[0], plain, item.hint, item.facts)
+            names[target] = flag.declared[0]
+            replaced[target] = item.facts.replaces
+    return Given(typed, names, replaced)
+
+
+def _typed_as(item: Described) -> Any:
+    """The type that the command line reads for an option."""
+    kind = item.kind
+    if kind is Mapping:
+        return list[str] | None
+    if kind is tuple:
+        return list[typing.get_args(item.arms[0])[0]] | None  # type: ignore[misc]
+    plain = kind if kind in (bool, int, float, Path) else str
+    return plain if item.default is not None and plain is bool else plain | None

@@ -1,0 +1,39 @@
+"""Which text is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.options import Options, option, seed_option
+
+
+@dataclass(frozen=True)
+class DataOptions(Options):
+    """Which text is trained on."""
+
+    data: str = option(
+        "",
+        "Text to train on: a .jsonl of text or instruction rows, or what --data takes.",
+        flag="--train-data",
+    )
+    field: str = option("text", "Text column of training rows and data sets.", flag="--train-field")
+    samples: int = option(
+        10_000, "Maximum number of training sequences, drawn with the seed.", flag="--train-samples", at_least=1
+    )
+    max_length: int = option(
+        1024,
+        "Longest training sequence, in tokens: rows are cut there, plain text is cut into pieces.",
+        flag="--train-length",
+        at_least=2,
+    )
+    min_length: int = option(8, "Shorter training sequences are left out.", flag="--train-min-length", at_least=2)
+    seed: int = seed_option("Seed of the choice of training sequences.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_length > self.max_length:
+            raise UserError(
+                f"training lengths from {self.min_length} to {self.max_length} tokens make no sense",
+                "Use a minimum that is not above the maximum.",
+            )

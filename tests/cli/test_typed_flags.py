@@ -1,0 +1,101 @@
+"""A typed flag counts, or is refused by name: nothing that a user writes is ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sparsedeploy.plan import ModuleTarget, SparsityPlan
+from tests.cli.conftest import Outcome
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    SparsityPlan(0.5, "unstructured", "uniform", (ModuleTarget("a", 4, 8, 4),)).save(tmp_path / "plan.json")
+    return tmp_path / "plan.json"
+
+
+def refused(outcome: Outcome, message: str) -> None:
+    assert outcome.code == 2, outcome.err
+    assert outcome.err == f"error: {message}. Leave it out.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("-s 0.5 --train-samples 5", "--train-samples has no effect: there is no --recover"),
+        (
+            "-s 0.5 --recover-option steps=2 --train-option clip=1",
+            "--recover-option and --train-option have no effect: there is no --recover",
+        ),
+        ("-s 0.5 -m magnitude --samples 3", "--samples has no effect: magnitude and uniform read no calibration text"),
+        ("-s 0.5 --recover sparselo --train-length 99", "--train-length has no effect: sparselo does not train"),
+        ("-s 0.5 --recover sparselo --train-option clip=1", "--train-option has no effect: sparselo does not train"),
+    ],
+)
+def test_prune(cli: Cli, arguments: str, message: str) -> None:
+    refused(cli("prune", "nowhere", "-o", "out", *arguments.split()), message)
+
+
+@pytest.mark.parametrize("flag", ["--sparsity 0.5", "--pattern 2:4", "--allocation owl", "--allocation-option m=4"])
+def test_prune_by_a_plan(cli: Cli, plan: Path, flag: str) -> None:
+    outcome = cli("prune", "nowhere", "-o", "out", "--plan", plan, *flag.split())
+    refused(outcome, f"{flag.split(maxsplit=1)[0]} has no effect: the plan decides it")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("-m sparse-lora --samples 99", "--samples has no effect: sparse-lora reads no calibration text"),
+        ("-m sparselo --train-data x", "--train-data has no effect: sparselo does not train"),
+        ("-m lora --dense x", "--dense has no effect: lora starts from the pruned model"),
+    ],
+)
+def test_recover(cli: Cli, arguments: str, message: str) -> None:
+    refused(cli("recover", "nowhere", "-o", "out", *arguments.split()), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("-a owl -m sparsegpt", "--method has no effect: owl does not prune"),
+        ("-a atp --method-option block=8", "--method-option has no effect: atp does not prune"),
+        ("-a uniform --data x", "--data has no effect: uniform reads no calibration text"),
+    ],
+)
+def test_allocate(cli: Cli, arguments: str, message: str) -> None:
+    refused(cli("allocate", "nowhere", "-o", "plan.json", "-s", 0.5, *arguments.split()), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--samples 0", "--samples is 0. It takes a whole number of at least 1"),
+        ("--samples 99999999999999999999", "--samples is 99999999999999999999. It takes a whole number"),
+        ("--batch-size 0", "--batch-size is 0. It takes a whole number of at least 1"),
+        ("--accumulate float16", "--accumulate is 'float16'. It takes float32 or float64"),
+        ("--seed -1", "--seed is -1. It takes a whole number of at least 0"),
+    ],
+)
+def test_a_bad_value_is_named_by_its_flag(cli: Cli, arguments: str, message: str) -> None:
+    outcome = cli("prune", "nowhere", "-o", "out", "-s", 0.5, *arguments.split())
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("eval nowhere --tasks x --split test", "--split has no effect: there is no --data"),
+        ("eval nowhere --data x --limit 3 --seed 1", "--limit and --seed have no effect: there are no --tasks"),
+        ("bench --compare a b --rounds 3", "--rounds has no effect: --compare measures nothing"),
+        ("bench a --baseline b --threshold 3%", "--threshold has no effect: there is no --compare"),
+        ("generate nowhere text --seed 3", "--seed has no effect: at temperature 0 nothing is drawn"),
+    ],
+)
+def test_other_commands(cli: Cli, arguments: str, message: str) -> None:
+    refused(cli(*arguments.split()), message)
