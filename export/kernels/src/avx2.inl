@@ -43,10 +43,11 @@ inline Rows scaled(Rows sum, Integers integers, Rows scale, float x) {
 
 // For 8 mask bits, where each of the 8 columns finds its value; 0x80 or -1 for none.
 struct Tables {
-  // Indices of bytes: `first` counts from the first value, `last` from behind the last one of 16 bytes.
-  alignas(64) uint8_t first[256][8];
-  alignas(64) uint8_t last[256][8];
-  alignas(64) uint8_t pairs[256][16];  // the same for values of two bytes
+  // For the first 8 columns of 16, counted from the first value; for the last 8, in the 16 bytes that end with the last
+  // value. The other half of each is empty.
+  alignas(64) uint8_t first[256][16];
+  alignas(64) uint8_t last[256][16];
+  alignas(64) uint8_t pairs[256][16];  // 8 values of two bytes
   alignas(64) int32_t lanes[256][8];
   constexpr Tables() : first(), last(), pairs(), lanes() {
     for (int mask = 0; mask < 256; ++mask) {
@@ -55,7 +56,9 @@ struct Tables {
       for (int column = 0; column < 8; ++column) {
         const bool kept = mask >> column & 1;
         first[mask][column] = kept ? uint8_t(next) : 0x80;
-        last[mask][column] = kept ? uint8_t(16 - count + next) : 0x80;
+        first[mask][8 + column] = 0x80;
+        last[mask][column] = 0x80;
+        last[mask][8 + column] = kept ? uint8_t(16 - count + next) : 0x80;
         pairs[mask][2 * column] = kept ? uint8_t(2 * next) : 0x80;
         pairs[mask][2 * column + 1] = kept ? uint8_t(2 * next + 1) : 0x80;
         lanes[mask][column] = kept ? next : -1;
@@ -66,13 +69,19 @@ struct Tables {
 };
 constexpr Tables tables;
 
+// The row of a table for the 8 mask bits from `bit` on.
+SD_INLINE const __m128i* table_row(const uint8_t (&table)[256][16], uint64_t mask, int bit) {
+  const uint64_t offset = (bit >= 4 ? mask >> (bit - 4) : mask << 4) & 0xff0;
+  return reinterpret_cast<const __m128i*>(&table[0][0] + offset);
+}
+
 template <int type>
 struct Op {
   struct Word {
     Rows columns[4];
   };
   using Sum = Rows;
-  static constexpr int kWordBytes = 256, kStepBytes = 16;
+  static constexpr int kWordBytes = 256, kStepBytes = 16, kParts = 4, kChains = 4;
   static inline Word load(const uint8_t* from) {
     Word word;
 #pragma GCC unroll 4
@@ -85,20 +94,22 @@ struct Op {
   }
   static inline Sum start() { return zero_rows(); }
   static inline Sum add(Sum a, Sum b) { return add_rows(a, b); }
-  static inline void dot(Sum& sum, const Word& word, const uint8_t* x) {
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      const __m256 factor = _mm256_broadcast_ss(reinterpret_cast<const float*>(x) + c);
-      sum.low = _mm256_fmadd_ps(word.columns[c].low, factor, sum.low);
-      sum.high = _mm256_fmadd_ps(word.columns[c].high, factor, sum.high);
-    }
+  static inline void dot(Sum& sum, const Word& word, int c, const uint8_t* x) {
+    const __m256 factor = _mm256_broadcast_ss(reinterpret_cast<const float*>(x) + c);
+    sum.low = _mm256_fmadd_ps(word.columns[c].low, factor, sum.low);
+    sum.high = _mm256_fmadd_ps(word.columns[c].high, factor, sum.high);
   }
 };
 
 struct IntegerOp {
   using Word = Integers;
   using Sum = Integers;
-  static constexpr int kWordBytes = 64, kStepBytes = 4;
+  static constexpr int kWordBytes = 64, kStepBytes = 4, kParts = 1;
+#if defined(SD_DOT_BYTES)
+  static constexpr int kChains = 2;
+#else
+  static constexpr int kChains = 1;
+#endif
   static inline Word load(const uint8_t* from) {
     const __m256i* const halves = reinterpret_cast<const __m256i*>(from);
     return {_mm256_load_si256(halves), _mm256_load_si256(halves + 1)};
@@ -122,7 +133,7 @@ struct IntegerOp {
 
 // Weights without a sign (the value plus a bias) times x; the correction takes the bias times the sum of x off again.
 struct BiasedOp : IntegerOp {
-  static inline void dot(Sum& sum, const Word& word, const uint8_t* x) {
+  static inline void dot(Sum& sum, const Word& word, int, const uint8_t* x) {
     const __m256i other = four(x);
     sum.low = _mm256_dpbusd_avx_epi32(sum.low, word.low, other);
     sum.high = _mm256_dpbusd_avx_epi32(sum.high, word.high, other);
@@ -148,7 +159,7 @@ struct Op<SD_INT8> : IntegerOp {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight));
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
-  static inline void dot(Sum& sum, const Word& word, const uint8_t* x) {
+  static inline void dot(Sum& sum, const Word& word, int, const uint8_t* x) {
     const __m256i other = four(x);
     sum.low = _mm256_add_epi32(sum.low, part(word.low, other));
     sum.high = _mm256_add_epi32(sum.high, part(word.high, other));
@@ -163,7 +174,7 @@ struct Op<SD_INT4> : IntegerOp {
   static inline Sum add(Sum a, Sum b) {
     return {_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)};
   }
-  static inline void dot(Sum& sum, const Word& word, const uint8_t* x) {
+  static inline void dot(Sum& sum, const Word& word, int, const uint8_t* x) {
     const __m256i other = four(x);
     sum.low = _mm256_add_epi16(sum.low, _mm256_maddubs_epi16(word.low, other));
     sum.high = _mm256_add_epi16(sum.high, _mm256_maddubs_epi16(word.high, other));
@@ -176,30 +187,31 @@ struct Op<SD_INT4> : IntegerOp {
 
 #endif
 
-// 16 columns of int8: the first 8 values are read from the front, the others from the back, so that one count is enough.
-SD_INLINE __m128i expand_bytes(const uint8_t*& values, uint32_t mask) {
-  const uint8_t* const end = values + _mm_popcnt_u32(mask & 0xffff);
-  __m128i dense = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
-  dense = _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(dense), reinterpret_cast<const __m64*>(end - 8)));
-  __m128i indices = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(tables.first[mask & 0xff]));
-  indices = _mm_castps_si128(
-      _mm_loadh_pi(_mm_castsi128_ps(indices), reinterpret_cast<const __m64*>(tables.last[mask >> 8 & 0xff])));
-  values = end;
-  return _mm_shuffle_epi8(dense, indices);
+SD_INLINE __m256i two_loads(const void* low, const void* high) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(low))),
+                                 _mm_loadu_si128(static_cast<const __m128i*>(high)), 1);
 }
 
-SD_INLINE Integers expand_word(const uint8_t*& values, uint64_t mask) {
-  const __m128i a = expand_bytes(values, uint32_t(mask));
-  const __m128i b = expand_bytes(values, uint32_t(mask >> 16));
-  const __m128i c = expand_bytes(values, uint32_t(mask >> 32));
-  const __m128i d = expand_bytes(values, uint32_t(mask >> 48));
-  return {_mm256_set_m128i(b, a), _mm256_set_m128i(d, c)};
+// 32 columns of int8, as two times 16 whose values are [begin, middle) and [middle, end).
+SD_INLINE __m256i expand_bytes(const uint8_t* begin, const uint8_t* middle, const uint8_t* end, uint64_t mask, int bit) {
+  const __m256i first = two_loads(table_row(tables.first, mask, bit), table_row(tables.first, mask, bit + 16));
+  const __m256i last = two_loads(table_row(tables.last, mask, bit + 8), table_row(tables.last, mask, bit + 24));
+  return _mm256_or_si256(_mm256_shuffle_epi8(two_loads(begin, middle), first),
+                         _mm256_shuffle_epi8(two_loads(middle - 16, end - 16), last));
 }
 
-SD_INLINE __m128i expand_pairs(const uint8_t*& values, uint32_t mask) {
+SD_INLINE Integers expand_word(const uint8_t* values, const uint8_t* end, uint64_t mask) {
+  const uint8_t* const one = values + _mm_popcnt_u32(uint32_t(mask) << 16);
+  const uint8_t* const two = values + _mm_popcnt_u32(uint32_t(mask));
+  const uint8_t* const three = values + _mm_popcnt_u64(mask << 16);
+  return {expand_bytes(values, one, two, mask, 0), expand_bytes(two, three, end, mask, 32)};
+}
+
+// 8 columns of two bytes each, from the 8 mask bits from `bit` on.
+SD_INLINE __m128i expand_pairs(const uint8_t*& values, uint64_t mask, int bit) {
   const __m128i dense = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-  values += 2 * _mm_popcnt_u32(mask);
-  return _mm_shuffle_epi8(dense, _mm_load_si128(reinterpret_cast<const __m128i*>(tables.pairs[mask])));
+  values += 2 * _mm_popcnt_u32(uint32_t(mask >> bit) << 24);
+  return _mm_shuffle_epi8(dense, _mm_load_si128(table_row(tables.pairs, mask, bit)));
 }
 
 SD_INLINE __m256 expand_floats(const uint8_t*& values, uint32_t mask) {
@@ -217,13 +229,37 @@ struct Reader {
   const uint8_t* values;
   const uint8_t* scales;
   int scale_step;
+  // For int4: the values of a group, one to a byte. They are written a group ahead, because a load of bytes that two
+  // stores have just written waits for both. 32 bytes in front and behind because expand_bytes reads there.
+  static constexpr int kUnpacked = type == SD_INT4 ? 576 : 1;
+  alignas(32) uint8_t space[2][kUnpacked];
+  const uint8_t* unpacked;
+  int64_t left, turn = 0;
 
   Reader() = default;
   Reader(const sd_matrix* m, int64_t tile)
       : masks(m->masks + tile * m->groups * kWords),
         values(m->values + m->offsets[tile]),
         scales(reinterpret_cast<const uint8_t*>(m->scales + tile * m->scale_groups * kTileRows)),
-        scale_step(m->scale_group ? 2 * kTileRows * kGroup / m->scale_group : 0) {}
+        scale_step(m->scale_group ? 2 * kTileRows * kGroup / m->scale_group : 0),
+        left(m->groups) {
+    if constexpr (type == SD_INT4) unpack_group(masks);
+  }
+
+  // The halves of the next group's bytes into the other space.
+  SD_INLINE void unpack_group(const uint64_t* words) {
+    int64_t bytes = 0;
+#pragma GCC unroll 8
+    for (int w = 0; w < kWords; ++w) bytes += (_mm_popcnt_u64(words[w]) + 1) / 2;
+    uint8_t* to = space[turn ^ 1] + 32;
+    for (int64_t i = 0; i < bytes; i += 16, to += 32) {
+      const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i)));
+      const __m256i both = _mm256_or_si256(wide, _mm256_slli_epi16(wide, 4));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_and_si256(both, _mm256_set1_epi8(0x0f)));
+      _mm_prefetch(values + i + kValueBytesAhead, _MM_HINT_T0);
+    }
+    values += bytes;
+  }
 
   inline void group() {
     _mm_prefetch(reinterpret_cast<const char*>(masks) + kMaskBytesAhead, _MM_HINT_T0);
@@ -231,37 +267,35 @@ struct Reader {
       _mm_prefetch(scales + kScaleBytesAhead, _MM_HINT_T0);
       scales += scale_step;
     }
+    if constexpr (type == SD_INT4) {
+      turn ^= 1;
+      unpacked = space[turn] + 32;
+      if (--left > 0) unpack_group(masks + kWords);
+    }
   }
 
   // The next columns of 8 rows each, from 8 mask bits that begin at `bit`.
   SD_INLINE __m256 part(uint64_t mask, int bit) {
     if constexpr (type == SD_F32) return expand_floats(values, uint32_t(mask >> bit) & 0xff);
-    else return _mm256_cvtph_ps(expand_pairs(values, uint32_t(mask >> bit) & 0xff));
+    else return _mm256_cvtph_ps(expand_pairs(values, mask, bit));
   }
 
   SD_INLINE typename Op<type>::Word next() {
     const uint64_t mask = *masks++;
-    _mm_prefetch(values + kValueBytesAhead, _MM_HINT_T0);
+    if constexpr (type != SD_INT4) _mm_prefetch(values + kValueBytesAhead, _MM_HINT_T0);
     if constexpr (type == SD_INT8) {
-      Integers word = expand_word(values, mask);
+      const uint8_t* const end = values + _mm_popcnt_u64(mask);
+      Integers word = expand_word(values, end, mask);
+      values = end;
       if (Op<type>::kBias) {
         const __m256i bias = _mm256_set1_epi8(char(0x80));
         word = {_mm256_xor_si256(word.low, bias), _mm256_xor_si256(word.high, bias)};
       }
       return word;
     } else if constexpr (type == SD_INT4) {
-      // A word's values, one to a byte; 8 bytes in front because expand_bytes reads there.
-      alignas(32) uint8_t bytes[96];
-      const __m128i* const packed = reinterpret_cast<const __m128i*>(values);
-      const __m256i halves = _mm256_set1_epi8(0x0f);
-      for (int i = 0; i < 2; ++i) {
-        const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(packed + i));
-        const __m256i both = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), halves);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(bytes + 32 + 32 * i), both);
-      }
-      values += (_mm_popcnt_u64(mask) + 1) / 2;
-      const uint8_t* unpacked = bytes + 32;
-      const Integers word = expand_word(unpacked, mask);
+      const int64_t count = _mm_popcnt_u64(mask);
+      const Integers word = expand_word(unpacked, unpacked + count, mask);
+      unpacked += (count + 1) & ~int64_t(1);
       const __m256i bias = _mm256_set1_epi8(8);
       return {_mm256_xor_si256(word.low, bias), _mm256_xor_si256(word.high, bias)};
     } else {
@@ -272,8 +306,8 @@ struct Reader {
           __m256i rows[2];
 #pragma GCC unroll 2
           for (int i = 0; i < 2; ++i) {
-            const __m128i first = expand_pairs(values, uint32_t(mask >> (32 * half + 16 * i)) & 0xff);
-            const __m128i second = expand_pairs(values, uint32_t(mask >> (32 * half + 16 * i + 8)) & 0xff);
+            const __m128i first = expand_pairs(values, mask, 32 * half + 16 * i);
+            const __m128i second = expand_pairs(values, mask, 32 * half + 16 * i + 8);
             rows[i] = _mm256_set_m128i(second, first);
           }
           const __m256i odd = _mm256_set1_epi32(int(0xffff0000));

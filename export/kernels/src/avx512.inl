@@ -44,7 +44,7 @@ struct Op {
     __m512 columns[4];
   };
   using Sum = Rows;
-  static constexpr int kWordBytes = 256, kStepBytes = 16;
+  static constexpr int kWordBytes = 256, kStepBytes = 16, kParts = 4, kChains = 4;
   static inline Word load(const uint8_t* from) {
     Word word;
     for (int c = 0; c < 4; ++c) word.columns[c] = _mm512_load_ps(from + 64 * c);
@@ -55,9 +55,8 @@ struct Op {
   }
   static inline Sum start() { return zero_rows(); }
   static inline Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
-  static inline void dot(Sum& sum, const Word& word, const uint8_t* x) {
-    for (int c = 0; c < 4; ++c)
-      sum = _mm512_fmadd_ps(word.columns[c], _mm512_set1_ps(reinterpret_cast<const float*>(x)[c]), sum);
+  static inline void dot(Sum& sum, const Word& word, int c, const uint8_t* x) {
+    sum = _mm512_fmadd_ps(word.columns[c], _mm512_set1_ps(reinterpret_cast<const float*>(x)[c]), sum);
   }
 };
 
@@ -68,7 +67,7 @@ struct Op<SD_BF16> {
     __m512i pairs[2];
   };
   using Sum = Rows;
-  static constexpr int kWordBytes = 128, kStepBytes = 8;
+  static constexpr int kWordBytes = 128, kStepBytes = 8, kParts = 2, kChains = 4;
   static inline Word load(const uint8_t* from) {
     return {{_mm512_load_si512(from), _mm512_load_si512(from + 64)}};
   }
@@ -78,11 +77,9 @@ struct Op<SD_BF16> {
   }
   static inline Sum start() { return zero_rows(); }
   static inline Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
-  static inline void dot(Sum& sum, const Word& word, const uint8_t* x) {
-    for (int p = 0; p < 2; ++p) {
-      const __m512i pair = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(x)[p]);
-      sum = _mm512_dpbf16_ps(sum, (__m512bh)word.pairs[p], (__m512bh)pair);
-    }
+  static inline void dot(Sum& sum, const Word& word, int p, const uint8_t* x) {
+    const __m512i pair = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(x)[p]);
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)word.pairs[p], (__m512bh)pair);
   }
 };
 #endif
@@ -92,12 +89,12 @@ struct Op<SD_BF16> {
 struct IntegerOp {
   using Word = __m512i;
   using Sum = __m512i;
-  static constexpr int kWordBytes = 64, kStepBytes = 4;
+  static constexpr int kWordBytes = 64, kStepBytes = 4, kParts = 1, kChains = 2;
   static inline Word load(const uint8_t* from) { return _mm512_load_si512(from); }
   static inline void store(uint8_t* to, Word word) { _mm512_store_si512(to, word); }
   static inline Sum start() { return _mm512_setzero_si512(); }
   static inline Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
-  static inline void dot(Sum& sum, Word word, const uint8_t* x) {
+  static inline void dot(Sum& sum, Word word, int, const uint8_t* x) {
     sum = _mm512_dpbusd_epi32(sum, word, _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x)));
   }
   static inline __m512i finish(Sum sum, int32_t correction) { return _mm512_add_epi32(sum, _mm512_set1_epi32(correction)); }

@@ -53,6 +53,7 @@ extern const Kernels* const kernels_avx512;
 extern const Kernels* const kernels_avx512bf16;
 
 #define SD_INLINE inline __attribute__((always_inline))
+#define SD_INLINE_LAMBDA __attribute__((always_inline))
 
 constexpr int lane_columns(int type) { return type >= SD_INT8 ? 4 : type == SD_BF16 ? 2 : 1; }
 constexpr int value_bits(int type) { return type == SD_F32 ? 32 : type == SD_INT8 ? 8 : type == SD_INT4 ? 4 : 16; }

@@ -3,7 +3,8 @@
 //
 //   Rows                    16 sums of float32; zero_rows, load_rows, store_rows, add_rows, scaled (sum + float(a) * s * x)
 //   Op<type>::Word          the weights of one mask word, expanded; kWordBytes of it in memory; load, store
-//   Op<type>::Sum           sums within a group: start, dot (Word times 4 columns of x, kStepBytes of them), add, finish
+//   Op<type>::Sum           sums within a group: start, dot (part p of kParts of a Word times its columns of x;
+//                           kStepBytes for 4 columns; kChains sums that a single row of x needs), add, finish
 //   Reader<type>            expands a tile's words in order: group() before each group, then next() eight times
 //
 // Small batches multiply each word as it is expanded. Larger ones expand a block of columns of `kTiles` tiles into the
@@ -39,18 +40,24 @@ struct Operands {
   int groups_per_scale;
 };
 
+template <int number>
+struct Constant {
+  constexpr operator int() const { return number; }
+};
+
 template <int type>
 constexpr bool kIntegers = type == SD_INT8 || type == SD_INT4;
 
 // `groups` groups of `tiles` tiles times `batch` rows of x, added to `sums`.
 template <int type, int tiles, int batch, typename Source>
 SD_INLINE void multiply(Source* source, int64_t groups, const Operands& o, Rows (&sums)[tiles][batch]) {
-  // Few sums at once wait for each other: two chains of them.
-  constexpr int chains = tiles * batch <= 2 ? 2 : 1;
+  // Few sums at once wait for each other: several chains of them.
+  constexpr int parts_of_word = Op<type>::kParts;
+  constexpr int chains = tiles * batch == 1 ? Op<type>::kChains : tiles * batch == 2 && Op<type>::kChains > 1 ? 2 : 1;
   using Sum = typename Op<type>::Sum;
   Sum parts[chains][tiles][batch];
   const auto begin = [&] {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int chain = 0; chain < chains; ++chain)
 #pragma GCC unroll 2
       for (int t = 0; t < tiles; ++t)
@@ -58,24 +65,34 @@ SD_INLINE void multiply(Source* source, int64_t groups, const Operands& o, Rows 
         for (int b = 0; b < batch; ++b) parts[chain][t][b] = Op<type>::start();
   };
   const auto joined = [&](int t, int b) {
-    return chains == 2 ? Op<type>::add(parts[0][t][b], parts[chains - 1][t][b]) : parts[0][t][b];
+    if constexpr (chains == 1) return parts[0][t][b];
+    Sum sum = Op<type>::add(parts[0][t][b], parts[1][t][b]);
+    if constexpr (chains == 4) sum = Op<type>::add(sum, Op<type>::add(parts[2][t][b], parts[3][t][b]));
+    return sum;
   };
   if constexpr (!kIntegers<type>) begin();
   const uint8_t* x = o.x;
+  // One word; `half` is 0 and 1 by turns, a constant so that the sums stay in registers.
+  const auto step = [&](auto half) SD_INLINE_LAMBDA {
+    typename Op<type>::Word words[tiles];
+#pragma GCC unroll 2
+    for (int t = 0; t < tiles; ++t) words[t] = source[t].next();
+#pragma GCC unroll 8
+    for (int b = 0; b < batch; ++b)
+#pragma GCC unroll 2
+      for (int t = 0; t < tiles; ++t)
+#pragma GCC unroll 4
+        for (int p = 0; p < parts_of_word; ++p)
+          Op<type>::dot(parts[(half * parts_of_word + p) % chains][t][b], words[t], p, x + b * o.stride);
+    x += Op<type>::kStepBytes;
+  };
   for (int64_t g = 0; g < groups; ++g) {
     if constexpr (kIntegers<type>) begin();
 #pragma GCC unroll 2
     for (int t = 0; t < tiles; ++t) source[t].group();
-#pragma GCC unroll 2
-    for (int w = 0; w < kWords; ++w) {
-      typename Op<type>::Word words[tiles];
-#pragma GCC unroll 2
-      for (int t = 0; t < tiles; ++t) words[t] = source[t].next();
-#pragma GCC unroll 8
-      for (int b = 0; b < batch; ++b)
-#pragma GCC unroll 2
-        for (int t = 0; t < tiles; ++t) Op<type>::dot(parts[chains == 2 ? w & 1 : 0][t][b], words[t], x + b * o.stride);
-      x += Op<type>::kStepBytes;
+    for (int w = 0; w < kWords; w += 2) {
+      step(Constant<0>());
+      step(Constant<1>());
     }
     if constexpr (kIntegers<type>) {
       const int64_t index = o.groups_per_scale == 1 ? g : (o.first_group + g) / o.groups_per_scale - o.first_group / o.groups_per_scale;
