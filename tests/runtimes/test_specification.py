@@ -47,8 +47,10 @@ def test_unknown_names() -> None:
     with pytest.raises(UserError, match=r"unknown runtime 'deepsparce'. Known: .*deepsparse"):
         load_runtime("deepsparce")
     assert runtime_for_target("deepsparse").name == "deepsparse"
-    with pytest.raises(UserError, match=r"no runtime here runs an artifact of target 'abacus'"):
+    with pytest.raises(UserError, match=r"no runtime here runs an artifact of target 'abacus'") as error:
         runtime_for_target("abacus")
+    targets = error.value.fix.removeprefix("Export for one of: ").rstrip(".").split(", ")
+    assert targets == sorted(set(targets))
 
 
 def test_this_machine_is_described() -> None:

@@ -1,6 +1,7 @@
 """The whole pipeline with the real engine, as the demo runs it, on the tiny reference model."""
 
 import json
+import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +12,10 @@ from rich.console import Console
 from sparsedeploy.checkpoint.manifest import inspect_checkpoint
 from sparsedeploy.errors import UserError
 from sparsedeploy.reporting.report import summary_markdown, summary_table
-from sparsedeploy.workflows.demo import DemoOptions, demo
+from sparsedeploy.workflows.demo import _commands, demo
+from sparsedeploy.workflows.options import DemoOptions, PruneOptions
+from sparsedeploy.workflows.prune import prune
+from tests.small_models import save_model
 
 OPTIONS = DemoOptions(preset="tiny", sparsities=(0.5, 0.8), samples=16, prompt_length=32, decode_tokens=4, rounds=2)
 
@@ -83,3 +87,16 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a file"):
         demo(tmp_path / "file", DemoOptions())
     assert not (tmp_path / "out").exists()
+
+
+def test_commands_to_repeat_survive_a_shell(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder; with $words"
+    save_model(folder / "dense")
+    checkpoint, artifact = folder / "sparse", folder / "artifact"
+    prune(str(folder / "dense"), checkpoint, PruneOptions(sparsity=0.5, method="magnitude"))
+    steps = _commands(folder / "dense", checkpoint, artifact, 0.5, replace(OPTIONS, method="magnitude"))
+    words = {step: shlex.split(line) for step, line in steps.items()}
+    assert str(folder / "dense") in words["prune"]
+    assert "--data" not in words["prune"], "magnitude reads no text"
+    assert words["export"][-1] == str(artifact)
+    assert all(str(checkpoint) in line for line in words.values())
