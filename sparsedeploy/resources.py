@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
+
+from platformdirs import user_cache_dir
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.paths import expand, shown
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -26,6 +30,23 @@ def cache_home() -> Path:
     """Where reference models and runtime environments are kept: ``SPARSEDEPLOY_HOME`` or the user's cache folder."""
     override = os.environ.get("SPARSEDEPLOY_HOME")
     if override:
-        return Path(override).expanduser().resolve()
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "sparsedeploy"
+        return expand(override).resolve()
+    return Path(user_cache_dir("sparsedeploy", appauthor=False))
+
+
+def cache_folder(*names: str) -> Path:
+    """A folder below :func:`cache_home`, made where it is missing.
+
+    Raises:
+        UserError: it is a file or cannot be made.
+    """
+    folder = cache_home().joinpath(*names)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"cannot write {shown(folder)}: {error.strerror}",
+            "Set SPARSEDEPLOY_HOME to a folder that you may write to.",
+        ) from error
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from sparsedeploy import progress
 from sparsedeploy.folders import new_folder
 from sparsedeploy.reference.corpus import Document, fingerprint, read_corpus
 from sparsedeploy.reference.options import ReferenceOptions, content_key, preset_options
-from sparsedeploy.resources import cache_home
+from sparsedeploy.resources import cache_folder, cache_home
 
 
 def reference_model(preset: str = "default", seed: int = 0, *, refresh: bool = False) -> Path:
@@ -34,7 +33,7 @@ def cached_reference(options: ReferenceOptions, documents: Sequence[Document], *
     folder = cache_home() / "reference" / f"{options.name}-{content_key(options, fingerprint(documents))}"
     if folder.is_dir() and not refresh:  # folders appear whole, so being there is being complete
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    cache_folder("reference")
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
         lock.acquire(blocking=False)
@@ -45,8 +44,6 @@ def cached_reference(options: ReferenceOptions, documents: Sequence[Document], *
         if not folder.is_dir() or refresh:
             from sparsedeploy.reference.train import train_reference  # torch and transformers only when needed
 
-            for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed: we hold the lock
-                shutil.rmtree(leftover, ignore_errors=True)
             progress.note(f"Training the '{options.name}' reference model (once; it is kept in {folder.parent}).")
             with new_folder(folder, overwrite=True) as staging:
                 train_reference(options, documents, staging)

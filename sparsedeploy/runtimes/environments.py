@@ -21,11 +21,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+from filelock import FileLock, Timeout
+
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
 from sparsedeploy.reading import read_object
-from sparsedeploy.resources import cache_home
+from sparsedeploy.resources import cache_folder, cache_home
 from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import Runtime, Version, load_runtime, runtime_names
 from sparsedeploy.runtimes.worker import Worker
@@ -150,8 +152,9 @@ def status(name: str) -> Status:
 def install(name: str, python: str | None = None, extra: str | None = None) -> Status:
     """Make the environment of a runtime, or leave it as it is when it is complete and its pins are unchanged.
 
-    An interrupted installation is done again from the start. The environment is made with ``venv`` and filled by its
-    own pip under the user's pip configuration; nothing outside ``CACHE/runtimes/NAME`` changes.
+    An interrupted installation is done again from the start. Where uv is installed it makes the environment, fetching a
+    Python that fits when there is none, and fills it; else, or where uv cannot (it does not read pip's configuration),
+    venv and the environment's own pip do. Nothing outside ``CACHE/runtimes/NAME`` and uv's own folders changes.
 
     Args:
         python: the Python to make it from; by default the running one if it fits, else one that is found.
@@ -176,13 +179,13 @@ def install(name: str, python: str | None = None, extra: str | None = None) -> S
             if more is not None:
                 _add(runtime, home, more)
             return status(name)
-        base = find_python(runtime, python)
+        command = _venv_command(runtime, python)
         home.mkdir(parents=True, exist_ok=True)
         (home / MARKER_FILE).unlink(missing_ok=True)
         shutil.rmtree(home / "env", ignore_errors=True)
         log = home / "install.log"
         with open(log, "w", encoding="utf-8") as file:
-            _fill(runtime, base, home / "env", file, log)
+            _fill(runtime, command, home / "env", file, log)
         marker = _describe(runtime, home / "env", log)
         write_json(home / MARKER_FILE, {"requirements_sha256": runtime.requirements_sha256, **marker})
         if more is not None:
@@ -250,9 +253,7 @@ def check(name: str, python: str | None = None) -> CheckReport:
 
 
 def find_python(runtime: Runtime, python: str | None = None) -> Path:
-    """A Python that the runtime supports: the named one, the running one, or the newest found on this machine.
-
-    Looks on PATH and among the versions of pyenv and uv.
+    """A Python that the runtime supports: the named one, the running one, or the newest on PATH or of pyenv.
 
     Raises:
         UserError: the named one does not fit, or none was found.
@@ -271,7 +272,7 @@ def find_python(runtime: Runtime, python: str | None = None) -> Path:
     word = "new" if running > high else "old"
     raise UserError(
         f"Python {here} is too {word} for {runtime.title} (needs {_text(low)} to {_text(high)}) and no other was found",
-        f"Install Python {_text(high)} and run: sparsedeploy runtime install {runtime.name} "
+        f"Install uv, which fetches one, or Python {_text(high)}, and run: sparsedeploy runtime install {runtime.name} "
         f"--python /path/to/python{_text(high)}.",
     )
 
@@ -338,14 +339,12 @@ def _installed_pythons(runtime: Runtime) -> Iterator[Path]:
     """Interpreters of supported versions, newest first."""
     low, high = runtime.python
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    data = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
     for minor in range(high[1], low[1] - 1, -1):
         name = f"python{high[0]}.{minor}"
         for folder in os.get_exec_path():
             if (Path(folder) / name).is_file():
                 yield Path(folder) / name
         yield from sorted(pyenv.glob(f"versions/{high[0]}.{minor}*/bin/{name}"), reverse=True)
-        yield from sorted(data.glob(f"uv/python/cpython-{high[0]}.{minor}*/bin/{name}"), reverse=True)
 
 
 def _version_of(python: Path) -> Version | None:
@@ -366,34 +365,76 @@ def _version_of(python: Path) -> Version | None:
         return None
 
 
-def _fill(runtime: Runtime, base: Path, env: Path, file: TextIO, log: Path) -> None:
+def _venv_command(runtime: Runtime, python: str | None) -> list[str]:
+    """The command that makes an environment in the folder that is added to it."""
+    running = (sys.version_info.major, sys.version_info.minor)
+    uv = shutil.which("uv")
+    if uv is None or python is not None or runtime.accepts_python(running):
+        return [str(find_python(runtime, python)), "-m", "venv"]
+    low, (major, minor) = runtime.python
+    # With pip inside, for what uv cannot install.
+    return [uv, "venv", "--no-project", "--seed", "--python", f">={_text(low)},<{major}.{minor + 1}"]
+
+
+def _fill(runtime: Runtime, command: list[str], env: Path, file: TextIO, log: Path) -> None:
     """Make the environment and install the pinned requirements into it."""
-    variables = {**process_environment(runtime), "PIP_USER": "0"}
+    variables = _install_variables(runtime)
     with progress.bar(f"install {runtime.title}", None) as advance:
-        _run([str(base), "-m", "venv", str(env)], variables, file, log, lambda line: None)
+        try:
+            _run([*command, str(env)], variables, file, log, lambda line: None)
+        except UserError:
+            if command[1] != "venv":
+                raise
+            file.write("uv has no Python that fits and cannot fetch one\n")
+            _run([str(find_python(runtime)), "-m", "venv", str(env)], variables, file, log, lambda line: None)
 
         def show(line: str) -> None:
-            found = re.match(r"(Collecting|Installing|Downloading)\s+(\S+)", line)
+            found = re.match(r"(Collecting|Installing|Downloading|Prepared|Resolved)\s+(\S+)", line)
             if found:
                 advance(1, f"{found[1].lower()} {found[2][:40]}")
 
-        pip = [str(_python_of(env)), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-        _run([*pip, "-r", str(runtime.requirements)], variables, file, log, show)
+        _install(env, [runtime.requirements], variables, file, log, show)
         if runtime.after_install is not None:
             # It is told where this sparsedeploy and the runtime's own package are.
             folders = [str(Path(__file__).resolve().parents[1]), str(runtime.folder / f"sparsedeploy_{runtime.name}")]
-            command = [str(_python_of(env)), str(runtime.after_install), *folders]
-            _run(command, variables, file, log, lambda line: None)
+            finish = [str(_python_of(env)), str(runtime.after_install), *folders]
+            _run(finish, variables, file, log, lambda line: None)
 
 
 def _add(runtime: Runtime, home: Path, more: Path) -> None:
     """Install more pinned requirements into a complete environment, whose own pins stay as they are."""
-    pip = [str(_python_of(home / "env")), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-    variables = {**process_environment(runtime), "PIP_USER": "0"}
     log = home / "install.log"
     with open(log, "a", encoding="utf-8") as file, progress.bar(f"add to {runtime.title}", None) as advance:
-        files = ["-r", str(runtime.requirements), "-r", str(more)]
-        _run([*pip, *files], variables, file, log, lambda line: advance(1, line[:40]))
+
+        def show(line: str) -> None:
+            advance(1, line[:40])
+
+        _install(home / "env", [runtime.requirements, more], _install_variables(runtime), file, log, show)
+
+
+def _install_variables(runtime: Runtime) -> dict[str, str]:
+    return {**process_environment(runtime), "PIP_USER": "0"}
+
+
+def _install(
+    env: Path,
+    requirements: list[Path],
+    variables: dict[str, str],
+    file: TextIO,
+    log: Path,
+    show: Callable[[str], None],
+) -> None:
+    """Install requirements with uv where it is there, else, or where that fails, with the environment's own pip."""
+    python = str(_python_of(env))
+    files = [argument for path in requirements for argument in ("-r", str(path))]
+    if (uv := shutil.which("uv")) is not None:
+        try:
+            _run([uv, "pip", "install", "--python", python, *files], variables, file, log, show)
+            return
+        except UserError:
+            file.write("uv failed; pip, with the user's configuration of it, is tried\n")
+    pip = [python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+    _run([*pip, *files], variables, file, log, show)
 
 
 def _run(command: list[str], variables: dict[str, str], file: TextIO, log: Path, show: Callable[[str], None]) -> None:
@@ -461,25 +502,16 @@ def _describe(runtime: Runtime, env: Path, log: Path) -> dict[str, Any]:
 @contextmanager
 def _lock(name: str) -> Iterator[None]:
     """Let one process at a time change a runtime's environment; a second one waits."""
-    folder = cache_home() / "runtimes"
+    lock = FileLock(cache_folder("runtimes") / f".{name}.lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {folder}: {error.strerror}", "Set SPARSEDEPLOY_HOME to a folder that you may write to."
-        ) from error
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress.note(f"waiting for another process that changes runtime {name}")
+        lock.acquire()
     try:
-        import fcntl
-    except ImportError:
         yield
-        return
-    with open(folder / f".{name}.lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress.note(f"waiting for another process that changes runtime {name}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    finally:
+        lock.release()
 
 
 def _text(version: Version) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.resources import cache_home
+from sparsedeploy.resources import cache_folder
 from sparsedeploy.runtimes.process_group import GuardedProcess
 
 _LOGS_KEPT = 20
@@ -251,17 +251,11 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def new_log(name: str) -> Path:
-    """A new log file; only the newest of a runtime's logs are kept."""
-    folder = cache_home() / "logs"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in sorted(folder.glob(f"{name}-*.log"))[: 1 - _LOGS_KEPT]:
-            old.unlink(missing_ok=True)
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        handle, path = tempfile.mkstemp(prefix=f"{name}-{stamp}-", suffix=".log", dir=folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {folder}: {error.strerror}", "Set SPARSEDEPLOY_HOME to a folder that you may write to."
-        ) from error
+    """A new log file in a folder of that name, where only the newest are kept."""
+    folder = cache_folder("logs", name)
+    for old in sorted(folder.glob("*.log"))[: 1 - _LOGS_KEPT]:
+        old.unlink(missing_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    handle, path = tempfile.mkstemp(prefix=f"{stamp}-", suffix=".log", dir=folder)
     os.close(handle)
     return Path(path)

@@ -196,11 +196,11 @@ def test_log_names_the_error_or_ends_with_the_last_lines(tmp_path: Path) -> None
 
 
 def test_only_the_newest_logs_are_kept(start: Callable[..., Worker], home: Path) -> None:
-    (home / "logs").mkdir(parents=True)
+    (home / "logs" / "toy").mkdir(parents=True)
     for number in range(30):
-        (home / "logs" / f"toy-20200101-{number:06}.log").write_text("old")
+        (home / "logs" / "toy" / f"20200101-{number:06}.log").write_text("old")
     with start() as worker:
-        kept = sorted((home / "logs").iterdir())
+        kept = sorted((home / "logs" / "toy").iterdir())
     assert len(kept) == 20
     assert worker.log in kept
-    assert kept[0].name == "toy-20200101-000011.log"
+    assert kept[0].name == "20200101-000011.log"
