@@ -249,5 +249,5 @@ def test_a_changed_request_cannot_be_resumed_and_loses_nothing(tmp_path: Path) -
 
 @pytest.mark.parametrize("values", [{"learning_rate": 0}, {"batch_size": 0}, {"warmup_ratio": 2}, {"save_every": 0}])
 def test_training_options_that_make_no_sense(values: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(UserError, match="It takes"):
         TrainingOptions(**values)
