@@ -90,7 +90,7 @@ def journalled_folder(output: Path, request: Mapping[str, Any], *, resume: bool,
             if journal is None or journal.plan is None or (disk is None and isinstance(error, UserError)):
                 shutil.rmtree(folder, ignore_errors=True)
             else:
-                kept = f"the plan and {journal.finished} finished layers are kept"
+                kept = f"the plan and {journal.finished} finished layer{'s' * (journal.finished != 1)} are kept"
                 if disk is not None:
                     raise DiskError(
                         disk.message, f"Fix that, then run the command again with --resume: {kept}."

@@ -115,9 +115,9 @@ def _run(arguments: list[str], debug: bool) -> int:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "sparsedeploy"
         return report(f"error: {error.format_message().rstrip('.')}. See {command} --help.", 2)
     except Stop as error:
-        return report(f"stopped{hint_of(error)}", 128 + error.number)
+        return report(f"stopped.{hint_of(error)}", 128 + error.number)
     except (KeyboardInterrupt, typer.Abort) as error:
-        return report(f"stopped{hint_of(error)}", 130)
+        return report(f"stopped.{hint_of(error)}", 130)
     except Exception as error:
         if debug:
             raise

@@ -84,8 +84,9 @@ def command(*arguments: object) -> list[str]:
 
 
 _STOPPED = """
-import os
+import os, signal
 from sparsedeploy.checkpoint import journal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with it ignored
 original = journal.Journal.record_layer
 def stopped(self, index, losses):
     original(self, index, losses)
@@ -104,7 +105,7 @@ def test_a_signal_ends_prune_and_keeps_what_is_finished(number: signal.Signals, 
     run = [sys.executable, "-c", script, *arguments]
     ended = subprocess.run(run, capture_output=True, text=True, check=False)
     assert ended.returncode == 128 + number
-    assert ended.stderr == ("stopped The plan and 1 finished layers are kept: run the same command with --resume.\n")
+    assert ended.stderr == ("stopped. The plan and 1 finished layer are kept: run the same command with --resume.\n")
     assert cli(*arguments, "--resume").code == 0
     assert sorted(path.name for path in model.parent.iterdir()) == ["dense", "out"]
 
