@@ -11,7 +11,12 @@ import torch
 from sparsedeploy.errors import UserError
 
 # The values travel as integers of the same width, so that every bit pattern survives, NaNs too.
-INTEGER_OF = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+INTEGER_OF = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.int8: torch.int8,
+}
 _ROWS_PER_TASK = 256
 _BIT_COUNTS = np.array([value.bit_count() for value in range(256)], dtype=np.uint8)
 
@@ -20,14 +25,14 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
     """Refuse values that cannot be packed.
 
     Raises:
-        UserError: not bfloat16, float16 or float32.
+        UserError: not bfloat16, float16, float32, or int8 codes.
     """
     if dtype not in INTEGER_OF:
-        raise UserError(f"{name} holds {dtype} values", "Packed weights are bfloat16, float16 or float32.")
+        raise UserError(f"{name} holds {dtype} values", "Packed weights are bfloat16, float16, float32, or int8 codes.")
 
 
 def as_integers(values: torch.Tensor) -> torch.Tensor:
-    """The same bits as int16 or int32."""
+    """The same bits as an integer of the same width."""
     return values.view(INTEGER_OF[values.dtype])
 
 

@@ -12,6 +12,9 @@ from sparsedeploy.plan import NM
 METHOD = "sparsedeploy"
 VERSION = 1
 BITMASK = "bitmask"
+# Codes with a scale per group: their bits, and the columns of a group.
+BITS = (4, 8)
+GROUPS = (32, 64, 128)
 _AGAIN = "Export the checkpoint again."
 
 
@@ -23,12 +26,16 @@ class ModuleFormat:
         kind: ``bitmask`` or N:M, such as ``2:4``.
         rows, columns: the dense shape, outputs and inputs.
         values: how many values are stored.
+        bits: 8 or 4 for codes with a scale per group; None for floating-point values.
+        group: columns that share a scale; None without scales.
     """
 
     kind: str
     rows: int
     columns: int
     values: int
+    bits: int | None = None
+    group: int | None = None
 
     @property
     def pattern(self) -> NM | None:
@@ -36,7 +43,10 @@ class ModuleFormat:
         return None if self.kind == BITMASK else NM.parse(self.kind)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": self.kind, "shape": [self.rows, self.columns], "values": self.values}
+        entry: dict[str, Any] = {"format": self.kind, "shape": [self.rows, self.columns], "values": self.values}
+        if self.bits is not None:
+            entry.update(bits=self.bits, group=self.group)
+        return entry
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,13 @@ class PackedConfig:
 
 def _module(name: str, entry: Mapping[str, Any]) -> ModuleFormat:
     rows, columns = (_count(name, "shape", size) for size in entry["shape"])
-    result = ModuleFormat(str(entry["format"]), rows, columns, _count(name, "values", entry["values"]))
+    bits, group = entry.get("bits"), entry.get("group")
+    if (bits is not None or group is not None) and (bits not in BITS or group not in GROUPS):
+        raise UserError(
+            f"{name} has codes of {bits!r} bits in groups of {group!r}",
+            f"Known: bits {' and '.join(map(str, BITS))}, groups of {', '.join(map(str, GROUPS))} columns.",
+        )
+    result = ModuleFormat(str(entry["format"]), rows, columns, _count(name, "values", entry["values"]), bits, group)
     pattern = result.pattern
     if pattern is not None and pattern.m not in (4, 8):
         raise UserError(f"{name} has format {result.kind}", "Known: bitmask, N:4 and N:8.")

@@ -50,9 +50,9 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = packing.assemble(self.entry, dict(self.named_buffers()))
         product = _kernels()
-        if product is not None:
+        if product is not None and self.entry.bits is None:
             return product(x, weight, self.bias)
-        return functional.linear(x, packing.unpack(weight), self.bias)
+        return functional.linear(x, packing.unpack(weight).to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.entry.kind}"
@@ -119,6 +119,8 @@ class PackedQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 weight = packing.unpack(module.packed())
+                if module.entry.bits is not None:
+                    weight = weight.to(model.dtype)
                 linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
                 linear.weight = nn.Parameter(weight, requires_grad=False)
                 if module.bias is not None:

@@ -1,20 +1,24 @@
-"""One weight in either format: the functions of :mod:`.bitmask` and :mod:`.nm`, chosen by what they are given."""
+"""One weight in any format: the functions of :mod:`.bitmask`, :mod:`.nm` and :mod:`.quantized`, by what they get."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.formats import bitmask, bits, nm
+from sparsedeploy.formats import bitmask, bits, nm, quantized
 from sparsedeploy.formats.bitmask import BitmaskWeight
 from sparsedeploy.formats.config import BITMASK, ModuleFormat
 from sparsedeploy.formats.nm import NMWeight
+from sparsedeploy.formats.quantized import QuantizedWeight
 from sparsedeploy.plan import NM
 
-PackedWeight: TypeAlias = BitmaskWeight | NMWeight
+_AGAIN = "The file is damaged: export the checkpoint again."
+
+PackedWeight: TypeAlias = BitmaskWeight | NMWeight | QuantizedWeight
 
 
 def pack(weight: torch.Tensor, kind: str) -> PackedWeight:
@@ -27,7 +31,7 @@ def pack(weight: torch.Tensor, kind: str) -> PackedWeight:
 
 
 def unpack(packed: PackedWeight) -> torch.Tensor:
-    """The dense weight ``[rows, columns]``."""
+    """The dense weight ``[rows, columns]``; float32 where it is quantised."""
     return _module(packed).unpack(packed)
 
 
@@ -56,6 +60,8 @@ def cut_columns(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
 
 def can_cut_columns(entry: ModuleFormat, width: int) -> bool:
     """Whether :func:`cut_columns` can cut a weight into shares of that many columns."""
+    if entry.group is not None and width % entry.group:
+        return False
     if entry.pattern is None:
         return width % 8 == 0
     return width % entry.pattern.m == 0 and width // entry.pattern.m * nm.code_bits(entry.pattern) % 8 == 0
@@ -73,6 +79,8 @@ def join_rows(parts: Sequence[PackedWeight]) -> PackedWeight:
 
 def describe(packed: PackedWeight) -> ModuleFormat:
     """Its entry in the checkpoint's ``quantization_config``."""
+    if isinstance(packed, QuantizedWeight):
+        return replace(describe(packed.codes), bits=packed.bits, group=packed.group)
     kind = BITMASK if isinstance(packed, BitmaskWeight) else str(packed.pattern)
     return ModuleFormat(kind, packed.rows, packed.columns, packed.count)
 
@@ -96,11 +104,14 @@ def from_tensors(name: str, entry: ModuleFormat, tensors: Mapping[str, torch.Ten
     if missing:
         raise UserError(f"{name} lacks its tensor {missing[0]}", "Export the checkpoint again.")
     found = tensors["weight_values"].numel()
-    if found != entry.values:
+    stored = entry.values if entry.bits != 4 else -(-entry.values // 2)
+    if found != stored:
         raise UserError(
-            f"{name}: weight_values holds {found} values, the quantization_config says {entry.values}",
-            "The file is damaged: export the checkpoint again.",
+            f"{name}: weight_values holds {found} values, the quantization_config says {stored}",
+            _AGAIN,
         )
+    if entry.bits is None and tensors["weight_values"].dtype == torch.int8:
+        raise UserError(f"{name} holds int8 codes, the quantization_config has no bits and group for it", _AGAIN)
     packed = assemble(entry, tensors)
     check(packed, name)
     return packed
@@ -109,6 +120,15 @@ def from_tensors(name: str, entry: ModuleFormat, tensors: Mapping[str, torch.Ten
 def assemble(entry: ModuleFormat, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
     """Put tensors together that :func:`from_tensors` has checked before."""
     values = tensors["weight_values"]
+    if entry.bits is not None and entry.group is not None:
+        plain = replace(entry, bits=None, group=None)
+        if entry.bits == 4:
+            shape = tensor_layout(plain)["weight_values"][0]
+            values = quantized.unpack_nibbles(values, entry.values).view(shape)
+        codes = assemble(plain, {**tensors, "weight_values": values})
+        if isinstance(codes, QuantizedWeight):
+            raise TypeError("codes cannot be quantised again")
+        return QuantizedWeight(codes, tensors["weight_scales"], entry.bits, entry.group)
     if entry.pattern is None:
         return BitmaskWeight(entry.rows, entry.columns, tensors["weight_mask"], values, tensors["weight_offsets"])
     return NMWeight(entry.rows, entry.columns, entry.pattern, values, tensors["weight_positions"])
@@ -117,6 +137,11 @@ def assemble(entry: ModuleFormat, tensors: Mapping[str, torch.Tensor]) -> Packed
 def tensor_layout(entry: ModuleFormat) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Shape and dtype of a module's tensors, by the last part of their names; dtype None is the values'."""
     rows, columns, pattern = entry.rows, entry.columns, entry.pattern
+    if entry.bits is not None and entry.group is not None:
+        layout = tensor_layout(replace(entry, bits=None, group=None))
+        shape = layout["weight_values"][0] if entry.bits == 8 else (-(-entry.values // 2),)
+        layout["weight_values"] = (shape, torch.int8 if entry.bits == 8 else torch.uint8)
+        return {**layout, "weight_scales": ((rows, -(-columns // entry.group)), torch.float16)}
     if pattern is None:
         return {
             "weight_mask": ((rows, -(-columns // 8)), torch.uint8),
@@ -150,9 +175,13 @@ def smallest_kind(weight: torch.Tensor) -> str | None:
 
 
 def _kind(packed: PackedWeight) -> tuple[object, ...]:
+    if isinstance(packed, QuantizedWeight):
+        return (packed.bits, packed.group, *_kind(packed.codes))
     pattern = None if isinstance(packed, BitmaskWeight) else packed.pattern
     return (pattern, packed.columns, packed.values.dtype)
 
 
 def _module(packed: PackedWeight) -> Any:
+    if isinstance(packed, QuantizedWeight):
+        return quantized
     return bitmask if isinstance(packed, BitmaskWeight) else nm
