@@ -45,11 +45,29 @@ class Server(HfServer):
             raise BadRequest(f"torch computes a matrix product that is off by {difference:.3g}")
         return {**self.info(), "largest_difference": difference}
 
+    dtype: torch.dtype | None = None
+
+    def load(
+        self,
+        folder: str,
+        cores: int,
+        prompt_length: int,
+        new_tokens: int,
+        chunk: int,
+        batch: int = 1,
+        dtype: str | None = None,
+    ) -> dict[str, Any]:
+        """Load a folder to compute in ``dtype``; None takes the checkpoint's own, or float32 where that is faster."""
+        self.dtype = getattr(torch, dtype) if dtype else None
+        loaded = super().load(folder, cores, prompt_length, new_tokens, chunk, batch)
+        model = self.models[loaded["model"]].model
+        return {**loaded, "dtype": str(model.dtype).removeprefix("torch.")}
+
     def open(self, folder: Path, cores: int) -> Any:
-        """The folder's model in its own dtype."""
+        """The folder's model."""
         torch.set_num_threads(cores)
         try:
-            return load_model(folder)
+            return load_model(folder, dtype=self.dtype)
         except UserError as error:
             raise BadRequest(error.message, error.fix) from error
 

@@ -1,7 +1,7 @@
 """The sequential layer driver: run a causal LM one decoder layer at a time over calibration sequences.
 
 Every layer is run with the keyword arguments that the model itself gave it in one full forward pass, so position
-embeddings, masks and mixed layer types are the model's business and none of ours.
+embeddings, masks and mixed layer types are the model's business and none of ours (methods 1.2, 1.3).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.calibration.activations import Keep, choose_batch_size, new_buffer
+from sparsedeploy.calibration.arguments import Arguments, StopForward, hidden_of, probe
 from sparsedeploy.calibration.statistics import InputStatistics, Kind
+from sparsedeploy.errors import UserError
 from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
 from sparsedeploy.models.linear_views import LinearView, PrunableLinear, watch_inputs
@@ -24,16 +26,9 @@ from sparsedeploy.models.loading import exact_matmul
 from sparsedeploy.models.structure import check_finite
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
 
-# The hidden states are the caller's; a replayed cache object would append keys and values across sequences.
-_NOT_REPLAYED = ("hidden_states", "past_key_values", "past_key_value")
 
-
-class _StopForward(Exception):
-    """Raised by our own hooks to leave a forward pass early; private, so no real error is swallowed."""
-
-
-def _pass_through(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return hidden_states
+class _Irregular(Exception):
+    """Linears that shared an input at first do not always: private to the driver."""
 
 
 @dataclass
@@ -76,12 +71,14 @@ def as_source(model: nn.Module | LayerSource) -> LayerSource:
     return ResidentLayers(model) if isinstance(model, nn.Module) else model
 
 
-@dataclass(frozen=True)
-class LayerArguments:
-    """What the model passes to a layer besides the hidden states."""
-
-    positional: tuple[Any, ...]
-    named: dict[str, Any]
+def routes_tokens(layer: nn.Module) -> bool:
+    """Whether parts of a layer may see some tokens only: experts, as a list of modules or in one tensor."""
+    for module in layer.modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and any(True for _ in module.parameters()):
+            return True
+        if not isinstance(module, nn.Conv1d) and any(p.dim() == 3 for p in module.parameters(recurse=False)):
+            return True
+    return False
 
 
 class LayerDriver:
@@ -91,6 +88,7 @@ class LayerDriver:
         model: a causal LM in evaluation mode, or a source of its layers.
         tokens: int64 ``[sequences, length]``.
         batch_size: sequences per layer call; it changes memory and speed, not results. None chooses by free memory.
+            Layers that route tokens to experts are run on one sequence at a time.
         keep: where the hidden states of all sequences are kept.
         accumulate: the type that statistics are summed in.
         processes: the processes that share the sequences; each runs its part, and statistics are of all.
@@ -118,8 +116,8 @@ class LayerDriver:
         self.batch_size = batch_size or choose_batch_size(
             len(self.tokens), self.tokens.shape[1], self.widest, self.device
         )
-        if any(isinstance(one, LinearView) and one.expert is not None for one in self.stack.all_linears().values()):
-            self.batch_size = 1  # what reaches an expert can only be told apart by sequences when they come one by one
+        if any(map(routes_tokens, self.stack.layers)):
+            self.batch_size = 1
 
     def __len__(self) -> int:
         return len(self.stack.layers)
@@ -137,8 +135,7 @@ class LayerDriver:
         Raises:
             UserError: weights or activations that are not finite.
         """
-        arguments = self._layer_arguments()
-        hidden = self._embed()
+        hidden, arguments = self._enter()
         spare = None if changes_weights else new_buffer(tuple(hidden.shape), hidden.dtype, self.device, self.keep)
         for index in range(len(self)):
             return_freed_memory()
@@ -148,16 +145,16 @@ class LayerDriver:
                 if not changes:
                     self.source.read_ahead(index + 1)
                 if index < finished:
-                    self._run(layer, hidden, arguments[index], hidden)
+                    self._run(index, layer, hidden, arguments, hidden)
                     continue
                 linears = self.stack.linears(index)
                 for name, linear in linears.items():
                     check_finite(name, linear.weight)
                 statistics: dict[str, InputStatistics] = {}
                 if kind != "none":
-                    statistics = self._gather(layer, linears, kind, hidden, arguments[index], spare)
+                    statistics = self._gather(index, layer, linears, kind, hidden, arguments, spare)
                 elif spare is not None:
-                    self._run(layer, hidden, arguments[index], spare)
+                    self._run(index, layer, hidden, arguments, spare)
                 return_freed_memory()
                 yield LayerContext(index, linears, statistics, hidden, spare)
                 if spare is not None:
@@ -165,7 +162,7 @@ class LayerDriver:
                 else:
                     self.source.read_ahead(index + 1)
                     if index + 1 < len(self):
-                        self._run(layer, hidden, arguments[index], hidden)
+                        self._run(index, layer, hidden, arguments, hidden)
 
     @torch.no_grad()
     def hidden_states(self) -> Iterator[torch.Tensor]:
@@ -173,146 +170,176 @@ class LayerDriver:
 
         There is one buffer: what is yielded is overwritten by the next layer.
         """
-        arguments = self._layer_arguments()
-        hidden = self._embed()
+        hidden, arguments = self._enter()
         for index in range(len(self)):
             with self.source.layer(index) as layer:
                 self.source.read_ahead(index + 1)
-                self._run(layer, hidden, arguments[index], hidden)
+                self._run(index, layer, hidden, arguments, hidden)
             yield hidden
 
-    def _layer_arguments(self) -> list[LayerArguments]:
-        """The arguments of every layer, without cache objects, from a forward pass that skips the layers' own work."""
-        captured = [LayerArguments((), {}) for _ in self.stack.layers]
-
-        def keep(at: int) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                captured[at] = LayerArguments(
-                    args[1:], {key: value for key, value in kwargs.items() if key not in _NOT_REPLAYED}
-                )
-
-            return hook
-
-        handles = [
-            layer.register_forward_pre_hook(keep(at), with_kwargs=True) for at, layer in enumerate(self.stack.layers)
-        ]
-        try:
-            for layer in self.stack.layers:
-                layer.forward = _pass_through
-            self._base_model()(input_ids=self.tokens[:1].to(self.device), use_cache=False)
-        finally:
-            for layer in self.stack.layers:
-                del layer.forward
-            for handle in handles:
-                handle.remove()
-        return captured
-
-    def _embed(self) -> torch.Tensor:
-        """The hidden states that enter layer 0, ``[sequences, tokens, hidden]``."""
+    def _enter(self) -> tuple[torch.Tensor, Arguments]:
+        """The hidden states that enter layer 0, ``[sequences, tokens, hidden]``, and what else the layers take."""
+        known = probe(self.source, self.tokens[:1])
+        self._entering = known.entering
+        # Several streams of hidden states ([streams, 1, tokens, hidden]) are kept whole, sequence by sequence.
+        self._batched = known.batched
+        if not known.batched:
+            self.batch_size = 1
+        arguments = Arguments(self.source, known)
         hidden: torch.Tensor | None = None
-        at = 0
-
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal hidden
-            row = args[0] if args else kwargs["hidden_states"]
+        starts = range(0, len(self.tokens), self.batch_size)
+        for batch, start in enumerate(starts):
+            rows = arguments.capture(self.tokens[start : start + self.batch_size], len(starts) - batch)
+            rows = rows if known.batched else rows[None]
             if hidden is None:
-                hidden = new_buffer((len(self.tokens), *row.shape[1:]), row.dtype, self.device, self.keep)
-            hidden[at] = row[0]
-            raise _StopForward
-
-        handle = self.stack.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            for at in range(len(self.tokens)):
-                try:
-                    self._base_model()(input_ids=self.tokens[at : at + 1].to(self.device), use_cache=False)
-                except _StopForward:
-                    continue
-                raise RuntimeError("the model's forward pass did not reach its first decoder layer")
-        finally:
-            handle.remove()
+                hidden = new_buffer((len(self.tokens), *rows.shape[1:]), known.dtype, self.device, self.keep)
+            hidden[start : start + self.batch_size] = rows
         assert hidden is not None
-        return hidden
-
-    def _base_model(self) -> nn.Module:
-        """The model without its head, whose logits no pass needs."""
-        base = getattr(self.source.model, "base_model", self.source.model)
-        return base if isinstance(base, nn.Module) else self.source.model
+        return hidden, arguments
 
     def _run(
-        self, layer: nn.Module, hidden: torch.Tensor, arguments: LayerArguments, outputs: torch.Tensor | None
+        self, index: int, layer: nn.Module, hidden: torch.Tensor, arguments: Arguments, outputs: torch.Tensor | None
     ) -> None:
         """Run a layer over all sequences, batch by batch; ``outputs`` may be ``hidden`` itself."""
-        for start in range(0, len(hidden), self.batch_size):
-            self._run_batch(layer, hidden, arguments, outputs, start)
-
-    def _run_batch(
-        self,
-        layer: nn.Module,
-        hidden: torch.Tensor,
-        arguments: LayerArguments,
-        outputs: torch.Tensor | None,
-        start: int,
-    ) -> None:
-        batch = hidden[start : start + self.batch_size].to(self.device, non_blocking=True)
-        try:
-            result = layer(batch, *arguments.positional, **arguments.named)
-        except _StopForward:
-            return
-        if outputs is not None:
-            outputs[start : start + self.batch_size] = result[0] if isinstance(result, tuple) else result
+        for batch, start in enumerate(range(0, len(hidden), self.batch_size)):
+            rows = hidden[start : start + self.batch_size].to(self.device, non_blocking=True)
+            if index == 0:
+                rows = rows.to(self._entering)
+            taken = arguments[batch][index]
+            try:
+                result = layer(rows if self._batched else rows[0], *taken.positional, **taken.named)
+            except StopForward:
+                continue
+            if outputs is not None:
+                left = hidden_of(result)
+                outputs[start : start + self.batch_size] = left if self._batched else left[None]
 
     def _gather(
         self,
+        index: int,
         layer: nn.Module,
         linears: dict[str, PrunableLinear],
         kind: Kind,
         hidden: torch.Tensor,
-        arguments: LayerArguments,
+        arguments: Arguments,
         outputs: torch.Tensor | None,
     ) -> dict[str, InputStatistics]:
-        """Statistics of each linear's input; those that read the very same tensor (q, k, v; gate, up) share theirs.
+        """Statistics of each linear's input; those that always read the very same tensor (q, k, v) share theirs."""
+        for share in (True, False):
+            inputs = _Inputs(
+                linears, kind, self, len(hidden), stops=outputs is None, share=share, routes=routes_tokens(layer)
+            )
+            handle = layer.register_forward_pre_hook(inputs.begin)
+            irregular = torch.zeros(1, device=self.device)
+            try:
+                with watch_inputs(linears, inputs.feed):
+                    self._run(index, layer, hidden, arguments, outputs)
+                inputs.end()
+            except _Irregular:
+                irregular += 1
+            finally:
+                handle.remove()
+            self.processes.all_reduce(irregular)
+            if not irregular.item():
+                return inputs.statistics(self.processes)
+        raise AssertionError("without sharing, every layer is regular")
 
-        Without ``outputs`` a batch ends when it has reached its last linear: nobody needs what that would compute.
-        """
-        leaders: dict[str, str] = {}
-        by_leader: dict[str, InputStatistics] = {}
+
+class _Inputs:
+    """Listens to the linears of one layer while batches run through it.
+
+    Where nobody needs what the layer returns, a batch ends with the last linear's turn. The first batch is run whole:
+    it shows whether a linear is called more than once.
+    """
+
+    def __init__(
+        self,
+        linears: dict[str, PrunableLinear],
+        kind: Kind,
+        driver: LayerDriver,
+        sequences: int,
+        *,
+        stops: bool,
+        share: bool,
+        routes: bool,
+    ) -> None:
+        self._linears = linears
+        self._kind: Kind = kind
+        self._driver = driver
+        self._sequences = sequences
+        self._stops = stops
+        self._share = share
+        self._routes = routes
+        self._leaders: dict[str, str] = {}
+        self._sums: dict[str, InputStatistics] = {}
+        self._batches = 0
+        self._repeats = False
+        self._reset()
+
+    def _reset(self) -> None:
         # An identity is only unique while its tensor lives.
-        seen: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
-        reached: set[str] = set()
+        self._alive: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._seer: list[str] = []
+        self._calls: dict[str, list[int]] = {name: [] for name in self._linears}
 
-        def new(leader: str) -> InputStatistics:
-            return InputStatistics(linears[leader].in_features, kind, self.device, self.accumulate)
+    def begin(self, *_: Any) -> None:
+        """A batch enters the layer."""
+        self.end()
+        self._batches += 1
 
-        def feed(name: str, inputs: torch.Tensor) -> None:
-            first = seen.get(id(inputs))
-            if first is None or first[0]() is not inputs:
-                first = seen[id(inputs)] = weakref.ref(inputs), name
-            if leaders.setdefault(name, first[1]) == name:
-                statistics = by_leader[name] = by_leader.get(name) or new(name)
-                # Some layers (OPT's) flatten [batch, tokens] before a linear; statistics go sequence by sequence.
-                statistics.add(inputs, min(self.batch_size, len(hidden) - statistics.sequences))
-            reached.add(name)
-            if outputs is None and len(reached) == len(linears):
-                raise _StopForward
+    def end(self) -> None:
+        """Check that linears which share statistics saw the same tensors in the batch that is over."""
+        self._repeats |= any(len(calls) > 1 for calls in self._calls.values())
+        if any(self._calls[name] != self._calls[leader] for name, leader in self._leaders.items()):
+            raise _Irregular
+        self._reset()
 
-        handle = layer.register_forward_pre_hook(lambda *_: reached.clear())
-        try:
-            with watch_inputs(linears, feed):
-                self._run(layer, hidden, arguments, outputs)
-        finally:
-            handle.remove()
+    def feed(self, name: str, inputs: torch.Tensor) -> None:
+        """A linear is about to be applied to ``inputs [..., columns]``."""
+        known = self._alive.get(id(inputs))
+        if known is None or known[0]() is not inputs:
+            known = self._alive[id(inputs)] = weakref.ref(inputs), len(self._seer)
+            self._seer.append(name)
+        self._calls[name].append(known[1])
+        leader = self._leaders.setdefault(name, self._seer[known[1]] if self._share else name)
+        if leader == name:
+            # Some layers (OPT's) flatten [batch, tokens] before a linear; statistics go sequence by sequence.
+            done = (self._batches - 1) * self._driver.batch_size
+            self._sum(name).add(inputs, min(self._driver.batch_size, self._sequences - done))
+        if self._stops and self._batches > 1 and not self._repeats and all(self._calls.values()):
+            raise StopForward
+
+    def _sum(self, leader: str) -> InputStatistics:
+        if leader not in self._sums:
+            columns = self._linears[leader].in_features
+            self._sums[leader] = InputStatistics(columns, self._kind, self._driver.device, self._driver.accumulate)
+        return self._sums[leader]
+
+    def statistics(self, processes: Processes) -> dict[str, InputStatistics]:
+        """By name, of all processes' sequences.
+
+        Raises:
+            UserError: a linear that was not reached, or inputs that are not finite.
+        """
+        leaders = self._leaders
         # A routed expert may have been reached on some processes only.
-        for rank in range(self.processes.count):
-            leaders = {**self.processes.broadcast_object(leaders, rank), **leaders}
-        leaders = {name: leaders.get(name, name) for name in linears}
+        for rank in range(processes.count):
+            leaders = {**processes.broadcast_object(leaders, rank), **leaders}
+        leaders = {name: leaders.get(name, name) for name in self._linears}
         idle = 0
         for leader in dict.fromkeys(leaders.values()):
-            statistics = by_leader[leader] = by_leader.get(leader) or new(leader)
-            statistics.combine(self.processes)
-            if statistics.sequences == 0 and isinstance(linears[leader], LinearView):
+            statistics = self._sum(leader)
+            statistics.sequences = self._sequences
+            statistics.combine(processes)
+            if statistics.rows == 0 and isinstance(self._linears[leader], LinearView):
                 statistics.assume_equal_inputs()
                 idle += 1
+            if statistics.rows == 0 and not self._routes:
+                raise UserError(
+                    f"{leader} is used by its layer without being called, so its inputs cannot be measured",
+                    "Use --method magnitude, which measures nothing, or another model.",
+                )
             statistics.check(leader)
         if idle:
             progress.note(f"{idle} expert weights were reached by no calibration token: pruned by magnitude")
-        return {name: by_leader[leader] for name, leader in leaders.items()}
+        return {name: self._sum(leader) for name, leader in leaders.items()}

@@ -34,7 +34,8 @@ class InputStatistics:
         accumulate: the type of products and sums. In float64 the order of the sums no longer shows in the results.
 
     Attributes:
-        sequences: how many were added.
+        sequences: how many were added; the driver counts those that ran through the layer, reached or not.
+        rows: tokens that were added.
         memo: what was derived from the complete sums and serves all linears with this input, such as a factorisation.
     """
 
@@ -42,6 +43,8 @@ class InputStatistics:
         self.columns = columns
         self.kind = kind
         self.sequences = 0
+        self.rows = 0
+        self._computed_in: torch.dtype | None = None
         self.memo: dict[object, Any] = {}
         shape = (columns, columns) if kind == "hessian" else (columns,)
         self._sum = torch.zeros(shape, dtype=accumulate, device=device)
@@ -53,6 +56,7 @@ class InputStatistics:
         Where their rows cannot be told apart (routed experts see some tokens only), they are added in one piece.
         """
         rows = inputs.detach().reshape(-1, self.columns)
+        self._computed_in = inputs.dtype
         for part in rows.chunk(sequences) if len(rows) % sequences == 0 else (rows,):
             if self.kind == "hessian":
                 self._pending.append(part)
@@ -63,6 +67,7 @@ class InputStatistics:
         # What waits for the next batch may not keep all of this one in memory.
         self._pending = [part.clone() for part in self._pending]
         self.sequences += sequences
+        self.rows += len(rows)
 
     def _add_pending(self) -> None:
         if self._pending:
@@ -79,9 +84,9 @@ class InputStatistics:
     def combine(self, processes: Processes) -> None:
         """Add up what each process of a job accumulated over its share of the sequences."""
         processes.all_reduce(self._total)
-        counts = torch.tensor([self.sequences], device=self._total.device)
+        counts = torch.tensor([self.sequences, self.rows], device=self._total.device)
         processes.all_reduce(counts)
-        self.sequences = int(counts)
+        self.sequences, self.rows = counts.tolist()
 
     @property
     def mean_square(self) -> torch.Tensor:
@@ -114,7 +119,7 @@ class InputStatistics:
             self._sum.fill_diagonal_(1)
         else:
             self._sum.fill_(1)
-        self.sequences = 1
+        self.sequences = self.rows = 1
 
     def check(self, name: str) -> None:
         """Refuse statistics that are not finite or were never fed.
@@ -122,8 +127,13 @@ class InputStatistics:
         Raises:
             UserError: naming the module.
         """
-        if self.sequences == 0:
+        if self.rows == 0:
             raise never_reached(name)
+        if not all_finite(self._total) and self._computed_in == torch.float16:
+            raise UserError(
+                f"the inputs of {name} overflow float16, in which the model is computed",
+                "Compute in a type with a larger range: --dtype bfloat16 or float32.",
+            )
         if not all_finite(self._total):
             raise UserError(
                 f"the inputs of {name} overflow or hold NaN on the calibration text",

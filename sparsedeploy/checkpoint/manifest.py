@@ -141,6 +141,7 @@ class Manifest:
         method: the pruner; ``options`` its options.
         calibration: None when no text was read.
         modules: by full name.
+        dtype: the type that the model was computed in; None where it is not known. Masks may differ between types.
         files: SHA-256 by name.
         sparsedeploy: the version that wrote it.
     """
@@ -155,6 +156,7 @@ class Manifest:
     versions: dict[str, str]
     engine: EngineRecord | None = None
     recovery: RecoveryRecord | None = None
+    dtype: str | None = None
     files: dict[str, str] = field(default_factory=dict)
     sparsedeploy: str = __version__
 
@@ -172,6 +174,7 @@ class Manifest:
             "request": self.request,
             "method": self.method,
             "options": self.options,
+            "dtype": self.dtype,
             "calibration": asdict(self.calibration) if self.calibration else None,
             "plan": self.plan.to_dict(),
             "achieved": self.achieved,
@@ -208,6 +211,7 @@ class Manifest:
             versions=_texts(fields, "versions"),
             engine=_optional(fields, "engine", EngineRecord),
             recovery=_recovery(fields),
+            dtype=fields.text("dtype", None),
             files=_texts(fields, "files"),
             sparsedeploy=fields.text("sparsedeploy"),
         )
@@ -294,7 +298,8 @@ class ModuleFindings:
     """What a module's stored weight and mask show.
 
     Attributes:
-        zeros: masked weights; ``value_zeros`` counts every weight that is zero.
+        masked: weights that the mask prunes.
+        zeros: weights that are zero in the file: the masked ones, and those that were zero or became so.
         row_sparsity: histogram of the rows' sparsity in ten bins of width 0.1.
         follows: whether the pattern holds in every group; None for unstructured modules.
     """
@@ -302,15 +307,16 @@ class ModuleFindings:
     name: str
     rows: int
     columns: int
+    masked: int
     zeros: int
-    value_zeros: int
     row_sparsity: list[int]
     pattern: NM | None
     follows: bool | None
 
     @property
     def sparsity(self) -> float:
-        return self.zeros / (self.rows * self.columns)
+        """The masked part."""
+        return self.masked / (self.rows * self.columns)
 
 
 @dataclass
@@ -327,6 +333,12 @@ class Inspection:
 
     @property
     def sparsity(self) -> float:
+        """The masked part of all modules' weights."""
+        return sum(m.masked for m in self.modules) / sum(m.rows * m.columns for m in self.modules)
+
+    @property
+    def zeros(self) -> float:
+        """The part of all modules' weights that is zero in the file."""
         return sum(m.zeros for m in self.modules) / sum(m.rows * m.columns for m in self.modules)
 
 
@@ -366,8 +378,8 @@ def inspect_checkpoint(folder: Path) -> Inspection:
             continue
         finding = _examine(target.name, weight, mask, target.pattern)
         result.modules.append(finding)
-        if finding.zeros != target.zeros:
-            result.problems.append(f"{target.name}: {finding.zeros} masked weights, the plan has {target.zeros}")
+        if finding.masked != target.zeros:
+            result.problems.append(f"{target.name}: {finding.masked} masked weights, the plan has {target.zeros}")
         if int((weight[~mask] != 0).sum()):
             result.problems.append(f"{target.name}: weights that its mask prunes are not zero")
         if finding.follows is False:
@@ -402,8 +414,8 @@ def _examine(name: str, weight: torch.Tensor, mask: torch.Tensor, pattern: NM | 
         name=name,
         rows=rows,
         columns=columns,
-        zeros=int(pruned_per_row.sum()),
-        value_zeros=int((weight == 0).sum()),
+        masked=int(pruned_per_row.sum()),
+        zeros=int((weight == 0).sum()),
         row_sparsity=torch.bincount(bins, minlength=10).tolist(),
         pattern=pattern,
         follows=None if pattern is None else follows_n_of_m(mask, pattern.n, pattern.m),

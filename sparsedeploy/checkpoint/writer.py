@@ -55,6 +55,7 @@ class Provenance:
         request: everything that was asked for, in the sections of a recipe.
         recovery: what recovered quality after pruning, or None.
         engine: the program that pruned; None for this one.
+        dtype: the type that the model was computed in; masks may differ between types.
     """
 
     source_name: str
@@ -65,6 +66,7 @@ class Provenance:
     request: dict[str, dict[str, Any]]
     recovery: RecoveryRecord | None = None
     engine: EngineRecord | None = None
+    dtype: str | None = None
 
 
 def write_checkpoint(
@@ -138,6 +140,7 @@ def complete(
             "safetensors": safetensors.__version__,
         },
         engine=provenance.engine,
+        dtype=provenance.dtype,
         recovery=provenance.recovery,
         files={
             path.relative_to(staging).as_posix(): file_sha256(path)

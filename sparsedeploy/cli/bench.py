@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsedeploy.cli.common import JsonOption, RuntimePythonOption, console, print_json
+from sparsedeploy.cli.common import DtypeOption, JsonOption, RuntimePythonOption, console, named_dtype, print_json
 from sparsedeploy.cli.flags import refuse_typed
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
@@ -52,6 +52,7 @@ def bench_command(
         bool, typer.Option("--profile", help="Also show the time of each layer, where the engine tells.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the random prompt.")] = 0,
+    dtype: DtypeOption = "auto",
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds that loading or one run may take.")] = 600.0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File for the result with every sample, as JSON.")
@@ -100,6 +101,7 @@ def bench_command(
         chunk=chunk,
         seed=seed,
         profile=profile,
+        dtype=named_dtype(dtype),
         timeout=timeout,
     )
     values = result.to_json()

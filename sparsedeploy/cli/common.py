@@ -28,8 +28,14 @@ OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Output folde
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")]
 DataFieldOption = Annotated[str, typer.Option("--data-field", help="Text field of JSONL rows and data sets.")]
 DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="Compute in auto (the checkpoint's own), float32, bfloat16 or float16.")
+    str,
+    typer.Option(
+        "--dtype",
+        help="Compute in float32, bfloat16 or float16; auto takes the checkpoint's own, or float32 where that is "
+        "faster.",
+    ),
 ]
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 CoresOption = Annotated[int | None, typer.Option("--cores", "-c", help="Cores to use [default: all].")]
 RuntimePythonOption = Annotated[
     str | None, typer.Option("--python", help="Interpreter of an environment of your own that has the runtime.")
@@ -44,6 +50,17 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def named_dtype(name: str) -> str | None:
+    """A type's name, checked; None for ``auto``.
+
+    Raises:
+        UserError: another name.
+    """
+    if name not in _DTYPES:
+        raise UserError(f"unknown dtype '{name}'", f"Use one of {', '.join(_DTYPES)}.")
+    return None if name == "auto" else name
+
+
 def parse_dtype(name: str) -> torch.dtype | None:
     """The torch type of that name; None for ``auto``.
 
@@ -52,7 +69,5 @@ def parse_dtype(name: str) -> torch.dtype | None:
     """
     import torch
 
-    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise UserError(f"unknown dtype '{name}'", f"Use one of {', '.join(known)}.")
-    return known[name]
+    known = named_dtype(name)
+    return None if known is None else getattr(torch, known)

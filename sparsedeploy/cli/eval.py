@@ -14,10 +14,12 @@ from rich.table import Table
 from sparsedeploy.cli.common import (
     DataFieldOption,
     DeviceOption,
+    DtypeOption,
     JsonOption,
     ModelArgument,
     TrustOption,
     console,
+    parse_dtype,
     print_json,
 )
 from sparsedeploy.cli.flags import refuse_typed
@@ -61,6 +63,7 @@ def eval_command(
     max_windows: Annotated[int | None, typer.Option("--max-windows", help="Only the first so many windows.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Windows or requests per forward pass.")] = 1,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File for the result as JSON, which a report can show.")
@@ -89,6 +92,7 @@ def eval_command(
         max_windows=max_windows,
         batch_size=batch_size,
         device=device,
+        dtype=parse_dtype(dtype),
         trust_remote_code=trust_remote_code,
     )
     result["command"] = shlex.join(["sparsedeploy", *sys.argv[1:]])

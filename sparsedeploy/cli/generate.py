@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsedeploy import progress
-from sparsedeploy.cli.common import CoresOption, JsonOption, RuntimePythonOption, print_json
+from sparsedeploy.cli.common import CoresOption, DtypeOption, JsonOption, RuntimePythonOption, named_dtype, print_json
 from sparsedeploy.cli.flags import refuse_typed
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.text import load_text_tools
@@ -29,6 +29,7 @@ def generate_command(
     ] = None,
     python: RuntimePythonOption = None,
     cores: CoresOption = None,
+    dtype: DtypeOption = "auto",
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds that loading or one token may take.")] = 600.0,
     json_output: JsonOption = False,
 ) -> None:
@@ -47,6 +48,7 @@ def generate_command(
         runtime=runtime,
         python=python,
         cores=cores,
+        dtype=named_dtype(dtype),
         timeout=timeout,
     ) as model:
         loaded = time.perf_counter()

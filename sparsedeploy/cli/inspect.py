@@ -82,8 +82,8 @@ def _inspect_checkpoint(checkpoint: Path, as_json: bool) -> None:
 def _print(checkpoint: Path, result: Inspection) -> None:
     plan = result.manifest.plan
     table = Table(title=f"{checkpoint}: {result.manifest.method}, {plan.allocation}, {plan.pattern}")
-    for heading in ("module", "shape", "sparsity", "planned", "pattern", "rows 0..1"):
-        table.add_column(heading, justify="right" if heading in ("sparsity", "planned") else "left", no_wrap=True)
+    for heading in ("module", "shape", "masked", "planned", "zero", "pattern", "rows 0..1"):
+        table.add_column(heading, justify="right" if heading in ("masked", "planned", "zero") else "left", no_wrap=True)
     parts = zip(*(module.name.split(".") for module in result.modules), strict=False)
     common = "".join(f"{group[0]}." for group in itertools.takewhile(lambda group: len(set(group)) == 1, parts))
     console.print(f"modules of {common}" if common else "modules")
@@ -94,15 +94,18 @@ def _print(checkpoint: Path, result: Inspection) -> None:
             f"{module.rows} x {module.columns}",
             f"{module.sparsity:.4f}",
             f"{planned[module.name]:.4f}",
+            f"{module.zeros / (module.rows * module.columns):.4f}",
             _pattern(module),
             _histogram(module.row_sparsity),
         )
     console.print(table)
     console.print(
-        f"global sparsity {result.sparsity:.5f}, asked {plan.sparsity:.5f}, over {len(result.modules)} modules"
+        f"global sparsity {result.sparsity:.5f} (masked weights), asked {plan.sparsity:.5f}, over "
+        f"{len(result.modules)} modules; {result.zeros:.5f} of the weights are zero in the file",
+        soft_wrap=True,
     )
     if not result.problems:
-        console.print("the folder matches its manifest: files, masks, zeros and patterns")
+        console.print("the folder matches its manifest: files, masks, pruned weights and patterns")
     for problem in result.problems:
         console.print(f"problem: {problem}", markup=False)
 
@@ -125,6 +128,7 @@ def _as_dict(result: Inspection) -> dict[str, object]:
     ]
     return {
         "sparsity": result.sparsity,
+        "zeros": result.zeros,
         "modules": modules,
         "problems": result.problems,
         "plan": result.manifest.plan.to_dict(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from sparsedeploy import progress
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.computing import attention, compute_type
 from sparsedeploy.models.linear_views import watchable_experts
 from sparsedeploy.models.loading import load_config
 from sparsedeploy.models.stored_names import StoredNames, StoredParameter
@@ -65,7 +68,7 @@ class StreamedLayers:
 
     Args:
         folder: the model folder.
-        dtype: to compute in; None takes the configuration's own.
+        dtype: to compute in; None takes the configuration's own, or float32 where the processor is bad at that.
 
     Raises:
         UserError: a folder that is no causal LM or lacks tensors.
@@ -82,11 +85,11 @@ class StreamedLayers:
         config = load_config(folder, trust_remote_code=trust_remote_code)
         self.files = TensorFiles(folder)
         self.device = device
-        dtype = dtype or config.dtype or torch.float32
+        dtype = self.dtype = compute_type(config, device, dtype)
         try:
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, trust_remote_code=trust_remote_code
+                    config, dtype=dtype, attn_implementation=attention(config), trust_remote_code=trust_remote_code
                 ).eval()
         except ValueError as error:
             reason = " ".join(str(error).split())[:200]
@@ -95,6 +98,10 @@ class StreamedLayers:
         watchable_experts(self.model)
         self.stack = find_decoder_stack(self.model)
         self.names = StoredNames(self.model, self.files)
+        if self.names.left_over:
+            first = self.names.left_over[0]
+            progress.note(f"{len(self.names.left_over)} stored tensors are not part of the model, such as {first}")
+        self._kept_in_float32 = _float32_names(self.model, dtype)
         self._layer_tensors = [self._stored(self.stack.layer_name(i)) for i in range(len(self.stack.layers))]
         self._load_surroundings()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
@@ -119,7 +126,10 @@ class StreamedLayers:
             for parameter in self._layer_tensors[index]:
                 module, name = self._owner(parameter)
                 empty = torch.empty_like(getattr(module, name), device="meta")
-                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+                if name in module._parameters:
+                    module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+                else:
+                    module._buffers[name] = empty
 
     def read_ahead(self, index: int) -> None:
         if index < len(self.stack.layers):
@@ -137,40 +147,53 @@ class StreamedLayers:
 
     def _stored(self, prefix: str) -> dict[str, StoredParameter]:
         module = self.model.get_submodule(prefix)
-        return {
-            f"{prefix}.{name}": self.names.locate(f"{prefix}.{name}")
-            for name, _ in module.named_parameters(remove_duplicate=False)
-        }
+        return {f"{prefix}.{name}": self.names.locate(f"{prefix}.{name}") for name in module.state_dict()}
 
     def _load_surroundings(self) -> None:
         """Everything of the base model outside its layers: embeddings, norms, projections; not the output head."""
         base = getattr(self.model, "base_model", self.model)
-        inside = {id(p) for p in self.stack.layers.parameters()}
-        wanted = {
-            name: self.names.locate(name)
-            for name, parameter in self.model.named_parameters()
-            if id(parameter) not in inside and any(parameter is p for p in base.parameters())
-        }
+        state = self.model.state_dict(keep_vars=True)
+        inside = {id(tensor) for tensor in self.stack.layers.state_dict(keep_vars=True).values()}
+        ours = {id(tensor) for tensor in base.state_dict(keep_vars=True).values()} - inside
+        # Tied parameters are one object under several names.
+        groups: dict[int, list[str]] = {}
+        for name, tensor in state.items():
+            if id(tensor) in ours:
+                groups.setdefault(id(tensor), []).append(name)
+        wanted = {names[0]: self.names.locate(names[0]) for names in groups.values()}
         tensors = self.files.read(source for stored in wanted.values() for source in stored.sources)
-        for parameter, stored in wanted.items():
-            self._set(parameter, stored.assemble(tensors, self.model))
+        for first, *others in groups.values():
+            self._set(first, wanted[first].assemble(tensors, self.model))
+            for name in others:
+                module, last = self._owner(name)
+                setattr(module, last, getattr(*self._owner(first)))
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None:
+                if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
 
-    def _set(self, parameter: str, tensor: torch.Tensor) -> None:
-        module, name = self._owner(parameter)
-        place = module._parameters[name]
-        assert place is not None
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        """Give a parameter or a stored buffer its value."""
+        module, last = self._owner(name)
+        place = getattr(module, last)
         if tuple(tensor.shape) != tuple(place.shape):
             raise UserError(
-                f"{parameter} is stored as {tuple(tensor.shape)}, the configuration says {tuple(place.shape)}",
+                f"{name} is stored as {tuple(tensor.shape)}, the configuration says {tuple(place.shape)}",
                 "Check that config.json and the weights belong together.",
             )
-        value = tensor.to(self.device, place.dtype, non_blocking=True)
-        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        dtype = torch.float32 if name in self._kept_in_float32 else place.dtype
+        value = tensor.to(self.device, dtype, non_blocking=True)
+        if last in module._parameters:
+            module._parameters[last] = nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[last] = value
 
     def _owner(self, parameter: str) -> tuple[nn.Module, str]:
         module, _, name = parameter.rpartition(".")
         return self.model.get_submodule(module), name
+
+
+def _float32_names(model: Any, dtype: torch.dtype) -> set[str]:
+    """The parameters and buffers that transformers loads in float32 whatever type is asked for."""
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    return {name for name in model.state_dict() if any(re.search(pattern.replace("*", ".*"), name) for pattern in plan)}

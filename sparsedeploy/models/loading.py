@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.computing import attention, compute_type
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.low_rank import attach_low_rank, load_adapter
 from sparsedeploy.models.tensor_files import TensorFiles
@@ -96,7 +97,7 @@ def load_model(
     """Load a causal LM in evaluation mode, without gradients; low-rank factors beside it are attached.
 
     Args:
-        dtype: None keeps the checkpoint's own.
+        dtype: to compute in; None takes the checkpoint's own, or float32 where the processor is bad at that.
 
     Raises:
         UserError: see :func:`load_config`; also missing or broken weights.
@@ -108,7 +109,8 @@ def load_model(
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
-                dtype=dtype or "auto",
+                dtype=compute_type(config, device, dtype),
+                attn_implementation=attention(config),
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 use_safetensors=True,

@@ -78,6 +78,9 @@ class StoredSlice:
 class StoredNames:
     """The parameters and persistent buffers of a model, by name, and where they are stored.
 
+    Attributes:
+        left_over: stored tensors that are no part of the model and that its class does not name as such.
+
     Raises:
         UserError: tensors that the files lack.
     """
@@ -86,7 +89,13 @@ class StoredNames:
         self._model = model
         self._files = files
         self._wanted = dict.fromkeys(model.state_dict())
+        self._tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+        self.left_over: list[str] = []
         self._parameters = self._match()
+        optional = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+        for name in self._wanted:
+            if not any(re.search(pattern, name) for pattern in optional):
+                self.locate(name)
 
     def locate(self, name: str) -> StoredParameter:
         """How a parameter or buffer is stored.
@@ -94,8 +103,9 @@ class StoredNames:
         Raises:
             UserError: the files hold no tensor for it.
         """
-        if name in self._parameters:
-            return self._parameters[name]
+        for known in (name, self._tied.get(name)):
+            if known in self._parameters:
+                return replace(self._parameters[known], name=name) if known != name else self._parameters[name]
         return StoredParameter(name, (self._files.locate(name),))
 
     def _match(self) -> dict[str, StoredParameter]:
@@ -108,6 +118,7 @@ class StoredNames:
             name, pattern = _renamed(stored, renamings, converters, prefix, self._wanted)
             grouped.setdefault(name, []).append((stored, pattern))
         result: dict[str, StoredParameter] = {}
+        self.left_over = self._unnamed({name: sources[0][0] for name, sources in grouped.items()})
         for name, sources in grouped.items():
             tensors = tuple(self._files[stored] for stored, _ in sources)
             pattern = sources[0][1]
@@ -119,6 +130,19 @@ class StoredNames:
             names = [before + one + after for one in converter.target_patterns] if target else [name]
             result.update({one: StoredParameter(one, tensors, patterns, converter, name) for one in names})
         return result
+
+    def _unnamed(self, grouped: Mapping[str, str]) -> list[str]:
+        """The stored tensors, by the name that they would be loaded under, that are no part of the model."""
+        ignored = set(getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        buffers = [name for name, _ in self._model.named_buffers()]
+        # Buffers that are computed today and were stored once, wherever they were kept.
+        once_stored = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+        ignored |= {pattern for pattern in once_stored if any(re.search(pattern, name) for name in buffers)}
+        return [
+            stored
+            for name, stored in grouped.items()
+            if name not in self._wanted and not any(re.search(pattern, name) for pattern in ignored)
+        ]
 
     def slices(self, name: str, linear: PrunableLinear) -> tuple[StoredSlice, ...]:
         """Where the rows of a linear's weight are stored.

@@ -29,6 +29,7 @@ def evaluate(
     max_windows: int | None = None,
     batch_size: int = 1,
     device: str = "auto",
+    dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Perplexity of a model on texts and its scores on tasks, with everything needed to repeat the figures.
@@ -42,6 +43,8 @@ def evaluate(
             It changes the figure: never compare figures of different contexts.
         max_windows: evaluate only the first so many windows of each text.
         batch_size: windows, or a task's requests, per forward pass.
+
+        dtype: to compute in; None takes the checkpoint's own, or float32 where the processor is bad at that.
 
     Returns:
         Plain data. ``texts`` has the figures of each text by name; those of the first also stand at the top.
@@ -67,7 +70,7 @@ def evaluate(
         for name, text in texts.items()
     }
     loaded = load_tasks(tasks) if tasks is not None else {}
-    model = load_model(folder, device=resolve_device(device), trust_remote_code=trust_remote_code)
+    model = load_model(folder, dtype=dtype, device=resolve_device(device), trust_remote_code=trust_remote_code)
     measured = {
         name: {
             "data": texts[name],

@@ -71,7 +71,12 @@ def perplexity(model: nn.Module, windows: torch.Tensor, *, batch_size: int = 1) 
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
             loss = nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").mean(dim=1)
             losses.extend(loss.double().tolist())
-            if not math.isfinite(losses[-1]) or not torch.isfinite(loss).all():
+            if not torch.isfinite(loss).all() and next(model.parameters()).dtype == torch.float16:
+                raise UserError(
+                    f"the loss of window {start} is not finite in float16, which overflows easily",
+                    "Compute in a type with a larger range: --dtype bfloat16 or float32.",
+                )
+            if not torch.isfinite(loss).all():
                 raise UserError(
                     f"the loss of window {start} is not finite: the model has diverged",
                     "Prune less, or with another method; check the weights with sparsedeploy inspect.",

@@ -36,7 +36,7 @@ def reconstruction_losses(
 
 
 def relative_error(wanted: torch.Tensor, got: torch.Tensor) -> float:
-    """Mean over features d of |Y_d - Yhat_d|^2 / |Y_d|^2, over all tokens of ``[sequences, tokens, features]``.
+    """Mean over features d of |Y_d - Yhat_d|^2 / |Y_d|^2, over all tokens of ``[sequences, ..., features]``.
 
     Summed in float64, sequence by sequence. A feature that is zero everywhere counts 0 when it is met, else 1.
     """
@@ -44,7 +44,7 @@ def relative_error(wanted: torch.Tensor, got: torch.Tensor) -> float:
     energy = torch.zeros_like(error)
     for y, other in zip(wanted, got, strict=True):
         exact = y.double()
-        error += (exact - other.to(y.device).double()).square().sum(dim=0)
-        energy += exact.square().sum(dim=0)
+        error += (exact - other.to(y.device).double()).square().flatten(0, -2).sum(dim=0)
+        energy += exact.square().flatten(0, -2).sum(dim=0)
     share = torch.where(energy > 0, error / energy.clamp_min(torch.finfo(torch.float64).tiny), (error > 0).double())
     return share.mean().item()

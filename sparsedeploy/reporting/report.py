@@ -272,13 +272,17 @@ def _layers_section(report: Mapping[str, Any]) -> Markup:
     models = [model for model in report["models"] if model["layer_sparsity"]]
     if not models:
         return Markup("")
-    return section("Where the zeros are", _layers_figure(models, "Sparsity by decoder layer", _step(report, "prune")))
+    return section(
+        "Where weights were pruned", _layers_figure(models, "Sparsity by decoder layer", _step(report, "prune"))
+    )
 
 
 def _layers_figure(models: Sequence[Mapping[str, Any]], title: str, commands: Sequence[str]) -> Markup:
     lines = [Series(model["name"], list(enumerate(model["layer_sparsity"]))) for model in models]
     chart = line_chart(lines, title=title, x_label="decoder layer", y_label="sparsity", whole_x=True)
-    return figure(chart, "Each layer's share of zeros among its prunable weights.", commands)
+    return figure(
+        chart, "Each layer's share of masked weights among its prunable ones; the file may hold more zeros.", commands
+    )
 
 
 def _allocation_sections(report: Mapping[str, Any]) -> Iterator[Markup]:

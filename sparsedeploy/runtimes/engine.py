@@ -71,11 +71,19 @@ class WorkerModel:
         new_tokens: int,
         chunk: int,
         batch: int = 1,
+        dtype: str | None = None,
     ) -> None:
         self._worker = worker
-        options = {"cores": cores, "prompt_length": prompt_length, "new_tokens": new_tokens, "chunk": chunk}
+        options: dict[str, Any] = {
+            "cores": cores,
+            "prompt_length": prompt_length,
+            "new_tokens": new_tokens,
+            "chunk": chunk,
+        }
         if batch > 1:  # only runtimes with a ``max_batch`` know the argument
             options["batch"] = batch
+        if dtype is not None:
+            options["dtype"] = dtype
         loaded = worker.call("load", folder=str(folder.resolve()), **options)
         self._model = loaded.pop("model")
         self._facts = {**worker.ready, **loaded, **options}
@@ -128,6 +136,7 @@ def open_model(
     cores: int | None = None,
     chunk: int | None = None,
     batch: int = 1,
+    dtype: str | None = None,
     timeout: float = 600.0,
 ) -> Iterator[LoadedModel]:
     """Load an artifact on its runtime, with a cache for a prompt and new tokens of these lengths.
@@ -138,6 +147,7 @@ def open_model(
         cores: threads to use; by default all cores that this process may use.
         chunk: prompt tokens that are run at once; by default the prompt's length, at most 64.
         batch: sequences that :meth:`LoadedModel.measure` may run at once.
+        dtype: to compute in, where the runtime is PyTorch; None leaves it to the runtime.
         timeout: seconds that one request may take.
 
     Raises:
@@ -149,9 +159,10 @@ def open_model(
     chunk = chunk_for(prompt_length, chunk)
     environment = environment_for(artifact, folder, runtime, python)
     check_batch(batch, environment.runtime)
+    check_dtype(dtype, environment.runtime)
     lengths = {"prompt_length": prompt_length, "new_tokens": new_tokens, "chunk": chunk, "batch": batch}
     with environment.worker(timeout) as worker:
-        yield WorkerModel(worker, Path(folder), cores=cores, **lengths)
+        yield WorkerModel(worker, Path(folder), cores=cores, dtype=dtype, **lengths)
 
 
 def environment_for(artifact: Artifact, folder: Path, runtime: str | None, python: str | None) -> Environment:
@@ -209,6 +220,19 @@ def check_batch(batch: int, runtime: Runtime) -> None:
     if not 1 <= batch <= runtime.max_batch:
         most = "one sequence" if runtime.max_batch == 1 else f"at most {runtime.max_batch} sequences"
         raise UserError(f"{runtime.title} runs {most} at once, {batch} were asked for", "Use another batch size.")
+
+
+def check_dtype(dtype: str | None, runtime: Runtime) -> None:
+    """Refuse a type to compute in for a runtime that computes in the type of its artifact.
+
+    Raises:
+        UserError: see above.
+    """
+    if dtype is not None and runtime.name != "torch":
+        raise UserError(
+            f"{runtime.title} computes in the type that the artifact was exported in, not in {dtype}",
+            "Leave --dtype out, or use --runtime torch.",
+        )
 
 
 def check_cores(cores: int | None) -> int:

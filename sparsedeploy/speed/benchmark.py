@@ -22,7 +22,7 @@ import psutil
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
-from sparsedeploy.runtimes.engine import LoadedModel, check_cores, check_lengths, chunk_for, open_model
+from sparsedeploy.runtimes.engine import LoadedModel, check_cores, check_dtype, check_lengths, chunk_for, open_model
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.machine import Machine, this_machine
 from sparsedeploy.speed.bandwidth import Bandwidth, measure_bandwidth
@@ -61,6 +61,7 @@ class BenchmarkOptions:
         prompt_chunks: prompt length -> prompt tokens that a runtime with fixed shapes runs at once.
         warmup_rounds: rounds that are run and not counted.
         seed: of the random prompt tokens.
+        dtype: to compute in, where the runtime is PyTorch; None leaves it to the runtime.
     """
 
     artifacts: list[str]
@@ -75,6 +76,7 @@ class BenchmarkOptions:
     rounds: int
     warmup_rounds: int
     seed: int
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def benchmark(
     chunk: int | None = None,
     seed: int = 0,
     profile: bool = False,
+    dtype: str | None = None,
     timeout: float = 600.0,
 ) -> BenchmarkResult:
     """Measure prefill, decode and both together against a dense baseline, in every combination of the settings.
@@ -153,6 +156,7 @@ def benchmark(
         cores: numbers of threads to use; by default all that this process may use.
         batches: numbers of copies of the prompt that are run at once, where the runtime can.
         chunk: prompt tokens that are run at once; by default the prompt's length, at most 64.
+        dtype: to compute in, where the runtime is PyTorch; None leaves it to the runtime.
         profile: also measure the time of every operator, where the runtime tells.
         timeout: seconds that one step of the runtime may take.
 
@@ -182,9 +186,11 @@ def benchmark(
         rounds=rounds,
         warmup_rounds=warmup_rounds,
         seed=seed,
+        dtype=dtype,
     )
     for one in candidates:
         require(one.runtime.name, python)
+        check_dtype(dtype, one.runtime)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     busy_cores = psutil.cpu_percent(interval=0.5) / 100 * (psutil.cpu_count() or 1)
@@ -274,6 +280,7 @@ def _measure(
                         cores=cores,
                         chunk=options.prompt_chunks[length],
                         batch=max([batch for batch in options.batches if batch <= one.runtime.max_batch], default=1),
+                        dtype=options.dtype,
                         timeout=timeout,
                     )
                 )

@@ -77,7 +77,7 @@ def _prune(
     request = {
         **prepared.request(),
         "accumulate": options.calibration.accumulate,
-        "dtype": str(dtype),
+        "dtype": str(layers.dtype),
         "device": device.type,
         "processes": processes.count,
         "torch": torch.__version__,
@@ -128,6 +128,7 @@ def _prune(
                 asdict(prepared.pruner_options),
                 prepared.described,
                 request_of(options, reads_text=calibration is not None),
+                dtype=str(layers.dtype).removeprefix("torch."),
             )
             manifest = complete(folder, journal.folder, slices, provenance, journal.losses)
         written = processes.broadcast_object(manifest)

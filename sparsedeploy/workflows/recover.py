@@ -397,7 +397,15 @@ def _write(
         manifest = write_checkpoint(
             folder,
             output,
-            Provenance(source_name, recovered.plan, *pruning, calibration, request, recovery),
+            Provenance(
+                source_name,
+                recovered.plan,
+                *pruning,
+                calibration,
+                request,
+                recovery,
+                dtype=str(_dtype_of(job.model)).removeprefix("torch."),
+            ),
             model=job.model,
             masks=recovered.masks,
             losses=recovered.losses or losses,

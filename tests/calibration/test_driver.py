@@ -9,6 +9,7 @@ from torch import nn
 from sparsedeploy.calibration.driver import LayerDriver
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.errors import UserError
+from tests.oracle import Weight, sums_of_squares
 from tests.small_models import FAMILIES, VOCABULARY, random_model
 
 
@@ -101,3 +102,40 @@ def test_activations_that_overflow_are_refused() -> None:
 def test_a_model_in_training_mode_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="evaluation mode"):
         LayerDriver(random_model("opt").train(), tokens())
+
+
+def test_a_linear_that_is_called_twice_counts_both_inputs() -> None:
+    model = random_model("llama")
+    for layer in model.model.layers:
+        mlp, once = layer.mlp, layer.mlp.forward
+        mlp.forward = lambda x, mlp=mlp, once=once: once(x) + mlp.down_proj(2 * mlp.up_proj(x))
+    batch = tokens()
+    names = list(LayerDriver(model, batch).stack.all_linears())
+    with torch.no_grad(), sums_of_squares([Weight(model, name) for name in names]) as expected:
+        for row in batch:
+            model(input_ids=row[None], use_cache=False)
+    for size in (1, 3):
+        driver = LayerDriver(model, batch, batch_size=size)
+        for layer in driver.iterate("sum_squares", changes_weights=True):
+            for name, statistics in layer.statistics.items():
+                torch.testing.assert_close(
+                    len(batch) * statistics.mean_square.double(), expected[name], rtol=1e-5, atol=1e-6
+                )
+
+
+def test_a_model_that_changes_what_passes_between_layers_is_refused() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, layers: nn.ModuleList) -> None:
+            super().__init__()
+            self.layers = layers
+            self.embed = nn.Embedding(VOCABULARY, 8)
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+            hidden = self.embed(input_ids)
+            for layer in self.layers:
+                hidden = 2 * layer(hidden)
+            return hidden
+
+    model = Scaled(nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(2)])).eval()
+    with pytest.raises(UserError, match=r"changes what layers\.0 returns before layers\.1 takes it"):
+        next(iter(LayerDriver(model, tokens()).iterate("sum_squares", changes_weights=False)))

@@ -82,7 +82,7 @@ def test_report(tmp_path: Path, width: int) -> None:
         "Perplexity against speed",
         "Mean accuracy of the tasks against speed",
         "Tasks",
-        "Where the zeros are",
+        "Where weights were pruned",
         "Allocations at 65% sparsity",
         "Time by layer, decode",
         "Environment",

@@ -1,0 +1,325 @@
+"""What a model passes to its decoder layers, taken from its own forward pass with the layers' work left out.
+
+A layer can be run on its own if what enters it is known: the hidden states, which are the layer's before it, and its
+arguments (position embeddings, masks, per-layer inputs), which must not depend on what earlier layers compute. Both are
+checked on the model, not assumed: :func:`probe` runs it twice with other results of the layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from sparsedeploy.calibration.activations import free_bytes
+from sparsedeploy.errors import UserError
+from sparsedeploy.models.layers import LayerSource
+
+# The share of the free memory that arguments may take.
+_SHARE = 0.5
+_FIX = "Use a decoder whose layers follow each other directly, such as Llama, Qwen, Mistral, OPT or Gemma."
+
+
+class StopForward(Exception):
+    """Raised by our own hooks to leave a forward pass early; private, so no real error is swallowed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerArguments:
+    """What the model passes to a layer besides the hidden states."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """How the layers of a model are called.
+
+    Attributes:
+        results: what a layer of each class returned for one sequence: a tensor, or a tuple or list that begins with it.
+        dtype: of the hidden states between the layers; ``entering`` of those that enter the first one.
+        batched: whether the first axis of the hidden states counts sequences.
+    """
+
+    results: dict[type, Any]
+    dtype: torch.dtype
+    entering: torch.dtype
+    batched: bool
+
+
+def hidden_of(result: Any) -> torch.Tensor:
+    """The hidden states in what a layer returns."""
+    hidden = result if isinstance(result, torch.Tensor) else result[0]
+    assert isinstance(hidden, torch.Tensor)
+    return hidden
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model without its head, whose logits no pass needs."""
+    base = getattr(model, "base_model", model)
+    return base if isinstance(base, nn.Module) else model
+
+
+def probe(source: LayerSource, tokens: torch.Tensor) -> Probe:
+    """Learn how the model calls its layers, from passes over ``tokens [1, length]``.
+
+    In the first one the first layer of each class does its work; then the layers return their inputs; then other
+    values.
+
+    Raises:
+        UserError: a model that does not run its layers once each, in order, each on what the one before it returned and
+            on arguments that are independent of that.
+    """
+    results: dict[type, Any] = {}
+
+    def learn(at: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layer = source.stack.layers[at]
+        if type(layer) not in results:
+            with source.layer(at):
+                results[type(layer)] = type(layer).forward(layer, hidden, *args, **kwargs)
+        return _like(results[type(layer)], hidden.clone())
+
+    def skip(at: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _like(results[type(source.stack.layers[at])], hidden.clone())
+
+    def disturb(at: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _like(_disturbed(results[type(source.stack.layers[at])]), hidden * 1.25 + 0.5)
+
+    hidden, _ = _pass(source, tokens, learn)
+    for kind, result in results.items():
+        inner = result[0] if isinstance(result, tuple | list) and len(result) else result
+        if not isinstance(inner, torch.Tensor) or inner.shape != hidden.shape:
+            raise UserError(f"a {kind.__name__} does not return its hidden states first", _FIX)
+    _, plain = _pass(source, tokens, skip, whole=True)
+    _, disturbed = _pass(source, tokens, disturb)
+    for at, (one, other) in enumerate(zip(plain, disturbed, strict=True)):
+        if not _equal(_frozen(one), _frozen(other)):
+            raise UserError(
+                f"the arguments of {source.stack.layer_name(at)} depend on what earlier layers compute, so it cannot "
+                "be run by itself",
+                _FIX,
+            )
+    dtype = hidden.dtype
+    for result in results.values():
+        dtype = torch.promote_types(dtype, hidden_of(result).dtype)
+    return Probe(results, dtype, hidden.dtype, hidden.shape[0] == len(tokens))
+
+
+class Arguments:
+    """The arguments of every layer for every batch of calibration tokens.
+
+    Tensors that all batches share are kept once; what is mutable (a dictionary through which layers hand on keys and
+    values) is each batch's own.
+    """
+
+    def __init__(self, source: LayerSource, known: Probe) -> None:
+        self._source = source
+        self._probe = known
+        self._batches: list[list[LayerArguments]] = []
+        self._first: list[torch.Tensor] = []
+
+    def __getitem__(self, batch: int) -> list[LayerArguments]:
+        return self._batches[batch]
+
+    @torch.no_grad()
+    def capture(self, tokens: torch.Tensor, remaining: int) -> torch.Tensor:
+        """Take the arguments of one more batch ``[sequences, length]``; returns the hidden states that enter layer 0.
+
+        Args:
+            remaining: batches that follow, for which memory must be left.
+
+        Raises:
+            UserError: arguments that depend on the tokens and do not fit in memory.
+        """
+
+        def skip(at: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return _like(self._probe.results[type(self._source.stack.layers[at])], hidden)
+
+        hidden, captured = _pass(self._source, tokens, skip)
+        own: dict[int, int] = {}
+        kept = self._shared(captured, own)
+        needed = sum(own.values()) * remaining
+        free = free_bytes(self._source.device)
+        if self._batches and needed > _SHARE * free:
+            raise UserError(
+                f"what this model passes to its layers depends on the text and takes {needed / 1e9:.1f} GB more, of "
+                f"{free / 1e9:.1f} GB that are free",
+                "Use fewer --samples or a shorter --calibration-length.",
+            )
+        self._batches.append(kept)
+        return hidden
+
+    def _shared(self, captured: list[LayerArguments], own: dict[int, int]) -> list[LayerArguments]:
+        """The arguments with tensors of the first batch in place of equal ones; ``own`` counts the bytes of others."""
+        first, at = not self._batches, 0
+        done: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal at
+            position, at = at, at + 1
+            if first:
+                self._first.append(tensor)
+                return tensor
+            before = self._first[position] if position < len(self._first) else None
+            if before is not None and _equal(before, tensor):
+                return before
+            own[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        memo: dict[int, Any] = {}
+
+        def once(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in done:
+                done[id(tensor)] = keep(tensor)
+            return done[id(tensor)]
+
+        return [
+            LayerArguments(_mapped(layer.positional, once, memo), _mapped(layer.named, once, memo))
+            for layer in captured
+        ]
+
+
+def _pass(
+    source: LayerSource,
+    tokens: torch.Tensor,
+    work: Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], Any],
+    *,
+    whole: bool = False,
+) -> tuple[torch.Tensor, list[LayerArguments]]:
+    """Run the model with ``work`` in place of its layers' own.
+
+    Args:
+        whole: go on behind the last layer, to see whether the model comes back to one.
+
+    Returns:
+        The hidden states that enter the first layer, and the arguments of all layers.
+    """
+    stack = source.stack
+    entering: list[torch.Tensor] = []
+    captured: list[LayerArguments] = []
+    returned: torch.Tensor | None = None
+
+    def forward_of(at: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal returned
+            if at != len(captured):
+                raise UserError(
+                    f"the model runs {stack.layer_name(at)} after {len(captured)} layers: not once each, in order",
+                    _FIX,
+                )
+            hidden, args, kwargs = _split(args, kwargs, stack.layer_name(at))
+            if returned is not None and not (returned is hidden or _equal(returned, hidden)):
+                raise UserError(
+                    f"the model changes what {stack.layer_name(at - 1)} returns before {stack.layer_name(at)} takes it",
+                    _FIX,
+                )
+            if not entering:
+                entering.append(hidden)
+            captured.append(LayerArguments(args, kwargs))
+            result = work(at, hidden, args, kwargs)
+            if at + 1 == len(stack.layers) and not whole:
+                raise StopForward
+            returned = hidden_of(result)
+            return result
+
+        return forward
+
+    with _replaced(stack.layers, forward_of), suppress(StopForward):
+        base_model(source.model)(input_ids=tokens.to(source.device), use_cache=False)
+    if len(captured) == len(stack.layers):
+        return entering[0], captured
+    raise UserError(f"the model's forward pass ends after {len(captured)} of {len(stack.layers)} layers", _FIX)
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, forward_of: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    try:
+        for at, layer in enumerate(layers):
+            layer.forward = forward_of(at)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def _split(
+    args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden states and the other arguments; a cache object would append keys and values across sequences."""
+    kwargs = dict(kwargs)
+    if args:
+        hidden, args = args[0], args[1:]
+    else:
+        hidden = kwargs.pop("hidden_states", None)
+    if not isinstance(hidden, torch.Tensor):
+        raise UserError(f"{name} does not take its hidden states as its first argument", _FIX)
+    without = tuple(None if isinstance(value, Cache) else value for value in args)
+    return hidden, without, {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
+
+
+def _like(result: Any, hidden: torch.Tensor) -> Any:
+    """What a layer returned, with other hidden states in it."""
+    if isinstance(result, tuple | list) and len(result):
+        parts = [hidden, *result[1:]]
+        return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+    return hidden
+
+
+def _disturbed(result: Any) -> Any:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * 1.25 + 0.5 if tensor.is_floating_point() else tensor
+
+    return _mapped(result, change, {})
+
+
+def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor], memo: dict[int, Any]) -> Any:
+    """A copy of nested containers with their tensors changed; what occurs twice stays one object."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if id(value) in memo:
+        return memo[id(value)][0]
+    result = value
+    if isinstance(value, dict):
+        result = memo.setdefault(id(value), (value.copy(), value))[0]
+        for key, item in value.items():
+            result[key] = _mapped(item, change, memo)
+    elif isinstance(value, list):
+        result = memo.setdefault(id(value), ([], value))[0]
+        result.extend(_mapped(item, change, memo) for item in value)
+    elif isinstance(value, tuple):
+        parts = [_mapped(item, change, memo) for item in value]
+        result = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _mapped(getattr(value, f.name), change, memo) for f in dataclasses.fields(value) if f.init}
+        result = dataclasses.replace(value, **fields)
+    return result
+
+
+def _frozen(arguments: LayerArguments) -> list[Any]:
+    """All leaves of the arguments that have a value to compare."""
+    leaves: list[Any] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        leaves.append(tensor)
+        return tensor
+
+    _mapped([arguments.positional, arguments.named], note, {})
+    plain = [v for v in [*arguments.positional, *arguments.named.values()] if isinstance(v, bool | int | float | str)]
+    return leaves + plain
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one is other:
+            return True
+        same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+        return same and torch.equal(one, other)
+    return bool(one == other)
