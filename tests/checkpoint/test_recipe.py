@@ -5,8 +5,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsedeploy.checkpoint.recipe import recipe_yaml
+from sparsedeploy.checkpoint.recipe import modifier_for, recipe_yaml
 from sparsedeploy.plan import NM, ModuleTarget, SparsityPlan
+
+# The pruners' modules are imported before hypothesis measures how long an example takes.
+MODIFIERS = {method: modifier_for(method) for method in ("wanda", "sparsegpt")}
 
 
 def plan_of(*targets: ModuleTarget) -> SparsityPlan:
@@ -44,6 +47,12 @@ def test_sparsegpt_rate_rounds_the_smallest_fraction_up(rows: int, columns: int)
     zeros = pow(rows * 128, -1, columns)  # a block's share is a whole number and one in ``columns``
     ((_, arguments),) = modifiers(plan_of(ModuleTarget("m", rows, columns, zeros)), "sparsegpt")
     assert int(rows * 128 * arguments["sparsity"]) + 1 == rows * 128 * zeros // columns + 1
+
+
+def test_a_method_that_llm_compressor_lacks_has_no_recipe() -> None:
+    text = recipe_yaml(plan_of(ModuleTarget("a", 8, 16, 4)), "nosuch", {})
+    assert yaml.safe_load(text) is None
+    assert "llm-compressor has no modifier for the pruning method 'nosuch'" in text
 
 
 def test_an_unstructured_plan_is_one_modifier_with_rates_in_module_order() -> None:
