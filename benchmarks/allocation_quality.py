@@ -30,7 +30,8 @@ from sparsedeploy.calibration.samples import CalibrationSet, sample_tokens
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
-from sparsedeploy.models.loading import load_model, load_tokenizer
+from sparsedeploy.models.loading import load_model
+from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.pruning.layers import prune_model
 from sparsedeploy.quality.perplexity import perplexity, text_windows

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsedeploy import progress
 from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.folders import write_json, write_text
-from sparsedeploy.models.loading import load_tokenizer
+from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.reference import reference_model
 
 HERE = Path(__file__).resolve().parent

@@ -79,8 +79,9 @@ def run_cell(method: str, level: str, seed: int, folder: Path) -> dict[str, Any]
     from sparsedeploy.calibration.documents import load_documents
     from sparsedeploy.calibration.samples import sample_tokens
     from sparsedeploy.models.layers import StreamedLayers
-    from sparsedeploy.models.loading import load_model, load_tokenizer
+    from sparsedeploy.models.loading import load_model
     from sparsedeploy.models.low_rank import attach_low_rank
+    from sparsedeploy.models.tokenizer import load_tokenizer
     from sparsedeploy.plan import NM, MixedNM, parse_pattern
     from sparsedeploy.pruning.layers import prune_model
     from sparsedeploy.quality.perplexity import perplexity, text_windows

@@ -30,7 +30,8 @@ from sparsedeploy.artifacts.folder import describe_folder
 from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
-from sparsedeploy.models.loading import load_model, load_tokenizer
+from sparsedeploy.models.loading import load_model
+from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.quality.perplexity import windows_of
 from sparsedeploy.reference import reference_model, stdlib_documents
 from sparsedeploy.runtimes.engine import open_model

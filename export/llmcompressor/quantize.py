@@ -80,7 +80,9 @@ def examine(folder: str, masks: Mapping[str, torch.Tensor], windows: torch.Tenso
         ``zeros`` of all kinds, and ``perplexity_after`` on the windows.
     """
     uncompressed = CompressedTensorsConfig(run_compressed=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", quantization_config=uncompressed).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", quantization_config=uncompressed, trust_remote_code=False
+    ).eval()
     counts = {"weights": 0, "pruned": 0, "revived": 0, "zeros": 0}
     for name, mask in masks.items():
         zero = model.get_submodule(name).weight.cpu() == 0

@@ -102,7 +102,7 @@ def calibration_loader(tokens: torch.Tensor) -> Any:
 
 def load(folder: str, dtype: str = "auto") -> Any:
     """A model folder or hub id as a causal LM in evaluation mode; ``auto`` keeps the checkpoint's own dtype."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
 
 
 def check_same(folder: Path, hashes: dict[str, str]) -> None:

@@ -43,7 +43,7 @@ def open_folder(folder: Path, cores: int, options: Any = None) -> Any:
     options.intra_op_num_threads = cores
     options.inter_op_num_threads = 1
     model = ORTModelForCausalLM.from_pretrained(
-        folder, session_options=options, provider="CPUExecutionProvider", local_files_only=True
+        folder, session_options=options, provider="CPUExecutionProvider", local_files_only=True, trust_remote_code=False
     )
     # Optimum 0.1.0 gives the empty cache of some models, such as Gemma 2, the wrong sizes.
     shape = model.session.get_inputs()[model.input_names["past_key_values.0.key"]].shape

@@ -74,6 +74,7 @@ class Server:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         self.models[1] = LLM(
             str(Path(folder)),
+            trust_remote_code=False,
             # The checkpoint's own: left alone, vLLM runs float32 checkpoints in 16 bits.
             dtype=config.get("dtype") or config.get("torch_dtype") or "auto",
             max_model_len=capacity,

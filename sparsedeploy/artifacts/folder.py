@@ -43,12 +43,8 @@ class Checkpoint:
         import torch
 
         from sparsedeploy.models.loading import load_model
-        from sparsedeploy.models.structure import check_finite
 
-        model = load_model(self.folder, dtype=torch.float32, trust_remote_code=self.trust_remote_code)
-        for path, parameter in model.named_parameters():
-            check_finite(path.removesuffix(".weight"), parameter)
-        return model
+        return load_model(self.folder, dtype=torch.float32, trust_remote_code=self.trust_remote_code)
 
 
 def open_checkpoint(checkpoint: str | Path, *, adapters: bool = False, trust_remote_code: bool = False) -> Checkpoint:
@@ -63,7 +59,8 @@ def open_checkpoint(checkpoint: str | Path, *, adapters: bool = False, trust_rem
     # Heavy, and not needed to describe an exported folder.
     from sparsedeploy.models import low_rank
     from sparsedeploy.models.fingerprint import model_sha256
-    from sparsedeploy.models.loading import load_config, load_tokenizer, resolve_model
+    from sparsedeploy.models.loading import load_config, resolve_model
+    from sparsedeploy.models.tokenizer import load_tokenizer
 
     name = Path(checkpoint).expanduser().resolve().name
     folder = resolve_model(checkpoint)
@@ -93,18 +90,15 @@ def describe_folder(folder: Path, *, verify: bool = False) -> Artifact:
 
 def _describe_checkpoint(folder: Path) -> Artifact:
     # Heavy, and not needed for an exported folder.
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     from sparsedeploy.models.fingerprint import model_sha256
-    from sparsedeploy.models.loading import load_config
+    from sparsedeploy.models.loading import build_empty, load_config
     from sparsedeploy.models.stored_names import read_linear, stored_slices
     from sparsedeploy.models.structure import find_decoder_stack
     from sparsedeploy.models.tensor_files import TensorFiles
 
     config = load_config(folder)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config)
+    model = build_empty(folder, config, trust_remote_code=False)
     files = TensorFiles(folder)
     weights = zeros = 0
     dtype = "float32"

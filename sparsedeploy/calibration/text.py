@@ -12,7 +12,8 @@ from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.calibration.samples import CalibrationSet, default_length, sample_tokens
 from sparsedeploy.checkpoint.manifest import Manifest
 from sparsedeploy.errors import UserError
-from sparsedeploy.models.loading import load_config, load_tokenizer
+from sparsedeploy.models.loading import load_config
+from sparsedeploy.models.tokenizer import check_tokens, load_tokenizer
 
 
 def calibration_set(
@@ -31,7 +32,7 @@ def calibration_set(
         )
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     documents = load_documents(options.data, field=options.field)
-    return sample_tokens(
+    drawn = sample_tokens(
         documents,
         tokenizer,
         sequences=options.sequences,
@@ -40,6 +41,8 @@ def calibration_set(
         data=options.data,
         field=options.field,
     )
+    check_tokens(drawn.tokens, config.get_text_config(decoder=True).vocab_size, options.data)
+    return drawn
 
 
 def recorded_options(manifest: Manifest, *, data: str | None = None, field: str | None = None) -> CalibrationOptions:

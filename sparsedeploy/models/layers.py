@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
-from sparsedeploy.models.computing import attention, compute_type
+from sparsedeploy.models.computing import compute_type
 from sparsedeploy.models.linear_views import watchable_experts
-from sparsedeploy.models.loading import load_config
+from sparsedeploy.models.loading import build_empty, load_config
 from sparsedeploy.models.stored_names import StoredNames, StoredParameter
 from sparsedeploy.models.structure import DecoderStack, find_decoder_stack
 from sparsedeploy.models.tensor_files import TensorFiles
@@ -86,15 +84,7 @@ class StreamedLayers:
         self.files = TensorFiles(folder)
         self.device = device
         dtype = self.dtype = compute_type(config, device, dtype)
-        try:
-            with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, attn_implementation=attention(config), trust_remote_code=trust_remote_code
-                ).eval()
-        except ValueError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder} is no causal LM ({reason})", "Use a decoder-only language model.") from error
-        self.model.requires_grad_(False)
+        self.model = build_empty(folder, config, dtype=dtype, trust_remote_code=trust_remote_code)
         watchable_experts(self.model)
         self.stack = find_decoder_stack(self.model)
         self.names = StoredNames(self.model, self.files)
@@ -167,6 +157,8 @@ class StreamedLayers:
             for name in others:
                 module, last = self._owner(name)
                 setattr(module, last, getattr(*self._owner(first)))
+        layers = {s.name for layer in self._layer_tensors for stored in layer.values() for s in stored.sources}
+        self.files.check_others(layers | tensors.keys())  # the output head is read by nothing else
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:

@@ -10,26 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.computing import attention, compute_type
+from sparsedeploy.models.config_check import check_sizes
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.low_rank import attach_low_rank, load_adapter
-from sparsedeploy.models.tensor_files import TensorFiles
+from sparsedeploy.models.tensor_files import TensorFiles, check_tensor
 from sparsedeploy.reading import SOUND_COPY, read_object
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "spiece.model",
-    "vocab.txt",
-    "tokenizer_config.json",
-)
 
 
 def resolve_model(source: str | Path) -> Path:
@@ -68,14 +61,18 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if not path.exists():
         raise UserError(f"{folder} has no config.json", "Give a Hugging Face model folder or a hub id.")
     raw = read_object(path, fix=SOUND_COPY)
+    check_sizes(raw, path)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{folder} needs its own Python code to load",
                 "If you trust its source, add --trust-remote-code.",
             ) from error
+        if raw.get("model_type") in CONFIG_MAPPING:
+            reason = " ".join(str(error).split())[:240]
+            raise UserError(f"{path} is not a usable configuration ({reason})", SOUND_COPY) from error
         raise UserError(
             f"model type '{raw.get('model_type')}' in {folder} is unknown to this version of transformers",
             "Upgrade transformers, or use a supported causal LM such as Llama, Qwen, Mistral, OPT or Gemma.",
@@ -85,6 +82,26 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"{folder} is an encoder-decoder ({config.model_type})", "Use a decoder-only causal language model."
         )
     return config
+
+
+def build_empty(folder: Path, config: Any, *, dtype: torch.dtype | None = None, trust_remote_code: bool) -> nn.Module:
+    """The model of a configuration without weights, in evaluation mode and without gradients.
+
+    Raises:
+        UserError: not a causal LM, or values that no model can be built from.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention(config), trust_remote_code=trust_remote_code
+            )
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"{folder} is not a causal LM that can be built from its config.json ({reason})",
+            "Use a decoder-only language model with a sound configuration.",
+        ) from error
+    return model.requires_grad_(False).eval()
 
 
 def load_model(
@@ -117,8 +134,8 @@ def load_model(
             )
     except SafetensorError as error:
         raise UserError(f"a weight file of {folder} is truncated or corrupt ({error})", "Download it again.") from error
-    except (ValueError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:240]
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
         raise UserError(
             f"{folder} does not load as a causal LM ({reason})",
             "Check that its config.json and weights belong together.",
@@ -128,24 +145,10 @@ def load_model(
         raise UserError(f"{folder} lacks the weight {missing[0]} ({len(missing)} missing)", "Download the model again.")
     if (folder / ADAPTER).is_dir():
         attach_low_rank(model, load_adapter(folder / ADAPTER))
+    for name, tensor in {t.data_ptr(): (name, t) for name, t in model.state_dict().items()}.values():
+        check_tensor(name, tensor)
     model.requires_grad_(False)
     return model.eval().to(device)
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        UserError: the folder has none, or it does not load.
-    """
-    fix = "Copy the tokenizer files of the original model into the folder."
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise UserError(f"{folder} has no tokenizer", fix)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"the tokenizer in {folder} does not load ({reason})", fix) from error
 
 
 def resolve_device(name: str) -> torch.device:

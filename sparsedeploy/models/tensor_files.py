@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.linear_algebra import all_finite
 from sparsedeploy.models.weight_files import INDEX, read_index, weight_files
 from sparsedeploy.reading import Fields, open_regular, parse_object
 
@@ -104,6 +105,16 @@ class TensorFiles:
     def __getitem__(self, name: str) -> StoredTensor:
         return self._tensors[name]
 
+    def check_others(self, known: Set[str]) -> None:
+        """Look for NaN and infinity in every tensor that is not among the known ones, one at a time.
+
+        Raises:
+            UserError: naming the first.
+        """
+        for name, tensor in self._tensors.items():
+            if name not in known and tensor.kind in _DTYPES:
+                self.read([tensor])
+
     def locate(self, parameter: str) -> StoredTensor:
         """The stored tensor of a model parameter; checkpoints of a bare base model lack the name's first part.
 
@@ -122,7 +133,7 @@ class TensorFiles:
         """Read tensors into memory of their own, by stored name.
 
         Raises:
-            UserError: a shard that became unreadable.
+            UserError: a shard that became unreadable, or a value that is not finite.
         """
         wanted: dict[Path, list[StoredTensor]] = {}
         for tensor in tensors:
@@ -131,7 +142,9 @@ class TensorFiles:
         for shard, stored in wanted.items():
             try:
                 with open(shard, "rb", buffering=0) as file:
-                    result.update({tensor.name: _read_tensor(file, tensor) for tensor in stored})
+                    for tensor in stored:
+                        result[tensor.name] = _read_tensor(file, tensor)
+                        check_tensor(tensor.name, result[tensor.name])
             except OSError as error:
                 raise _corrupt(shard, str(error)) from error
         return result
@@ -140,11 +153,21 @@ class TensorFiles:
         """A part of a tensor, from the byte ``start`` of its shard, in the stored type.
 
         Raises:
-            UserError: a shard that became unreadable.
+            UserError: a shard that became unreadable, or a value that is not finite.
         """
         end = start + torch.Size(shape).numel() * stored.dtype.itemsize
         part = replace(stored, shape=shape, start=start, end=end)
         return self.read([part])[part.name]
+
+
+def check_tensor(name: str, tensor: torch.Tensor) -> None:
+    """Refuse NaN and infinity in a stored tensor.
+
+    Raises:
+        UserError: naming it.
+    """
+    if tensor.is_floating_point() and tensor.numel() and tensor.element_size() > 1 and not all_finite(tensor):
+        raise UserError(f"{name} holds NaN or infinite values", "Get a sound copy of the checkpoint.")
 
 
 def _read_tensor(file: FileIO, stored: StoredTensor) -> torch.Tensor:

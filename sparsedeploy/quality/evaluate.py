@@ -13,7 +13,8 @@ from sparsedeploy.calibration.documents import read_split
 from sparsedeploy.calibration.samples import default_length
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import model_sha256
-from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
+from sparsedeploy.models.loading import load_config, load_model, resolve_device, resolve_model
+from sparsedeploy.models.tokenizer import check_tokens, load_tokenizer
 from sparsedeploy.quality.perplexity import perplexity, text_windows
 from sparsedeploy.quality.tasks import TaskOptions, load_tasks, run_tasks
 
@@ -69,6 +70,8 @@ def evaluate(
         name: text_windows(text, tokenizer, length, field=field, split=split, limit=max_windows)
         for name, text in texts.items()
     }
+    for name, part in windows.items():
+        check_tokens(part, config.get_text_config(decoder=True).vocab_size, texts[name])
     loaded = load_tasks(tasks) if tasks is not None else {}
     model = load_model(folder, dtype=dtype, device=resolve_device(device), trust_remote_code=trust_remote_code)
     measured = {

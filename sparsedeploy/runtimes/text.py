@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsedeploy.artifacts.description import load_artifact
-from sparsedeploy.errors import UserError
+from sparsedeploy.reading import read_object
 
 # What a tokenizer puts where the bytes of a character are not complete yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -57,16 +57,15 @@ def load_text_tools(folder: Path) -> TextTools:
     Raises:
         UserError: not an artifact, or it holds no tokenizer.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    load_artifact(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{folder} holds no tokenizer that loads ({' '.join(str(error).split())[:120]})",
-            "Put the tokenizer into the checkpoint folder and export it again.",
-        ) from error
+    # Heavy, like transformers.
+    from sparsedeploy.models.tokenizer import load_tokenizer
+
+    artifact = load_artifact(folder)
+    tokenizer = load_tokenizer(Path(folder), vocabulary=artifact.shapes.vocab)
+    if (Path(folder) / "generation_config.json").exists():
+        read_object(Path(folder) / "generation_config.json", fix="Export the checkpoint again.")
     stop = None
     if (Path(folder) / "generation_config.json").is_file():
         stop = GenerationConfig.from_pretrained(str(folder), local_files_only=True).eos_token_id

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from sparsedeploy import progress
 from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity, config_shapes, hash_files, write_artifact
@@ -25,8 +23,9 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder, write_json
 from sparsedeploy.formats import packed as packing
 from sparsedeploy.formats.config import BITMASK, ModuleFormat, PackedConfig
-from sparsedeploy.models.structure import check_finite, find_decoder_stack
-from sparsedeploy.models.tensor_files import TensorFiles
+from sparsedeploy.models.loading import build_empty
+from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.models.tensor_files import TensorFiles, check_tensor
 from sparsedeploy.models.weight_files import INDEX, small_files
 from sparsedeploy.options import Options, option
 from sparsedeploy.reading import SOUND_COPY, read_object
@@ -162,6 +161,7 @@ class _Packer:
         with safe_open(source, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
                 tensor = file.get_tensor(name)
+                check_tensor(name, tensor)
                 tensors.update(self._pack(name, tensor) if name in self.wanted else {name: tensor})
         self.weight_map.update(dict.fromkeys(tensors, target.name))
         self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -169,7 +169,6 @@ class _Packer:
 
     def _pack(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         module = name.removesuffix(".weight")
-        check_finite(module, weight)
         self.weights += weight.numel()
         self.zeros += weight.numel() - int(weight.count_nonzero())
         self.dtype = str(weight.dtype).removeprefix("torch.")
@@ -192,12 +191,7 @@ class _Packer:
 
 def _linears(checkpoint: Path, config: Any, trust_remote_code: bool) -> tuple[list[str], list[str]]:
     """Names of the linears inside the decoder layers, and of those outside (the output head)."""
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{checkpoint} is no causal LM ({reason})", "Use a decoder-only language model.") from error
+    model = build_empty(checkpoint, config, trust_remote_code=trust_remote_code)
     inside = [name for name, one in find_decoder_stack(model).all_linears().items() if isinstance(one, nn.Linear)]
     every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return inside, [name for name in every if name not in set(inside)]

@@ -21,8 +21,9 @@ from sparsedeploy.checkpoint.manifest import CalibrationRecord
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import LayerSource, StreamedLayers
-from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
+from sparsedeploy.models.loading import load_config, load_model, resolve_device, resolve_model
 from sparsedeploy.models.low_rank import refuse_unmerged
+from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.options import build_options
 from sparsedeploy.plan import NM, MixedNM, SparsityPlan, check_sparsity, parse_pattern
 from sparsedeploy.processes import SINGLE_PROCESS, Processes

@@ -22,8 +22,9 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, claim
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import StreamedLayers
-from sparsedeploy.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_model
+from sparsedeploy.models.loading import load_config, load_model, resolve_device, resolve_model
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
+from sparsedeploy.models.tokenizer import check_tokens, load_tokenizer
 from sparsedeploy.options import build_options
 from sparsedeploy.plan import parse_pattern
 from sparsedeploy.processes import refuse_several
@@ -341,7 +342,10 @@ def _training_data(
         return None
     positions = getattr(config, "max_position_embeddings", None) or recover.data.max_length
     tokenizer = load_tokenizer(folder, trust_remote_code=edge.trust_remote_code)
-    return load_training_data(tokenizer, replace(recover.data, max_length=min(recover.data.max_length, positions)))
+    data = load_training_data(tokenizer, replace(recover.data, max_length=min(recover.data.max_length, positions)))
+    for sequence in data.sequences:
+        check_tokens(sequence, config.get_text_config(decoder=True).vocab_size, data.data)
+    return data
 
 
 def _request(
