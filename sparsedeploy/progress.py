@@ -7,15 +7,37 @@ does, unless ``--quiet``), so importing the package never prints.
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 T = TypeVar("T")
 _visible = False
+
+
+def printable(text: str) -> str:
+    """The text with its control characters escaped, newline and tab aside: a file's strings never steer a terminal."""
+    if text.isprintable():
+        return text
+    # Cc: control characters; Cf: invisible ones, which can reverse the order of what is shown; Cs: half a surrogate.
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs")
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+class SafeConsole(Console):
+    """A console that prints every plain string through :func:`printable`, also those in tables."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
 
 
 def show(visible: bool = True) -> None:
@@ -27,7 +49,7 @@ def show(visible: bool = True) -> None:
 def note(text: str) -> None:
     """Print one line about what happens next, on standard error, when progress is shown."""
     if _visible:
-        Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
+        SafeConsole(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
 
 
 @contextmanager
@@ -55,7 +77,7 @@ def bar(description: str, total: int | None, unit: str = "") -> Iterator[Callabl
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     with Progress(*columns, console=console, transient=False, disable=not sys.stderr.isatty()) as progress:
         if not sys.stderr.isatty():
             console.print(description, markup=False, highlight=False)

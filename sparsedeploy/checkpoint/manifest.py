@@ -12,11 +12,13 @@ import torch
 from sparsedeploy import progress
 from sparsedeploy.checkpoint import masks as mask_file
 from sparsedeploy.errors import UserError
+from sparsedeploy.linear_algebra import all_finite
 from sparsedeploy.masks import follows_n_of_m
 from sparsedeploy.models.fingerprint import file_sha256
-from sparsedeploy.models.weight_files import weight_files
-from sparsedeploy.plan import NM, SparsityPlan
-from sparsedeploy.reading import Fields, read_object
+from sparsedeploy.models.tensor_files import TensorFiles
+from sparsedeploy.models.weight_files import stray_weights, weight_files
+from sparsedeploy.plan import NM, SparsityPlan, parse_pattern
+from sparsedeploy.reading import Fields, contained, read_object
 from sparsedeploy.version import __version__
 
 T = TypeVar("T")
@@ -351,7 +353,10 @@ def load_manifest(folder: Path) -> Manifest:
     path = Path(folder) / MANIFEST
     if not path.exists():
         raise UserError(f"{folder} has no {MANIFEST}", "Give a folder that sparsedeploy prune wrote.")
-    return Manifest.from_json(read_object(path, fix=_AGAIN), str(path))
+    manifest = Manifest.from_json(read_object(path, fix=_AGAIN), str(path))
+    for name in manifest.files:
+        contained(Path(folder), name, str(path))
+    return manifest
 
 
 def inspect_checkpoint(folder: Path) -> Inspection:
@@ -364,9 +369,12 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     result = Inspection(manifest)
     _check_files(folder, manifest, result.problems)
     plan = manifest.plan
+    result.problems.extend(_plan_problems(plan, manifest))
     masks = mask_file.load_masks(folder / mask_file.FILE, {t.name: t.columns for t in plan.targets})
-    located = _locate(folder)
+    located = {name: tensor.shard for name, tensor in TensorFiles(folder).items()}
     for target in progress.track(plan.targets, "inspect modules"):
+        if target.name not in manifest.modules:
+            continue  # one of the plan's problems
         tensor = manifest.modules[target.name].tensor
         if tensor not in located:
             result.problems.append(f"{target.name}: no tensor {tensor} in the weight files")
@@ -378,6 +386,8 @@ def inspect_checkpoint(folder: Path) -> Inspection:
             continue
         finding = _examine(target.name, weight, mask, target.pattern)
         result.modules.append(finding)
+        if not all_finite(weight):
+            result.problems.append(f"{target.name}: NaN or infinite values")
         if finding.masked != target.zeros:
             result.problems.append(f"{target.name}: {finding.masked} masked weights, the plan has {target.zeros}")
         if int((weight[~mask] != 0).sum()):
@@ -423,6 +433,9 @@ def _examine(name: str, weight: torch.Tensor, mask: torch.Tensor, pattern: NM | 
 
 
 def _check_files(folder: Path, manifest: Manifest, problems: list[str]) -> None:
+    needed = [mask_file.FILE, "config.json", *(path.name for path in weight_files(folder))]
+    problems.extend(f"file {name} is not listed" for name in needed if name not in manifest.files)
+    problems.extend(f"file {name} holds weights and does not belong to the model" for name in stray_weights(folder))
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
@@ -431,12 +444,24 @@ def _check_files(folder: Path, manifest: Manifest, problems: list[str]) -> None:
             problems.append(f"file {name} was changed after it was written")
 
 
-def _locate(folder: Path) -> dict[str, Path]:
-    located: dict[str, Path] = {}
-    for shard in weight_files(folder):
-        try:
-            with safetensors.safe_open(shard, framework="pt") as file:
-                located.update(dict.fromkeys(file.keys(), shard))
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{shard} is truncated or corrupt ({error})", "Write the checkpoint again.") from error
-    return located
+def _plan_problems(plan: SparsityPlan, manifest: Manifest) -> list[str]:
+    """Where the plan, its target and the manifest's modules contradict each other."""
+    problems = []
+    if not plan.targets:
+        return ["the plan has no modules"]
+    pattern = parse_pattern(plan.pattern)
+    # A plan meets its target within one unit: a row's weight over all rows of a module, or a layer's N of every M.
+    unit = max(target.rows for target in plan.targets) / sum(target.size for target in plan.targets)
+    if abs(plan.achieved - plan.sparsity) > unit + 0.005:
+        problems.append(f"the plan asks for {plan.sparsity:g} and its modules give {plan.achieved:.4f}")
+    wanted = {None} if pattern is None else {pattern} if isinstance(pattern, NM) else None
+    for target in plan.targets:
+        module = manifest.modules.get(target.name)
+        if wanted is not None and target.pattern not in wanted:
+            problems.append(f"{target.name}: pattern {target.pattern}, the plan's is {plan.pattern}")
+        if module is None:
+            problems.append(f"{target.name}: in the plan, not in the modules")
+        elif (module.rows, module.columns, module.zeros) != (target.rows, target.columns, target.zeros):
+            problems.append(f"{target.name}: the plan and the modules disagree")
+    extra = manifest.modules.keys() - plan.by_name.keys()
+    return problems + [f"{name}: in the modules, not in the plan" for name in sorted(extra)]

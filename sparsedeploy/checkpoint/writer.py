@@ -37,7 +37,7 @@ from sparsedeploy.models.low_rank import LowRank, save_adapter
 from sparsedeploy.models.stored_names import StoredSlice, stored_slices
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.models.tensor_files import TensorFiles
-from sparsedeploy.models.weight_files import small_files
+from sparsedeploy.models.weight_files import note_left_out, small_files
 from sparsedeploy.plan import SparsityPlan
 
 # Written anew.
@@ -163,6 +163,7 @@ def _slice_records(slices: tuple[StoredSlice, ...]) -> tuple[SliceRecord, ...]:
 
 
 def _copy_rest(source: Path, staging: Path) -> None:
+    note_left_out(source)
     for path in small_files(source):
         if path.name not in _OURS:
             shutil.copyfile(path, staging / path.name)

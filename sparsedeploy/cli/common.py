@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.progress import SafeConsole
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ RuntimePythonOption = Annotated[
 ]
 
 # What is printed holds paths and names of modules: data, in which brackets mean nothing.
-console = Console(highlight=False, markup=False)
+console = SafeConsole(highlight=False, markup=False)
 
 
 def print_json(value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Set
+from collections.abc import ItemsView, Iterable, Set
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -101,6 +101,10 @@ class TensorFiles:
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
+
+    def items(self) -> ItemsView[str, StoredTensor]:
+        """Name and place of every tensor."""
+        return self._tensors.items()
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self._tensors[name]

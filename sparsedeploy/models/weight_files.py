@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.reading import SOUND_COPY, Fields, contained, inside, read_object
 
@@ -64,6 +65,12 @@ def stray_weights(folder: Path) -> list[str]:
     """Names of the files in a model folder that hold weights and are not the model, sorted."""
     model = {path.name for path in weight_files(folder)}
     return sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES and p.name not in model)
+
+
+def note_left_out(folder: Path) -> None:
+    """Say which files with weights are not the model, and so are not in what is made of it."""
+    if names := stray_weights(folder):
+        progress.note(f"left out, not part of the model by its index: {', '.join(names)}")
 
 
 def small_files(folder: Path) -> list[Path]:

@@ -105,11 +105,17 @@ class Recovered:
 RecoveryMethod = Callable[[RecoveryJob, Any], Recovered]
 
 
-def check_masks(linears: dict[str, nn.Linear], masks: dict[str, torch.Tensor]) -> None:
+def check_masks(
+    linears: dict[str, nn.Linear], masks: dict[str, torch.Tensor], plan: SparsityPlan | None = None
+) -> None:
     """Refuse masks that are not these weights'.
 
+    Args:
+        plan: what the weights were pruned to; the masks must prune as many as it says.
+
     Raises:
-        UserError: naming the module that lacks a mask, has another shape, or has weights that its mask prunes.
+        UserError: naming the module that lacks a mask, has another shape, has weights that its mask prunes, or another
+            number of pruned weights than the plan.
     """
     fix = "Prune the model again, or give the folder that these masks came with."
     for name, linear in linears.items():
@@ -120,3 +126,6 @@ def check_masks(linears: dict[str, nn.Linear], masks: dict[str, torch.Tensor]) -
             raise UserError(f"the mask of {name} is {list(mask.shape)}, its weight {list(linear.weight.shape)}", fix)
         if bool((linear.weight.detach()[~mask.to(linear.weight.device)] != 0).any()):
             raise UserError(f"{name} has weights that its mask prunes", fix)
+        target = plan.by_name.get(name) if plan else None
+        if target is not None and int((~mask).sum()) != target.zeros:
+            raise UserError(f"the mask of {name} prunes {int((~mask).sum())} weights, the plan {target.zeros}", fix)

@@ -26,7 +26,7 @@ from sparsedeploy.formats.config import BITMASK, ModuleFormat, PackedConfig
 from sparsedeploy.models.loading import build_empty
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.models.tensor_files import TensorFiles, check_tensor
-from sparsedeploy.models.weight_files import INDEX, small_files
+from sparsedeploy.models.weight_files import INDEX, note_left_out, small_files
 from sparsedeploy.options import Options, option
 from sparsedeploy.reading import SOUND_COPY, read_object
 from sparsedeploy.registry import TARGETS
@@ -199,6 +199,7 @@ def _linears(checkpoint: Path, config: Any, trust_remote_code: bool) -> tuple[li
 
 def _write_configuration(checkpoint: Path, folder: Path, quantization: dict[str, Any]) -> None:
     """Copy the small files and write ``config.json`` with the ``quantization_config``."""
+    note_left_out(checkpoint)
     for path in small_files(checkpoint):
         if path.suffix in _COPIED and path.name not in _NOT_COPIED:
             shutil.copyfile(path, folder / path.name)

@@ -298,7 +298,7 @@ def _from_pruned(
         seed=recover.seed,
         model_sha256=plan.model_sha256,
     )
-    check_masks(job.linears, masks)
+    check_masks(job.linears, masks, plan)
     job.state = RunState(output, request, resume=edge.resume)
     recovered = _recovered(job, method, options)
     return _write(
