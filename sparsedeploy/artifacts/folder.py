@@ -60,6 +60,7 @@ def open_checkpoint(checkpoint: str | Path, *, adapters: bool = False, trust_rem
     from sparsedeploy.models import low_rank
     from sparsedeploy.models.fingerprint import model_sha256
     from sparsedeploy.models.loading import load_config, resolve_model
+    from sparsedeploy.models.tensor_files import TensorFiles
     from sparsedeploy.models.tokenizer import load_tokenizer
 
     name = Path(checkpoint).expanduser().resolve().name
@@ -69,6 +70,7 @@ def open_checkpoint(checkpoint: str | Path, *, adapters: bool = False, trust_rem
         raise UserError(f"{folder} is quantised or packed", "Export the model before quantisation or packing.")
     if not adapters:
         low_rank.refuse_unmerged(folder)
+    TensorFiles(folder)  # refuses what is not the model or is corrupt, before every byte is hashed
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return Checkpoint(folder, config, tokenizer, Source(name, model_sha256(folder)), trust_remote_code)
 

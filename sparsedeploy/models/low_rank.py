@@ -113,7 +113,7 @@ def refuse_unmerged(checkpoint: Path) -> None:
     """
     if (checkpoint / FOLDER).is_dir():
         raise UserError(
-            f"{checkpoint} has an adapter that is not merged into its weights", "Merge it, then export the result."
+            f"{checkpoint} has an adapter that is not merged into its weights", "Merge it, then use the result."
         )
 
 

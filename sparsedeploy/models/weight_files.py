@@ -31,12 +31,12 @@ def weight_files(folder: Path) -> list[Path]:
         names = [SINGLE]
     else:
         names = sorted(set(weight_map.values()))
-        if single.exists() and SINGLE not in names:
-            raise UserError(
-                f"{folder} holds two models: {SINGLE}, and the shards that {INDEX} names",
-                "Remove the one that is not meant.",
-            )
     paths = [contained(folder, name, str(folder / INDEX if weight_map else folder)) for name in names]
+    if single.exists() and SINGLE not in names:
+        raise UserError(
+            f"{folder} holds two models: {SINGLE}, and the shards that {INDEX} names",
+            "Remove the one that is not meant.",
+        )
     for path in paths:
         if not path.exists():
             raise UserError(f"{folder / INDEX} names {path.name}, which is missing", "Download the missing shard.")
@@ -116,7 +116,7 @@ def _none(folder: Path) -> UserError:
             "Convert it to safetensors where you trust it: python -c 'import sys; from transformers import "
             "AutoModelForCausalLM as M; M.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])' OLD NEW",
         )
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    others = sorted(path.name for path in folder.glob("*.safetensors") if path.exists())
     if others:
         return UserError(
             f"{folder} holds {others[0]} but neither {SINGLE} nor {INDEX}, so which files are the model is not known",

@@ -23,6 +23,7 @@ from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import LayerSource, StreamedLayers
 from sparsedeploy.models.loading import load_config, load_model, resolve_device, resolve_model
 from sparsedeploy.models.low_rank import refuse_unmerged
+from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.options import build_options
 from sparsedeploy.plan import NM, MixedNM, SparsityPlan, check_sparsity, parse_pattern
@@ -158,6 +159,7 @@ def prepare(
     folder = resolve_model(source)
     refuse_unmerged(folder)
     config = load_config(folder, trust_remote_code=trust_remote_code)
+    TensorFiles(folder)  # refuses what is not the model or is corrupt, before every byte is hashed
     sha256 = model_sha256(folder)
     if options.plan is not None and options.plan.model_sha256 not in (None, sha256):
         raise UserError(
