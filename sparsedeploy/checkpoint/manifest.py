@@ -373,8 +373,6 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     masks = mask_file.load_masks(folder / mask_file.FILE, {t.name: t.columns for t in plan.targets})
     located = {name: tensor.shard for name, tensor in TensorFiles(folder).items()}
     for target in progress.track(plan.targets, "inspect modules"):
-        if target.name not in manifest.modules:
-            continue  # one of the plan's problems
         tensor = manifest.modules[target.name].tensor
         if tensor not in located:
             result.problems.append(f"{target.name}: no tensor {tensor} in the weight files")
@@ -456,12 +454,10 @@ def _plan_problems(plan: SparsityPlan, manifest: Manifest) -> list[str]:
         problems.append(f"the plan asks for {plan.sparsity:g} and its modules give {plan.achieved:.4f}")
     wanted = {None} if pattern is None else {pattern} if isinstance(pattern, NM) else None
     for target in plan.targets:
-        module = manifest.modules.get(target.name)
+        module = manifest.modules[target.name]  # reading the manifest found one for every target
         if wanted is not None and target.pattern not in wanted:
             problems.append(f"{target.name}: pattern {target.pattern}, the plan's is {plan.pattern}")
-        if module is None:
-            problems.append(f"{target.name}: in the plan, not in the modules")
-        elif (module.rows, module.columns, module.zeros) != (target.rows, target.columns, target.zeros):
+        if (module.rows, module.columns, module.zeros) != (target.rows, target.columns, target.zeros):
             problems.append(f"{target.name}: the plan and the modules disagree")
     extra = manifest.modules.keys() - plan.by_name.keys()
     return problems + [f"{name}: in the modules, not in the plan" for name in sorted(extra)]
