@@ -8,7 +8,7 @@ import torch
 
 from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.calibration.options import CalibrationOptions
-from sparsedeploy.models.loading import load_tokenizer
+from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.workflows.options import PruneOptions
 from sparsedeploy.workflows.plan import prepare
 from tests.small_models import save_model

@@ -14,7 +14,8 @@ pytest.importorskip("lm_eval")
 
 from sparsedeploy.cli.eval import _named_texts
 from sparsedeploy.errors import UserError
-from sparsedeploy.models.loading import load_model, load_tokenizer
+from sparsedeploy.models.loading import load_model
+from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.quality import tasks as adapter
 from sparsedeploy.quality.evaluate import evaluate
 from sparsedeploy.quality.tasks import PAPER_TASKS, SAMPLE_TASKS, TaskOptions, load_tasks
