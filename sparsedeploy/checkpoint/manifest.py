@@ -1,4 +1,4 @@
-"""``sparsity.json``: what a checkpoint claims, read back and verified against its files."""
+"""``sparsity.json``: what a checkpoint claims, read back with strict types."""
 
 from __future__ import annotations
 
@@ -6,18 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors
-import torch
-
-from sparsedeploy import progress
-from sparsedeploy.checkpoint import masks as mask_file
 from sparsedeploy.errors import UserError
-from sparsedeploy.linear_algebra import all_finite
-from sparsedeploy.masks import follows_n_of_m
-from sparsedeploy.models.fingerprint import file_sha256
-from sparsedeploy.models.tensor_files import TensorFiles
-from sparsedeploy.models.weight_files import stray_weights, weight_files
-from sparsedeploy.plan import NM, SparsityPlan, parse_pattern
+from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.reading import Fields, contained, read_object
 from sparsedeploy.version import __version__
 
@@ -295,55 +285,6 @@ def _request_of_format_1(manifest: Manifest) -> dict[str, dict[str, Any]]:
     return request
 
 
-@dataclass(frozen=True)
-class ModuleFindings:
-    """What a module's stored weight and mask show.
-
-    Attributes:
-        masked: weights that the mask prunes.
-        zeros: weights that are zero in the file: the masked ones, and those that were zero or became so.
-        row_sparsity: histogram of the rows' sparsity in ten bins of width 0.1.
-        follows: whether the pattern holds in every group; None for unstructured modules.
-    """
-
-    name: str
-    rows: int
-    columns: int
-    masked: int
-    zeros: int
-    row_sparsity: list[int]
-    pattern: NM | None
-    follows: bool | None
-
-    @property
-    def sparsity(self) -> float:
-        """The masked part."""
-        return self.masked / (self.rows * self.columns)
-
-
-@dataclass
-class Inspection:
-    """The result of :func:`inspect_checkpoint`.
-
-    Attributes:
-        problems: every way in which the folder differs from its manifest; empty when it is sound.
-    """
-
-    manifest: Manifest
-    modules: list[ModuleFindings] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def sparsity(self) -> float:
-        """The masked part of all modules' weights."""
-        return sum(m.masked for m in self.modules) / sum(m.rows * m.columns for m in self.modules)
-
-    @property
-    def zeros(self) -> float:
-        """The part of all modules' weights that is zero in the file."""
-        return sum(m.zeros for m in self.modules) / sum(m.rows * m.columns for m in self.modules)
-
-
 def load_manifest(folder: Path) -> Manifest:
     """The manifest of a pruned checkpoint.
 
@@ -357,107 +298,3 @@ def load_manifest(folder: Path) -> Manifest:
     for name in manifest.files:
         contained(Path(folder), name, str(path))
     return manifest
-
-
-def inspect_checkpoint(folder: Path) -> Inspection:
-    """Read every pruned tensor and mask of a checkpoint and compare the folder with its manifest.
-
-    Raises:
-        UserError: see :func:`load_manifest`; also unreadable masks or weights.
-    """
-    manifest = load_manifest(folder)
-    result = Inspection(manifest)
-    _check_files(folder, manifest, result.problems)
-    plan = manifest.plan
-    result.problems.extend(_plan_problems(plan, manifest))
-    masks = mask_file.load_masks(folder / mask_file.FILE, {t.name: t.columns for t in plan.targets})
-    located = {name: tensor.shard for name, tensor in TensorFiles(folder).items()}
-    for target in progress.track(plan.targets, "inspect modules"):
-        tensor = manifest.modules[target.name].tensor
-        if tensor not in located:
-            result.problems.append(f"{target.name}: no tensor {tensor} in the weight files")
-            continue
-        weight = _read_module(located, manifest.modules[target.name])
-        mask = masks[target.name]
-        if weight.shape != mask.shape:
-            result.problems.append(f"{target.name}: weight {tuple(weight.shape)}, mask {tuple(mask.shape)}")
-            continue
-        finding = _examine(target.name, weight, mask, target.pattern)
-        result.modules.append(finding)
-        if not all_finite(weight):
-            result.problems.append(f"{target.name}: NaN or infinite values")
-        if finding.masked != target.zeros:
-            result.problems.append(f"{target.name}: {finding.masked} masked weights, the plan has {target.zeros}")
-        if int((weight[~mask] != 0).sum()):
-            result.problems.append(f"{target.name}: weights that its mask prunes are not zero")
-        if finding.follows is False:
-            result.problems.append(f"{target.name}: not every group follows {target.pattern}")
-    return result
-
-
-def _read_module(located: dict[str, Path], module: ModuleRecord) -> torch.Tensor:
-    """A module's stored weight ``[rows, columns]``."""
-    if not module.slices:
-        return _read(located, module.tensor)
-    parts = []
-    for one in module.slices:
-        weight = _read(located, one.tensor)
-        start = one.offset // weight.element_size()
-        weight = weight.flatten()[start : start + (one.last - one.first) * module.columns]
-        parts.append(weight.view(module.columns, -1).T if one.transposed else weight.view(-1, module.columns))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _read(located: dict[str, Path], tensor: str) -> torch.Tensor:
-    with safetensors.safe_open(located[tensor], framework="pt") as file:
-        weight: torch.Tensor = file.get_tensor(tensor)
-    return weight
-
-
-def _examine(name: str, weight: torch.Tensor, mask: torch.Tensor, pattern: NM | None) -> ModuleFindings:
-    rows, columns = mask.shape
-    pruned_per_row = columns - mask.sum(dim=1)
-    bins = (pruned_per_row * 10 // columns).clamp(max=9)
-    return ModuleFindings(
-        name=name,
-        rows=rows,
-        columns=columns,
-        masked=int(pruned_per_row.sum()),
-        zeros=int((weight == 0).sum()),
-        row_sparsity=torch.bincount(bins, minlength=10).tolist(),
-        pattern=pattern,
-        follows=None if pattern is None else follows_n_of_m(mask, pattern.n, pattern.m),
-    )
-
-
-def _check_files(folder: Path, manifest: Manifest, problems: list[str]) -> None:
-    needed = [mask_file.FILE, "config.json", *(path.name for path in weight_files(folder))]
-    problems.extend(f"file {name} is not listed" for name in needed if name not in manifest.files)
-    problems.extend(f"file {name} holds weights and does not belong to the model" for name in stray_weights(folder))
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"file {name} is missing")
-        elif file_sha256(path) != expected:
-            problems.append(f"file {name} was changed after it was written")
-
-
-def _plan_problems(plan: SparsityPlan, manifest: Manifest) -> list[str]:
-    """Where the plan, its target and the manifest's modules contradict each other."""
-    problems = []
-    if not plan.targets:
-        return ["the plan has no modules"]
-    pattern = parse_pattern(plan.pattern)
-    # A plan meets its target within one unit: a row's weight over all rows of a module, or a layer's N of every M.
-    unit = max(target.rows for target in plan.targets) / sum(target.size for target in plan.targets)
-    if abs(plan.achieved - plan.sparsity) > unit + 0.005:
-        problems.append(f"the plan asks for {plan.sparsity:g} and its modules give {plan.achieved:.4f}")
-    wanted = {None} if pattern is None else {pattern} if isinstance(pattern, NM) else None
-    for target in plan.targets:
-        module = manifest.modules[target.name]  # reading the manifest found one for every target
-        if wanted is not None and target.pattern not in wanted:
-            problems.append(f"{target.name}: pattern {target.pattern}, the plan's is {plan.pattern}")
-        if (module.rows, module.columns, module.zeros) != (target.rows, target.columns, target.zeros):
-            problems.append(f"{target.name}: the plan and the modules disagree")
-    extra = manifest.modules.keys() - plan.by_name.keys()
-    return problems + [f"{name}: in the modules, not in the plan" for name in sorted(extra)]

@@ -14,7 +14,7 @@ from sparsedeploy.cli.common import JsonOption, console, print_json
 from sparsedeploy.errors import UserError
 
 if TYPE_CHECKING:
-    from sparsedeploy.checkpoint.manifest import Inspection, ModuleFindings
+    from sparsedeploy.checkpoint.inspection import Inspection, ModuleFindings
     from sparsedeploy.plan import SparsityPlan
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
@@ -64,7 +64,7 @@ def _plans(subjects: list[Path]) -> dict[str, SparsityPlan]:
 
 
 def _inspect_checkpoint(checkpoint: Path, as_json: bool) -> None:
-    from sparsedeploy.checkpoint.manifest import inspect_checkpoint
+    from sparsedeploy.checkpoint.inspection import inspect_checkpoint
 
     result = inspect_checkpoint(checkpoint)
     if as_json:

@@ -1,4 +1,4 @@
-"""The edges: prune and recover a dense model in one run, or recover a checkpoint that is pruned already."""
+"""The job ``recover``: prune and recover a dense model in one run, or recover a checkpoint that is pruned already."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from sparsedeploy.workflows.options import PruneOptions, RecoverOptions, recover
 from sparsedeploy.workflows.plan import choose_plan, prepare
 
 # What may change when a run that diverged is resumed.
-_MENDABLE = ("learning_rate", "clip")
+_CHANGEABLE = ("learning_rate", "clip")
 
 
 @dataclass(frozen=True)
-class _Edge:
-    """Arguments of both entries that only matter at the edge."""
+class _RunContext:
+    """Arguments of both entries that only matter at the run."""
 
     device: torch.device
     dtype: torch.dtype | None
@@ -75,10 +75,10 @@ def prune_and_recover(
     """
     refuse_several("the training of a recovery")
     method = RECOVERIES.get(recover.method)
-    edge = _Edge(resolve_device(device), dtype, resume, overwrite, trust_remote_code)
+    run = _RunContext(resolve_device(device), dtype, resume, overwrite, trust_remote_code)
     read = (source, prune.calibration.data, *_train_data(recover))
     with claim(output, overwrite=overwrite, resume=resume, inputs=read):
-        return _from_dense(source, output, prune, recover, method, edge)
+        return _from_dense(source, output, prune, recover, method, run)
 
 
 def recover_checkpoint(
@@ -108,12 +108,12 @@ def recover_checkpoint(
         UserError: no manifest, masks that do not match the weights, a dense model that is missing or another one.
     """
     refuse_several("the training of a recovery")
-    edge = _Edge(resolve_device(device), dtype, resume, overwrite, trust_remote_code)
+    run = _RunContext(resolve_device(device), dtype, resume, overwrite, trust_remote_code)
     read: list[str | Path] = [checkpoint, *_train_data(recover)]
     read += [dense] if dense else []
     read += [calibration["data"]] if calibration and "data" in calibration else []
     with claim(output, overwrite=overwrite, resume=resume, inputs=read):
-        return _from_checkpoint(checkpoint, output, recover, dense, calibration, edge)
+        return _from_checkpoint(checkpoint, output, recover, dense, calibration, run)
 
 
 def _train_data(recover: RecoverOptions) -> list[str]:
@@ -126,7 +126,7 @@ def _from_checkpoint(
     recover: RecoverOptions,
     dense: str | None,
     calibration: Mapping[str, Any] | None,
-    edge: _Edge,
+    run: _RunContext,
 ) -> Manifest:
     method = RECOVERIES.get(recover.method)
     manifest = load_manifest(checkpoint)
@@ -136,7 +136,7 @@ def _from_checkpoint(
             "Recover the folder before it.",
         )
     if method.traits["starts_from"] == "pruned":
-        return _from_pruned(checkpoint, output, manifest, recover, method, edge)
+        return _from_pruned(checkpoint, output, manifest, recover, method, run)
     name = dense or manifest.source.name
     try:
         folder = resolve_model(name)
@@ -147,8 +147,8 @@ def _from_checkpoint(
     if model_sha256(folder) != manifest.source.sha256:
         raise UserError(f"{name} is not the model that {checkpoint} was pruned from", "Give that one: --dense.")
     prune = _again(manifest, method, calibration or {})
-    check_writable(output, edge.overwrite, (folder, prune.calibration.data))
-    return _from_dense(name, output, prune, recover, method, edge)
+    check_writable(output, run.overwrite, (folder, prune.calibration.data))
+    return _from_dense(name, output, prune, recover, method, run)
 
 
 def _again(manifest: Manifest, method: Method[RecoveryMethod], other: Mapping[str, Any]) -> PruneOptions:
@@ -198,7 +198,7 @@ def _from_dense(
     prune: PruneOptions,
     recover: RecoverOptions,
     method: Method[RecoveryMethod],
-    edge: _Edge,
+    run: _RunContext,
 ) -> Manifest:
     options, training = _options(method, recover)
     own_allocation = method.traits.get("allocation")
@@ -207,21 +207,21 @@ def _from_dense(
         prune,
         calibrates=method.traits["calibrates"],
         allocation=own_allocation or "uniform",
-        trust_remote_code=edge.trust_remote_code,
+        trust_remote_code=run.trust_remote_code,
     )
     folder, choice, calibration = prepared.folder, prepared.choice, prepared.calibration
     if own_allocation and (choice is None or choice.searches):
         raise UserError(
             f"{recover.method} chooses its rates at every step", "Leave out --plan, or a search for the allocation."
         )
-    data = _training_data(folder, prepared.config, recover, method, edge)
-    request = {**prepared.request(), **_request(recover, options, training, data, edge)}
-    state = RunState(output, request, resume=edge.resume) if method.traits["trains"] else None
-    model = load_model(folder, dtype=edge.dtype, device=edge.device, trust_remote_code=edge.trust_remote_code)
+    data = _training_data(folder, prepared.config, recover, method, run)
+    request = {**prepared.request(), **_request(recover, options, training, data, run)}
+    state = RunState(output, request, resume=run.resume) if method.traits["trains"] else None
+    model = load_model(folder, dtype=run.dtype, device=run.device, trust_remote_code=run.trust_remote_code)
     job = RecoveryJob(
         model=model,
         dense=lambda: StreamedLayers(
-            folder, device=edge.device, dtype=_dtype_of(model), trust_remote_code=edge.trust_remote_code
+            folder, device=run.device, dtype=_dtype_of(model), trust_remote_code=run.trust_remote_code
         ),
         sparsity=choice.sparsity if choice else prune.plan.sparsity if prune.plan else 0.0,
         pattern=choice.pattern if choice else None,
@@ -265,7 +265,7 @@ def _from_dense(
         calibration=prepared.described,
         request=request_of(prune, recover, reads_text=calibration is not None),
         recovery=_recovery(recover, options, training, data, method, recovered),
-        edge=edge,
+        run=run,
     )
 
 
@@ -275,15 +275,15 @@ def _from_pruned(
     manifest: Manifest,
     recover: RecoverOptions,
     method: Method[RecoveryMethod],
-    edge: _Edge,
+    run: _RunContext,
 ) -> Manifest:
     options, training = _options(method, recover)
     plan = manifest.plan
-    config = load_config(folder, trust_remote_code=edge.trust_remote_code)
+    config = load_config(folder, trust_remote_code=run.trust_remote_code)
     masks = load_masks(folder / MASKS, {target.name: target.columns for target in plan.targets})
-    data = _training_data(folder, config, recover, method, edge)
-    request = {"model_sha256": model_sha256(folder), **_request(recover, options, training, data, edge)}
-    model = load_model(folder, dtype=edge.dtype, device=edge.device, trust_remote_code=edge.trust_remote_code)
+    data = _training_data(folder, config, recover, method, run)
+    request = {"model_sha256": model_sha256(folder), **_request(recover, options, training, data, run)}
+    model = load_model(folder, dtype=run.dtype, device=run.device, trust_remote_code=run.trust_remote_code)
     job = RecoveryJob(
         model=model,
         dense=lambda: model,
@@ -299,7 +299,7 @@ def _from_pruned(
         model_sha256=plan.model_sha256,
     )
     check_masks(job.linears, masks, plan)
-    job.state = RunState(output, request, resume=edge.resume)
+    job.state = RunState(output, request, resume=run.resume)
     recovered = _recovered(job, method, options)
     return _write(
         folder,
@@ -312,7 +312,7 @@ def _from_pruned(
         calibration=manifest.calibration,
         request={**manifest.request, **recovery_request(recover)},
         recovery=_recovery(recover, options, training, data, method, recovered),
-        edge=edge,
+        run=run,
     )
 
 
@@ -336,12 +336,12 @@ def _options(method: Method[RecoveryMethod], recover: RecoverOptions) -> tuple[A
 
 
 def _training_data(
-    folder: Path, config: Any, recover: RecoverOptions, method: Method[RecoveryMethod], edge: _Edge
+    folder: Path, config: Any, recover: RecoverOptions, method: Method[RecoveryMethod], run: _RunContext
 ) -> TrainingData | None:
     if recover.data is None or not method.traits["trains"]:
         return None
     positions = getattr(config, "max_position_embeddings", None) or recover.data.max_length
-    tokenizer = load_tokenizer(folder, trust_remote_code=edge.trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=run.trust_remote_code)
     data = load_training_data(tokenizer, replace(recover.data, max_length=min(recover.data.max_length, positions)))
     for sequence in data.sequences:
         check_tokens(sequence, config.get_text_config(decoder=True).vocab_size, data.data)
@@ -349,16 +349,16 @@ def _training_data(
 
 
 def _request(
-    recover: RecoverOptions, options: Any, training: TrainingOptions, data: TrainingData | None, edge: _Edge
+    recover: RecoverOptions, options: Any, training: TrainingOptions, data: TrainingData | None, run: _RunContext
 ) -> dict[str, Any]:
     return {
         "recover": recover.method,
         "recover_options": asdict(options),
-        "training": {key: value for key, value in asdict(training).items() if key not in _MENDABLE},
+        "training": {key: value for key, value in asdict(training).items() if key not in _CHANGEABLE},
         "training_data": data.describe() if data else None,
         "seed": recover.seed,
-        "dtype": str(edge.dtype),
-        "device": edge.device.type,
+        "dtype": str(run.dtype),
+        "device": run.device.type,
         "torch": torch.__version__,
         "sparsedeploy": __version__,
     }
@@ -395,7 +395,7 @@ def _write(
     calibration: CalibrationRecord | None,
     request: dict[str, dict[str, Any]],
     recovery: RecoveryRecord,
-    edge: _Edge,
+    run: _RunContext,
 ) -> Manifest:
     with _kept(job):
         manifest = write_checkpoint(
@@ -414,7 +414,7 @@ def _write(
             masks=recovered.masks,
             losses=recovered.losses or losses,
             low_rank=recovered.low_rank,
-            overwrite=edge.overwrite,
+            overwrite=run.overwrite,
         )
     if job.state is not None:
         job.state.remove()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsedeploy.calibration.options import CalibrationOptions
-from sparsedeploy.checkpoint.manifest import inspect_checkpoint
+from sparsedeploy.checkpoint.inspection import inspect_checkpoint
 from sparsedeploy.checkpoint.masks import FILE, load_masks
 from sparsedeploy.errors import UserError
 from sparsedeploy.workflows.options import PruneOptions

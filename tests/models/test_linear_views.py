@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparsedeploy.allocation import ALLOCATORS, allocate
 from sparsedeploy.calibration.samples import CalibrationSet
-from sparsedeploy.checkpoint.manifest import inspect_checkpoint
+from sparsedeploy.checkpoint.inspection import inspect_checkpoint
 from sparsedeploy.models.linear_views import prunable_linears
 from sparsedeploy.models.loading import load_model
 from sparsedeploy.models.structure import find_decoder_stack

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.calibration.options import CalibrationOptions
-from sparsedeploy.checkpoint.manifest import inspect_checkpoint, load_manifest
+from sparsedeploy.checkpoint.inspection import inspect_checkpoint
+from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.checkpoint.masks import FILE, load_masks
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import NM, ModuleTarget, SparsityPlan

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sparsedeploy.checkpoint.manifest import inspect_checkpoint
+from sparsedeploy.checkpoint.inspection import inspect_checkpoint
 from sparsedeploy.errors import UserError
 from sparsedeploy.reporting.report import summary_markdown, summary_table
 from sparsedeploy.workflows.demo import _commands, demo

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparsedeploy.calibration.driver import LayerDriver
-from sparsedeploy.checkpoint.manifest import inspect_checkpoint
+from sparsedeploy.checkpoint.inspection import inspect_checkpoint
 from sparsedeploy.errors import UserError
 from sparsedeploy.processes import Processes
 from sparsedeploy.pruning.layers import assign

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sparsedeploy.calibration.options import CalibrationOptions
-from sparsedeploy.checkpoint.manifest import inspect_checkpoint
+from sparsedeploy.checkpoint.inspection import inspect_checkpoint
 from sparsedeploy.checkpoint.masks import FILE as MASKS
 from sparsedeploy.checkpoint.masks import load_masks
 from sparsedeploy.errors import UserError
