@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from sparsedeploy.allocation.base import Needs, sequences_read
 from sparsedeploy.allocation.budget import plan_from_shares, unequal_rates
 from sparsedeploy.allocation.mixed import MixedOptions, layer_step_costs, mixed_plan
 from sparsedeploy.calibration.driver import LayerContext, LayerDriver, as_source, iterate_weights
-from sparsedeploy.calibration.statistics import Kind, richest
+from sparsedeploy.calibration.statistics import Kind
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import LayerSource
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, SparsityPlan
@@ -22,6 +22,8 @@ from sparsedeploy.processes import SINGLE_PROCESS, Processes
 from sparsedeploy.registry import ALLOCATORS
 
 T = TypeVar("T")
+# Each provides what those before it read.
+_ORDER: tuple[Needs, ...] = ("none", "weights", "inputs", "sum_squares", "hessian")
 _STATISTICS: dict[Needs, Kind] = {"inputs": "none", "sum_squares": "sum_squares", "hessian": "hessian"}
 
 
@@ -50,56 +52,82 @@ def allocate(
     Raises:
         UserError: a target or pattern that the allocation or the shapes cannot meet, or values that are not finite.
     """
-    method = ALLOCATORS.get(allocation)
-    check_pattern(allocation, options, pattern)
-    allocator = method.function(options)
-    needs: Needs = method.traits["needs"]
+    return allocate_each(
+        model,
+        tokens,
+        sparsity,
+        pattern,
+        {allocation: options},
+        mixed=mixed,
+        model_sha256=model_sha256,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        processes=processes,
+    )[allocation]
+
+
+def allocate_each(
+    model: nn.Module | LayerSource,
+    tokens: torch.Tensor | None,
+    sparsity: float,
+    pattern: NM | MixedNM | None,
+    allocations: Mapping[str, Any],
+    *,
+    mixed: MixedOptions | None = None,
+    model_sha256: str | None = None,
+    batch_size: int | None = None,
+    accumulate: torch.dtype = torch.float32,
+    processes: Processes = SINGLE_PROCESS,
+) -> dict[str, SparsityPlan]:
+    """The plans of several allocations, by name, measured in one pass that they share; see :func:`allocate`.
+
+    Args:
+        allocations: name -> options.
+    """
+    methods = {name: ALLOCATORS.get(name) for name in allocations}
+    for name, options in allocations.items():
+        check_pattern(name, options, pattern)
+    allocators = {name: method.function(allocations[name]) for name, method in methods.items()}
+    reading = {name: allocator for name, allocator in allocators.items() if methods[name].traits["needs"] != "none"}
     layers = model_layers(model)
     marginal = isinstance(pattern, MixedNM) and mixed is not None and mixed.rule == "marginal"
     costs: dict[str, torch.Tensor] = {}
 
-    def reduce(layer: LayerContext) -> Any:
+    def reduce(layer: LayerContext) -> dict[str, Any]:
         if marginal:
             assert isinstance(pattern, MixedNM)
             costs.update(layer_step_costs(layer, pattern.m))
-        return None if needs == "none" else allocator.measure(layer)
+        return {name: allocator.measure(layer) for name, allocator in reading.items()}
 
-    reads = effective_needs(needs, marginal=marginal)
-    if reads == "inputs" and tokens is not None:  # nothing else looks at the sequences that the method leaves out
-        tokens = tokens[: sequences_read(method, options)]
-    measured: list[Any] = [None] * len(layers)
+    reads = effective_needs(*(method.traits["needs"] for method in methods.values()), marginal=marginal)
+    if reads == "inputs" and tokens is not None and len(reading) == 1:  # nothing else looks at what it leaves out
+        (name,) = reading
+        tokens = tokens[: sequences_read(methods[name], allocations[name])]
+    by_layer: list[dict[str, Any]] = [{}] * len(layers)
     if reads != "none":
-        measured = measure_layers(
+        by_layer = measure_layers(
             model,
             tokens,
             reads,
             reduce,
-            name=allocation,
+            name=", ".join(allocations) if len(allocations) < 3 else f"{len(allocations)} allocations",
             batch_size=batch_size,
             accumulate=accumulate,
             processes=processes,
         )
-    shares = allocator.shares(measured, layers, sparsity)
-    if isinstance(pattern, MixedNM):
-        return mixed_plan(
-            shares,
-            layers,
-            pattern,
-            allocation=allocation,
-            mixed=mixed,
-            costs=costs,
-            options=asdict(options),
-            model_sha256=model_sha256,
-        )
-    return plan_from_shares(
-        shares,
-        layers,
-        sparsity,
-        allocation=allocation,
-        pattern=pattern,
-        options=asdict(options),
-        model_sha256=model_sha256,
-    )
+    plans = {}
+    for name, allocator in allocators.items():
+        shares = allocator.shares([measured.get(name) for measured in by_layer], layers, sparsity)
+        known: dict[str, Any] = {
+            "allocation": name,
+            "options": asdict(allocations[name]),
+            "model_sha256": model_sha256,
+        }
+        if isinstance(pattern, MixedNM):
+            plans[name] = mixed_plan(shares, layers, pattern, mixed=mixed, costs=costs, **known)
+        else:
+            plans[name] = plan_from_shares(shares, layers, sparsity, pattern=pattern, **known)
+    return plans
 
 
 def check_pattern(allocation: str, options: Any, pattern: NM | MixedNM | None) -> None:
@@ -113,11 +141,9 @@ def check_pattern(allocation: str, options: Any, pattern: NM | MixedNM | None) -
         raise unequal_rates(allocation, pattern)
 
 
-def effective_needs(needs: Needs, *, marginal: bool) -> Needs:
-    """What one pass must provide: marginal costs of mixed patterns read input norms besides."""
-    if not marginal:
-        return needs
-    return "hessian" if richest(_STATISTICS.get(needs, "none"), "sum_squares") == "hessian" else "sum_squares"
+def effective_needs(*needs: Needs, marginal: bool) -> Needs:
+    """What one pass must provide for all: marginal costs of mixed patterns read input norms besides."""
+    return max((*needs, "sum_squares" if marginal else "none"), key=_ORDER.index)
 
 
 @torch.no_grad()

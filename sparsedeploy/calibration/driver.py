@@ -340,6 +340,7 @@ class _Inputs:
                     "Use --method magnitude, which measures nothing, or another model.",
                 )
             statistics.check(leader)
+            statistics.linears = list(leaders.values()).count(leader)
         if idle:
             progress.note(f"{idle} expert weights were reached by no calibration token: pruned by magnitude")
         return {name: self._sum(leader) for name, leader in leaders.items()}

@@ -36,6 +36,7 @@ class InputStatistics:
     Attributes:
         sequences: how many were added; the driver counts those that ran through the layer, reached or not.
         rows: tokens that were added.
+        linears: how many read this input.
         memo: what was derived from the complete sums and serves all linears with this input, such as a factorisation.
     """
 
@@ -44,6 +45,7 @@ class InputStatistics:
         self.kind = kind
         self.sequences = 0
         self.rows = 0
+        self.linears = 1
         self._computed_in: torch.dtype | None = None
         self.memo: dict[object, Any] = {}
         shape = (columns, columns) if kind == "hessian" else (columns,)

@@ -57,8 +57,8 @@ def root(
 
     **Sparsity** is the fraction of zeros in the decoder's linear weights. The **allocation** says how much each
     layer loses (uniform, owl, ...), the **method** which weights: **magnitude** drops small ones, **wanda** weighs
-    them by their inputs, **sparsegpt** also mends what is left. The **pattern** is unstructured, or N of every M
-    weights are kept (2:4, 4:8, 2:8).
+    them by their inputs, **sparsegpt** and **alps** also correct what is left. The **pattern** is unstructured, or N
+    of every M weights are kept (2:4, 4:8, 2:8).
 
     sparsedeploy prune MODEL -o SPARSE --sparsity 0.7 && sparsedeploy export SPARSE --target deepsparse -o ARTIFACT
     """

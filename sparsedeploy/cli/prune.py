@@ -114,7 +114,11 @@ def _take_options(given: Given, plan: Path | None, engine: str) -> tuple[PruneOp
         allocation = method.traits.get("allocation", allocation)
         why |= {"recover": f"{method.name} does not train", "train": f"{method.name} does not train"}
     choice = None if ready else resolve_allocation(options, allocation)
-    if calibrates or measures_text(choice, options.method) or (choice is not None and choice.searches):
+    if (
+        calibrates
+        or measures_text(choice, options.method, reconstruct=options.reconstruct)
+        or (choice is not None and choice.searches)
+    ):
         given.take("calibration")
     spread = f" and {choice.name} read" if choice else " reads"
     given.refuse_unread({**why, "calibration": f"{options.method}{spread} no calibration text"})
@@ -141,6 +145,8 @@ def _prune_elsewhere(
         raise UserError("--recover does not go with --engine", f"Prune first, then: sparsedeploy recover {output}.")
     if resume:
         raise UserError("a run of --engine llmcompressor cannot be resumed", "Leave --resume out.")
+    if options.reconstruct:
+        raise UserError("--engine llmcompressor has no --reconstruct", f"Use --engine {OWN_ENGINE}.")
     if trust_remote_code:
         raise UserError("--engine llmcompressor does not run a model's own code", f"Use --engine {OWN_ENGINE}.")
     return prune_with_llmcompressor(model, output, options, **run)

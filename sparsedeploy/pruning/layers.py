@@ -11,15 +11,16 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.calibration.driver import LayerContext, LayerDriver, iterate_weights
-from sparsedeploy.calibration.statistics import InputStatistics
+from sparsedeploy.calibration.statistics import InputStatistics, Kind
 from sparsedeploy.errors import UserError
 from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
 from sparsedeploy.models.linear_views import PrunableLinear, assign_weight
-from sparsedeploy.plan import ModuleShape, SparsityPlan
+from sparsedeploy.plan import ModuleShape, ModuleTarget, SparsityPlan
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
-from sparsedeploy.pruning.base import Pruned
-from sparsedeploy.registry import PRUNERS
+from sparsedeploy.pruning.base import Pruned, Pruner
+from sparsedeploy.pruning.least_squares import reconstructed, shared_hessian
+from sparsedeploy.registry import PRUNERS, Method
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def prune_layers(
     processes: Processes = SINGLE_PROCESS,
     stored: dict[str, torch.dtype] | None = None,
     finished: int = 0,
+    reconstruct: bool = False,
 ) -> Iterator[PrunedLayer]:
     """Prune in place, each layer on the inputs that the pruned layers before it give, and yield what was done.
 
@@ -58,20 +60,22 @@ def prune_layers(
         stored: the type that each module's weight will be stored in, where it differs from the one computed in: the
             layers that follow see the stored values.
         finished: layers before this one are pruned already and only run.
+        reconstruct: give each mask its least-squares weights, whatever the method left.
 
     Raises:
         UserError: a plan for other modules, no tokens for a method that needs them, or weights or activations that
             are not finite.
     """
     pruner = PRUNERS.get(method)
-    needs = pruner.traits["needs"]
+    needs: Kind = "hessian" if reconstruct else pruner.traits["needs"]
     stack = source.stack
     plan.check_modules([ModuleShape(name, m.out_features, m.in_features) for name, m in stack.all_linears().items()])
     targets = plan.by_name
     if needs == "none":
         layers = iterate_weights(source, finished=finished)
     elif tokens is None:
-        raise UserError(f"{method} measures calibration text and none was given", "Add --data.")
+        what = "--reconstruct" if reconstruct else method
+        raise UserError(f"{what} measures calibration text and none was given", "Add --data.")
     else:
         driver = LayerDriver(source, tokens, batch_size=batch_size, accumulate=accumulate, processes=processes)
         layers = driver.iterate(needs, changes_weights=True, finished=finished)
@@ -82,9 +86,9 @@ def prune_layers(
             owners = assign(layer, processes.count)
             for name, linear in layer.linears.items():
                 if owners[name] == processes.index:
-                    modules[name] = pruner.function(
-                        linear.weight.data, layer.statistics.get(name), targets[name], options
-                    )
+                    statistics = layer.statistics.get(name)
+                    modules[name] = prune_linear(pruner, linear, statistics, targets[name], options, reconstruct)
+                    del statistics
                     _replace(linear, modules[name].weight, stored[name] if stored else None)
                 _release(layer.statistics, name)
             for name, linear in layer.linears.items():
@@ -96,6 +100,23 @@ def prune_layers(
             yield PrunedLayer(layer.index, modules)
             modules.clear()
             advance()
+
+
+def prune_linear(
+    pruner: Method[Pruner],
+    linear: PrunableLinear,
+    statistics: InputStatistics | None,
+    target: ModuleTarget,
+    options: Any,
+    reconstruct: bool,
+) -> Pruned:
+    """A method's result for one linear, which is not changed."""
+    weight = linear.weight.data
+    if not reconstruct:
+        return pruner.function(weight, statistics, target, options)
+    assert statistics is not None
+    hessian = shared_hessian(statistics)  # first: a method may consume the sums
+    return reconstructed(pruner.function(weight, statistics, target, options), weight, hessian, target.name)
 
 
 def assign(layer: LayerContext, count: int) -> dict[str, int]:
@@ -153,11 +174,14 @@ def prune_model(
     method: str,
     options: Any,
     batch_size: int | None = None,
+    *,
+    reconstruct: bool = False,
 ) -> dict[str, Pruned]:
     """Prune a model in place, layer by layer, each on the inputs that the pruned layers before it give.
 
     Args:
         tokens: calibration sequences int64 ``[sequences, length]``; None for methods that need none.
+        reconstruct: see :func:`prune_layers`.
 
     Returns:
         By module name; masks are on the CPU, weights are those of the model.
@@ -166,7 +190,8 @@ def prune_model(
         UserError: a plan for other modules, or weights or activations that are not finite.
     """
     result: dict[str, Pruned] = {}
-    for layer in prune_layers(ResidentLayers(model), tokens, plan, method, options, batch_size=batch_size):
+    source = ResidentLayers(model)
+    for layer in prune_layers(source, tokens, plan, method, options, batch_size=batch_size, reconstruct=reconstruct):
         result.update({name: replace(pruned, mask=pruned.mask.cpu()) for name, pruned in layer.modules.items()})
     return result
 

@@ -57,6 +57,7 @@ class PruneOptions(Options):
     pattern_options: Mapping[str, Any] | None = option(
         None, "For a mixed pattern, such as strength=1, n_max=4, rule=marginal.", flag="--pattern-option"
     )
+    reconstruct: bool = option(False, "Give each mask its least-squares weights: better at high sparsity.")
     plan: SparsityPlan | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 

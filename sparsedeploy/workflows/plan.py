@@ -14,6 +14,7 @@ from torch import nn
 
 from sparsedeploy.allocation import ALLOCATORS, MixedOptions, allocate, model_layers
 from sparsedeploy.allocation.allocate import check_pattern, effective_needs
+from sparsedeploy.allocation.auto import SearchOptions
 from sparsedeploy.allocation.base import Search
 from sparsedeploy.calibration.samples import CalibrationSet, default_length
 from sparsedeploy.calibration.text import calibration_set
@@ -31,7 +32,9 @@ from sparsedeploy.processes import SINGLE_PROCESS, Processes
 from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.pruning.layers import prune_model
 from sparsedeploy.quality.perplexity import perplexity, text_windows
+from sparsedeploy.version import __version__
 from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.search import search_plan
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class AllocationChoice:
         """Whether making the plan prunes copies of the model and compares them."""
         trait = ALLOCATORS.get(self.name).traits.get("searches", False)
         return bool(trait(self.options) if callable(trait) else trait)
+
+    @property
+    def compares_levels(self) -> bool:
+        """Whether the plan comes from a level database."""
+        return isinstance(self.options, SearchOptions)
 
 
 def resolve_allocation(options: PruneOptions, default: str = "uniform") -> AllocationChoice:
@@ -115,7 +123,23 @@ class Prepared:
             "plan": asdict(self.choice) if self.choice is not None else plan.to_dict() if plan else None,
             "method": self.options.method,
             "method_options": asdict(self.pruner_options),
+            "reconstruct": self.options.reconstruct,
             "calibration": asdict(described) if (described := self.described) else None,
+        }
+
+    def level_identity(self, model: nn.Module) -> dict[str, Any]:
+        """What decides a level of the database besides its rate."""
+        first = next(model.parameters())
+        return {
+            "model_sha256": self.sha256,
+            "method": self.options.method,
+            "method_options": asdict(self.pruner_options),
+            "reconstruct": self.options.reconstruct,
+            "calibration": asdict(described) if (described := self.described) else None,
+            "accumulate": self.options.calibration.accumulate,
+            "dtype": str(first.dtype),
+            "device": first.device.type,
+            "sparsedeploy": __version__,
         }
 
     def selection_windows(self, text: str | None, split: str, limit: int) -> torch.Tensor:
@@ -166,19 +190,22 @@ def prepare(
             "the plan was made for another model (its hash differs)", "Make it again: sparsedeploy allocate."
         )
     calibration = None
-    if calibrates or measures_text(choice, options.method, prunes=prunes):
+    if calibrates or measures_text(choice, options.method, prunes=prunes, reconstruct=options.reconstruct):
         calibration = calibration_set(folder, config, options.calibration, trust_remote_code=trust_remote_code)
     return Prepared(options, folder, config, sha256, choice, pruner_options, calibration, trust_remote_code)
 
 
-def measures_text(choice: AllocationChoice | None, method: str, *, prunes: bool = True) -> bool:
+def measures_text(
+    choice: AllocationChoice | None, method: str, *, prunes: bool = True, reconstruct: bool = False
+) -> bool:
     """Whether the allocation (None: there is a plan already) or the pruner reads calibration text.
 
     Args:
         prunes: False where only a plan is wanted.
     """
     prunes = prunes or (choice is not None and choice.searches)
-    return (prunes and PRUNERS.get(method).traits["needs"] != "none") or (choice is not None and choice.needs_data)
+    reads = reconstruct or PRUNERS.get(method).traits["needs"] != "none"
+    return (prunes and reads) or (choice is not None and choice.needs_data)
 
 
 def plan_model(
@@ -267,13 +294,40 @@ def choose_plan(
         return plan_with(choice.options)
     assert isinstance(model, nn.Module), "a search prunes whole copies of the model"
     dense = model
+    if choice.compares_levels:
+        asked = choice.options
+        return search_plan(
+            dense,
+            tokens,
+            prepared.selection_windows(asked.text, asked.selection, asked.windows),
+            choice.sparsity,
+            choice.pattern,
+            choice.name,
+            asked,
+            method=options.method,
+            method_options=prepared.pruner_options,
+            identity=prepared.level_identity(dense),
+            reconstruct=options.reconstruct,
+            mixed=choice.mixed,
+            model_sha256=prepared.sha256,
+            batch_size=batch_size,
+            accumulate=options.calibration.accumulation,
+        )
 
     def trial_on(text: str | None, split: str, limit: int) -> Callable[[SparsityPlan], float]:
         selection = prepared.selection_windows(text, split, limit)
 
         def trial(plan: SparsityPlan) -> float:
             candidate = copy.deepcopy(dense)
-            prune_model(candidate, tokens, plan, options.method, prepared.pruner_options, batch_size)
+            prune_model(
+                candidate,
+                tokens,
+                plan,
+                options.method,
+                prepared.pruner_options,
+                batch_size,
+                reconstruct=options.reconstruct,
+            )
             try:
                 return perplexity(candidate, selection, batch_size=batch_size or 1).perplexity
             except UserError:  # its only reason: the pruned model has diverged

@@ -113,6 +113,7 @@ def _prune(
             processes=processes,
             stored={target.name: slices[target.name][0].tensor.dtype for target in plan.targets},
             finished=finished,
+            reconstruct=options.reconstruct,
         ):
             if journal is not None:
                 for name, module in pruned.modules.items():

@@ -188,6 +188,7 @@ def _same_pruning(manifest: Manifest) -> PruneOptions:
         method_options=manifest.options,
         allocation=plan.allocation if spread else None,
         allocation_options=plan.options if spread else None,
+        reconstruct=bool(asked.get("reconstruct", False)),
         calibration=calibration,
     )
 
@@ -210,6 +211,11 @@ def _from_dense(
         trust_remote_code=run.trust_remote_code,
     )
     folder, choice, calibration = prepared.folder, prepared.choice, prepared.calibration
+    if method.traits["starts_from"] == "dense" and (prune.reconstruct or (choice and choice.compares_levels)):
+        raise UserError(
+            f"{recover.method} prunes in its own way",
+            "Leave out --reconstruct and a searched allocation; of the search, give the plan with --plan.",
+        )
     if own_allocation and (choice is None or choice.searches):
         raise UserError(
             f"{recover.method} chooses its rates at every step", "Leave out --plan, or a search for the allocation."
@@ -251,6 +257,7 @@ def _from_dense(
             prune.method,
             prepared.pruner_options,
             job.batch_size,
+            reconstruct=prune.reconstruct,
         )
         job.masks, losses = {name: module.mask for name, module in pruned.items()}, losses_of(pruned)
     recovered = _recovered(job, method, options)

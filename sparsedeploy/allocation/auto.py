@@ -1,0 +1,50 @@
+"""Auto: make every allocation's plan from one pass, prune by each from shared statistics, take the best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sparsedeploy.allocation.base import Shares
+from sparsedeploy.calibration.driver import LayerContext
+from sparsedeploy.options import Options, option
+from sparsedeploy.plan import ModuleShape
+from sparsedeploy.registry import ALLOCATORS
+
+
+@dataclass(frozen=True)
+class SearchOptions(Options):
+    """What a search over pruned levels compares on, and where it keeps them."""
+
+    selection: Literal["validation", "test"] = option(
+        "validation",
+        "The split of the text that plans are compared on; with `test` the reported perplexity is too good.",
+    )
+    text: str | None = option(None, "The text to compare on; None takes the calibration source's own split.")
+    windows: int = option(16, "How many windows of it are measured.", at_least=1)
+    database: str | None = option(
+        None, "Folder of the pruned levels, for this model, method and text; None keeps them in the user's cache."
+    )
+
+
+class SearchedElsewhere:
+    """What a search has in place of measurements: its plan needs pruned weights, which no allocator sees."""
+
+    def __init__(self, options: SearchOptions) -> None:
+        self.options = options
+
+    def measure(self, layer: LayerContext) -> Any:
+        raise NotImplementedError("a search measures pruned models, not layers")
+
+    def shares(self, measured: list[Any], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
+        raise NotImplementedError("a search compares whole plans")
+
+
+@dataclass(frozen=True)
+class AutoOptions(SearchOptions):
+    """What plans are compared on."""
+
+
+@ALLOCATORS.register("auto", AutoOptions, needs="hessian", strength=None, searches=True)
+class Auto(SearchedElsewhere):
+    """The allocation whose pruned model stays closest to the dense one on held-out text."""

@@ -1,0 +1,290 @@
+"""The plans of ``--allocation auto`` and ``evolve``: what pruned models say, not what their layers promise."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsedeploy import progress
+from sparsedeploy.allocation.allocate import allocate_each
+from sparsedeploy.allocation.budget import integer_counts, meet_target, nm_target
+from sparsedeploy.allocation.evolve import EvolveOptions, Generation, Levels, Space, evolve
+from sparsedeploy.allocation.mixed import MixedOptions
+from sparsedeploy.errors import UserError
+from sparsedeploy.models.layers import ResidentLayers
+from sparsedeploy.models.linear_views import assign_weight
+from sparsedeploy.plan import NM, MixedNM, ModuleShape, ModuleTarget, SparsityPlan
+from sparsedeploy.pruning.levels import LevelDatabase
+from sparsedeploy.quality.divergence import dense_predictions, divergence
+from sparsedeploy.registry import ALLOCATORS
+from sparsedeploy.resources import cache_home
+
+Targets = tuple[ModuleTarget, ...]
+
+
+class PlanScores:
+    """Divergence of whole plans from the dense model, by putting levels of the database together.
+
+    Args:
+        dense: the model; it is not changed, a copy is.
+        windows: int64 ``[windows, length]`` to compare on.
+    """
+
+    def __init__(self, dense: nn.Module, database: LevelDatabase, windows: torch.Tensor) -> None:
+        self._predictions = dense_predictions(dense, windows)
+        self._model = copy.deepcopy(dense)
+        self._linears = ResidentLayers(self._model).stack.all_linears()
+        self._loaded: dict[str, ModuleTarget] = {}
+        self._database = database
+
+    def __call__(self, targets: Sequence[ModuleTarget], which: range | None = None) -> float:
+        for target in targets:
+            if self._loaded.get(target.name) != target:
+                linear = self._linears[target.name]
+                assign_weight(linear, self._database.read(target).to(linear.weight.device, linear.weight.dtype))
+                self._loaded[target.name] = target
+        return divergence(self._model, self._predictions, which)
+
+
+def search_plan(
+    model: nn.Module,
+    tokens: torch.Tensor | None,
+    windows: torch.Tensor,
+    sparsity: float,
+    pattern: NM | MixedNM | None,
+    allocation: str,
+    options: Any,
+    *,
+    method: str,
+    method_options: Any,
+    identity: Mapping[str, Any],
+    reconstruct: bool = False,
+    mixed: MixedOptions | None = None,
+    model_sha256: str | None = None,
+    batch_size: int | None = None,
+    accumulate: torch.dtype = torch.float32,
+) -> SparsityPlan:
+    """The best plan of all other allocations, for ``evolve`` after a search that starts from them.
+
+    Args:
+        tokens: calibration sequences int64 ``[sequences, length]``.
+        windows: held-out text to compare on, int64 ``[windows, length]``.
+        identity: what decides a level besides its target; see :class:`LevelDatabase`.
+
+    Raises:
+        UserError: a fixed N:M pattern for ``evolve``, a budget outside the levels, a database of another run, or a
+            model that has diverged under every plan.
+    """
+    evolves = isinstance(options, EvolveOptions)
+    if isinstance(pattern, NM) and evolves:
+        raise UserError(f"pattern {pattern} leaves evolve nothing to search", f"Use --pattern mixed-{pattern}.")
+    plans = _plans(
+        model,
+        tokens,
+        sparsity,
+        pattern,
+        mixed=mixed,
+        model_sha256=model_sha256,
+        batch_size=batch_size,
+        accumulate=accumulate,
+    )
+    if isinstance(pattern, NM):
+        return replace(plans["uniform"], allocation=allocation, options=asdict(options))
+    folder = Path(options.database).expanduser() if options.database else _cache_folder(identity)
+    database = LevelDatabase(folder, identity)
+    targets = {name: plan.targets for name, plan in plans.items()}
+    space, levels = _levels(targets["uniform"], sparsity, pattern, options) if evolves else (None, [])
+
+    def add(wanted: Sequence[ModuleTarget]) -> None:
+        database.add(
+            ResidentLayers(model),
+            tokens,
+            wanted,
+            method,
+            method_options,
+            reconstruct=reconstruct,
+            batch_size=batch_size,
+            accumulate=accumulate,
+        )
+
+    add([target for each in (*targets.values(), *levels) for target in each])
+    score = PlanScores(model, database, windows)
+    scores = _compare(targets, score)
+    details: dict[str, Any] = {"selection": options.selection, "scores": scores}
+    lowest, best = min((math.inf if value is None else value, name) for name, value in scores.items())
+    if not math.isfinite(lowest):
+        raise UserError(
+            "the pruned model has diverged with every allocation", "Lower the sparsity or use another method."
+        )
+    if space is not None:
+        found = _search(space, levels, targets, score, options, folder, windows)
+        evolved = _exact([levels[unit][at] for unit, at in enumerate(found.levels)], sparsity, pattern)
+        add(evolved)
+        reached = score(evolved)
+        targets["evolve"], scores["evolve"] = evolved, _plain(reached)
+        details["generations"] = found.number
+        if reached <= lowest:
+            lowest, best = reached, "evolve"
+    progress.note(f"{allocation}: {best} is closest to the dense model (KL {lowest:.4f})")
+    return SparsityPlan(
+        sparsity=plans["uniform"].sparsity,
+        pattern=plans["uniform"].pattern,
+        allocation=allocation,
+        targets=targets[best],
+        options=asdict(options),
+        model_sha256=model_sha256,
+        details={"search": {**details, "chosen": best}},
+    )
+
+
+def _plans(
+    model: nn.Module,
+    tokens: torch.Tensor | None,
+    sparsity: float,
+    pattern: NM | MixedNM | None,
+    **known: Any,
+) -> dict[str, SparsityPlan]:
+    """Uniform first, then every other allocation that does not search; the ones that cannot serve are named."""
+    names = ["uniform"]
+    if not isinstance(pattern, NM):
+        names += [m.name for m in ALLOCATORS if m.traits.get("searches") is not True and m.name != "uniform"]
+    options = {name: ALLOCATORS.get(name).make_options() for name in names}
+    try:
+        return allocate_each(model, tokens, sparsity, pattern, options, **known)
+    except UserError:
+        plans = allocate_each(model, tokens, sparsity, pattern, {"uniform": options["uniform"]}, **known)
+        for name in names[1:]:
+            try:
+                plans |= allocate_each(model, tokens, sparsity, pattern, {name: options[name]}, **known)
+            except UserError as error:
+                progress.note(f"without {name}: {error.message}")
+        return plans
+
+
+def _compare(targets: Mapping[str, Targets], score: PlanScores) -> dict[str, float | None]:
+    """The divergence of each plan, None where the model has diverged; one line each on standard error."""
+    scores: dict[str, float | None] = {}
+    with progress.bar("compare allocations", len(targets), "plans") as advance:
+        for name, each in targets.items():
+            scores[name] = value = _plain(score(each))
+            progress.note(f"{name:>14}  {'diverged' if value is None else f'KL {value:.4f}'}")
+            advance()
+    return scores
+
+
+def _plain(score: float) -> float | None:
+    return score if math.isfinite(score) else None
+
+
+def _levels(
+    uniform: Targets, sparsity: float, pattern: NM | MixedNM | None, options: EvolveOptions
+) -> tuple[Space, list[Targets]]:
+    """The space of a search, and by module the targets of its levels."""
+    if isinstance(pattern, MixedNM):
+        counts = range(pattern.m, 0, -1)
+        tables = [tuple(nm_target(_shape(target), NM(n, pattern.m)) for n in counts) for target in uniform]
+    else:
+        low, high = max(sparsity - options.spread, 0.0), min(sparsity + options.spread, options.highest)
+        grid = [
+            options.step * at
+            for at in range(math.ceil(low / options.step - 1e-9), math.floor(high / options.step + 1e-9) + 1)
+        ]
+        counts_of = [sorted({round(rate * target.columns) for rate in grid}) for target in uniform]
+        tables = [
+            tuple(replace(target, zeros_per_row=zeros) for zeros in counts)
+            for target, counts in zip(uniform, counts_of, strict=True)
+        ]
+        if not grid:
+            raise UserError(
+                f"no rates of step {options.step:g} lie from {low:g} to {high:g}",
+                "Use a smaller allocation option step.",
+            )
+    kinds: dict[str, list[int]] = {}
+    layers: dict[str, list[int]] = {}
+    for unit, target in enumerate(uniform):
+        kinds.setdefault(target.name.rpartition(".")[2], []).append(unit)
+        depth = next((part for part in target.name.split(".") if part.isdigit()), "")
+        layers.setdefault(depth, []).append(unit)
+    groups = tuple(tuple(units) for units in (*layers.values(), *kinds.values()) if len(units) > 1)
+    removed = tuple(tuple(level.zeros for level in table) for table in tables)
+    wanted = math.ceil(sum(target.size for target in uniform) * sparsity - 1e-6)
+    return Space(removed, wanted, groups), tables
+
+
+def _search(
+    space: Space,
+    levels: Sequence[Targets],
+    targets: Mapping[str, Targets],
+    score: PlanScores,
+    options: EvolveOptions,
+    folder: Path,
+    windows: torch.Tensor,
+) -> Generation:
+    """Evolve, keeping every generation beside the database: the same search goes on from the last one."""
+    rng = random.Random(options.seed)
+    starts = [space.nearest([target.zeros for target in each], rng) for each in targets.values()]
+    asked = {
+        "space": [space.removed, space.wanted],
+        "starts": starts,
+        "windows": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
+        "options": {key: getattr(options, key) for key in ("offspring", "seed")},
+    }
+    path = folder / f"search-{_digest(asked)}.jsonl"
+    resumed = _last_generation(path)
+
+    def fitness(vector: Levels, which: range) -> float:
+        return score([levels[unit][at] for unit, at in enumerate(vector)], which)
+
+    def record(generation: Generation) -> None:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(generation.to_dict()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    if resumed is not None and resumed.number:
+        progress.note(f"goes on after generation {resumed.number}, best KL {resumed.fitness:.4f}")
+    return evolve(space, starts, fitness, windows=len(windows), options=options, resumed=resumed, record=record)
+
+
+def _last_generation(path: Path) -> Generation | None:
+    """The last whole line of a search's file; text after the last newline is a line that a kill cut short."""
+    if not path.exists():
+        return None
+    text = path.read_text(encoding="utf-8")
+    whole, _, cut = text.rpartition("\n")
+    if cut:
+        os.truncate(path, len(text.encode()) - len(cut.encode()))
+    return Generation.from_dict(json.loads(whole.rpartition("\n")[2])) if whole else None
+
+
+def _exact(found: Sequence[ModuleTarget], sparsity: float, pattern: NM | MixedNM | None) -> Targets:
+    """The levels' rates, shifted alike by what they remove too much: the plan meets its budget within one row-unit."""
+    if pattern is not None:
+        return tuple(found)
+    modules = [_shape(target) for target in found]
+    rates = meet_target([target.sparsity - sparsity for target in found], [module.size for module in modules], sparsity)
+    counts = integer_counts(modules, rates, sparsity)
+    return tuple(replace(target, zeros_per_row=count) for target, count in zip(found, counts, strict=True))
+
+
+def _shape(target: ModuleTarget) -> ModuleShape:
+    return ModuleShape(target.name, target.rows, target.columns)
+
+
+def _cache_folder(identity: Mapping[str, Any]) -> Path:
+    return cache_home() / "levels" / _digest(identity)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
