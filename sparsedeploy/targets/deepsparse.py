@@ -49,6 +49,8 @@ from sparsedeploy.targets.onnx_file import (
 )
 
 ENGINE = Engine(name="deepsparse", version="1.8.0")
+# Its sparse kernels are right for such input widths only, see sparsedeploy/targets/padding.py.
+WIDTH_UNIT = 16
 # int8 moves logits; a graph that is wrong moves them by as much as they are large. The perplexities tell the quality.
 INT8_TOLERANCE = 0.5
 
@@ -119,7 +121,7 @@ def export_deepsparse(
     tokens, expected = reference_logits(model, shapes.vocab)
     ranges, windows = _calibrate(opened, model, linears, options) if options.int8 else ({}, None)
     with new_folder(output, overwrite=overwrite) as folder:
-        write_onnx(graph, folder, largest_single_file=options.largest_single_file)
+        write_onnx(graph, folder, largest_single_file=options.largest_single_file, width_unit=WIDTH_UNIT)
         counted = count_weights(folder / MODEL_FILE, linears)
         # The engine of the check holds the weights once more: let go of the model's first.
         del graph, model, linears

@@ -19,6 +19,7 @@ from torch import nn
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.targets.kv_graph import KVCacheGraph
+from sparsedeploy.targets.padding import pad_products
 
 OPSET = 14
 MODEL_FILE = "model.onnx"
@@ -38,7 +39,9 @@ class WeightCount:
     zeros: int
 
 
-def write_onnx(graph: KVCacheGraph, folder: Path, *, largest_single_file: int = LARGEST_SINGLE_FILE) -> list[str]:
+def write_onnx(
+    graph: KVCacheGraph, folder: Path, *, largest_single_file: int = LARGEST_SINGLE_FILE, width_unit: int = 1
+) -> list[str]:
     """Export the graph in float32 at opset 14 into an existing folder.
 
     A weight of the model becomes a constant of its name, or of its name and ``.T`` when the graph multiplies by the
@@ -46,6 +49,7 @@ def write_onnx(graph: KVCacheGraph, folder: Path, *, largest_single_file: int = 
 
     Args:
         largest_single_file: when the constants exceed this many bytes they go to ``model.data`` beside ``model.onnx``.
+        width_unit: what the input width of every product must be a multiple of; zeros are added up to that.
 
     Returns:
         Names of the files written.
@@ -66,6 +70,7 @@ def write_onnx(graph: KVCacheGraph, folder: Path, *, largest_single_file: int = 
         model = onnx.load(path)
     _check_inputs(graph, model)
     constants = _take_constants(graph, model)
+    pad_products(model, constants, width_unit)
     with ExitStack() as stack:
         data: BinaryIO | None = None
         if sum(tensor.nbytes for tensor in constants.values()) > largest_single_file:
@@ -84,6 +89,8 @@ def write_onnx(graph: KVCacheGraph, folder: Path, *, largest_single_file: int = 
 
 def count_weights(path: Path, linears: dict[str, nn.Linear]) -> WeightCount:
     """Find every linear in the graph, compare its constant bit by bit with the model's weight, and count the zeros.
+
+    Rows and columns that were added as padding must be zero, and do not count.
 
     Args:
         linears: module path -> linear, as the model names them.
@@ -107,8 +114,10 @@ def count_weights(path: Path, linears: dict[str, nn.Linear]) -> WeightCount:
                 f"{name} is not one constant matrix of the exported graph",
                 "Its architecture cannot be exported: use one whose linears all run for every token.",
             )
-        found = onnx.numpy_helper.to_array(tensor, base_dir=str(path.parent))
-        if not np.array_equal(found.view(np.int32), np.ascontiguousarray(wanted).view(np.int32)):
+        padded = onnx.numpy_helper.to_array(tensor, base_dir=str(path.parent))
+        found = np.ascontiguousarray(padded[tuple(map(slice, wanted.shape))])
+        same = np.array_equal(found.view(np.int32), np.ascontiguousarray(wanted).view(np.int32))
+        if not same or np.count_nonzero(padded) != np.count_nonzero(found):
             raise UserError(f"the exported weights of {name} differ from the model's", "Please report this as a bug.")
         weights += found.size
         zeros += found.size - int(np.count_nonzero(found))
