@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy, preset_name_to_scheme
 from llmcompressor import oneshot
@@ -72,12 +74,17 @@ def quantize(
     return int(size) if size else None
 
 
-def examine(folder: str, masks: Mapping[str, torch.Tensor], windows: torch.Tensor | None) -> dict[str, Any]:
-    """Decompress a quantised folder with compressed-tensors and count its zeros.
+def examine(
+    folder: str, masks: Mapping[str, torch.Tensor], windows: torch.Tensor | None, probe: Path
+) -> dict[str, Any]:
+    """Decompress a quantised folder with compressed-tensors, count its zeros and run it.
+
+    Args:
+        probe: .npy file of int64 ``[T]``; the last ones are replaced by greedy ones. Tokens and logits go beside it.
 
     Returns:
         ``weights`` of the masked modules, ``pruned`` by their masks, ``revived`` (pruned, but not zero any more),
-        ``zeros`` of all kinds, and ``perplexity_after`` on the windows.
+        ``zeros`` of all kinds, ``perplexity_after`` on the windows, and the ``arrays`` of the probe.
     """
     uncompressed = CompressedTensorsConfig(run_compressed=False)
     model = AutoModelForCausalLM.from_pretrained(
@@ -90,7 +97,21 @@ def examine(folder: str, masks: Mapping[str, torch.Tensor], windows: torch.Tenso
         counts["pruned"] += int((~mask).sum())
         counts["revived"] += int((~mask & ~zero).sum())
         counts["zeros"] += int(zero.sum())
-    return {**counts, "perplexity_after": None if windows is None else perplexity(model, windows)}
+    after = None if windows is None else perplexity(model, windows)
+    return {**counts, "perplexity_after": after, "arrays": answer(model, probe)}
+
+
+@torch.no_grad()
+def answer(model: Any, probe: Path, greedy: int = 4) -> dict[str, str]:
+    """Save a probe's tokens, the last ``greedy`` of them chosen by the model, and their logits; returns the paths."""
+    tokens = torch.from_numpy(np.load(probe))[None].to(model.device)
+    for at in range(tokens.shape[1] - greedy, tokens.shape[1]):
+        tokens[0, at] = model(input_ids=tokens[:, :at], use_cache=False).logits[0, -1].argmax()
+    logits = model(input_ids=tokens, use_cache=False).logits[0].float()
+    paths = {"tokens": probe.with_name("answer-tokens.npy"), "logits": probe.with_name("answer-logits.npy")}
+    np.save(paths["tokens"], tokens[0].cpu().numpy())
+    np.save(paths["logits"], logits.cpu().numpy())
+    return {name: str(path) for name, path in paths.items()}
 
 
 @torch.no_grad()

@@ -107,6 +107,7 @@ class Server:
         tokens: str | None,
         masks: str,
         windows: str | None,
+        probe: str,
         output: str,
         dtype: str,
         device: str,
@@ -117,6 +118,7 @@ class Server:
             tokens: .npy file of calibration sequences, for the algorithm that needs some.
             masks: safetensors file, module name -> bool ``[rows, columns]``, True where kept.
             windows: .npy file of int64 ``[windows, context]`` to take the perplexity on; None takes none.
+            probe: .npy file of int64 ``[T]``, tokens whose logits are taken too; the arrays lie beside it.
             dtype: of what is not quantised; ``auto`` keeps the model's own.
 
         Returns:
@@ -130,7 +132,11 @@ class Server:
         loaded = load(model, dtype)
         group_size = yield from _with_events(lambda: quantize.quantize(loaded, scheme, algorithm, sequences, kept))
         loaded.save_pretrained(output, save_compressed=True)
-        return {"group_size": group_size, "perplexity_before": before, **quantize.examine(output, kept, text)}
+        return {
+            "group_size": group_size,
+            "perplexity_before": before,
+            **quantize.examine(output, kept, text, Path(probe)),
+        }
 
 
 def _choose_device(device: str) -> None:

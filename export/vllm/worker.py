@@ -28,6 +28,9 @@ from sparsedeploy_vllm.product import packed_product  # noqa: E402
 
 from sparsedeploy.formats import bitmask  # noqa: E402
 
+# Log-probabilities that are asked for at once; each is a Python object.
+ENTRIES = 250_000
+
 
 class Server:
     """The operations; each takes the arguments of a request and returns its result."""
@@ -88,12 +91,24 @@ class Server:
         return {"model": 1, "capacity": capacity, "compile_seconds": time.perf_counter() - started}
 
     def logits(self, model: int, prompt: list[int], tokens: list[int], folder: str) -> dict[str, Any]:
-        """Log-probabilities after every prompt token and after every following one, saved in ``folder``."""
+        """Log-probabilities after every prompt token and after every following one, saved in ``folder``.
+
+        Following tokens are decoded as long as they are the greedy ones, and read with the prompt from there on. Of a
+        large vocabulary only the likeliest are told, the others are minus infinity.
+        """
         every = [*prompt, *tokens]
         engine = self.models[model]
         vocabulary = engine.llm_engine.model_config.get_vocab_size()
-        (output,) = self._run(engine, every, 1, logprobs=-1, prompt_logprobs=-1)
+        told = -1 if vocabulary * len(every) <= ENTRIES else max(1, ENTRIES // len(every))
+        (output,) = self._run(engine, every, 1, logprobs=told, prompt_logprobs=told)
         rows = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
+        if tokens:
+            (output,) = self._run(engine, prompt, len(tokens) + 1, logprobs=told)
+            rows[len(prompt) - 1] = output.outputs[0].logprobs[0]
+            for at, (found, token) in enumerate(zip(output.outputs[0].token_ids, tokens)):  # noqa: B905 - one more
+                if found != token:
+                    break
+                rows[len(prompt) + at] = output.outputs[0].logprobs[at + 1]
         table = np.full((len(every), vocabulary), -np.inf, dtype=np.float32)
         for index, row in enumerate(rows):
             for token, entry in row.items():

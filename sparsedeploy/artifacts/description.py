@@ -90,6 +90,20 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class SelfTest:
+    """The answer that an engine must give on the machine that it runs on, see :mod:`.known_answer`.
+
+    Attributes:
+        file: beside the model, with its tokens and logits; its hash stands among the artifact's files.
+        tolerance: the largest difference allowed, as a part of the largest logit.
+    """
+
+    file: str
+    tokens: int
+    tolerance: float
+
+
+@dataclass(frozen=True)
 class Artifact:
     """An exported folder, as its ``artifact.json`` describes it.
 
@@ -101,6 +115,9 @@ class Artifact:
         files: name -> SHA-256 of every other file of the folder.
         check: None when the check could not run.
         quantization: None when the weights keep their type.
+        bytes_per_token: bytes of weights that decoding one token must at least read, see :mod:`.traffic`; None in an
+            artifact of an earlier version.
+        self_test: None in an artifact of an earlier version.
     """
 
     target: str
@@ -114,6 +131,8 @@ class Artifact:
     engine: Engine
     check: Check | None = None
     quantization: Quantization | None = None
+    bytes_per_token: int | None = None
+    self_test: SelfTest | None = None
     format: int = FORMAT
     sparsedeploy: str = __version__
 

@@ -15,6 +15,7 @@ from sparsedeploy.artifacts.description import (
     config_shapes,
     load_artifact,
 )
+from sparsedeploy.artifacts.traffic import folder_bytes
 from sparsedeploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -120,4 +121,5 @@ def _describe_checkpoint(folder: Path) -> Artifact:
         files={},
         sparsity=Sparsity(weights, zeros),
         engine=Engine(name="transformers", version=str(getattr(config, "transformers_version", None) or "unknown")),
+        bytes_per_token=folder_bytes(folder, config),
     )

@@ -13,7 +13,7 @@ import typer
 from sparsedeploy import progress
 from sparsedeploy.cli.common import CoresOption, DtypeOption, JsonOption, RuntimePythonOption, named_dtype, print_json
 from sparsedeploy.cli.flags import refuse_typed
-from sparsedeploy.runtimes.engine import open_model
+from sparsedeploy.runtimes.engine import find_deployment, load
 from sparsedeploy.runtimes.text import load_text_tools
 
 
@@ -37,16 +37,15 @@ def generate_command(
     if temperature == 0:
         refuse_typed(context, ("seed",), "at temperature 0 nothing is drawn")
     tools = load_text_tools(artifact)
+    deployment = find_deployment(artifact, runtime, python)
     tokens = tools.encode(prompt)
     show: Callable[[str], Any] = (lambda text: None) if json_output else _print_piece
     progress.note("load the model")
     started = time.perf_counter()
-    with open_model(
-        artifact,
+    with load(
+        deployment,
         prompt_length=len(tokens),
         new_tokens=max_new_tokens,
-        runtime=runtime,
-        python=python,
         cores=cores,
         dtype=named_dtype(dtype),
         timeout=timeout,

@@ -15,6 +15,7 @@ from sparsedeploy.artifacts.folder import describe_folder
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.environments import Environment, require
 from sparsedeploy.runtimes.machine import usable_cores
+from sparsedeploy.runtimes.self_test import is_proven, prove
 from sparsedeploy.runtimes.specification import Runtime, load_runtime, runtime_for_target
 from sparsedeploy.runtimes.worker import Worker
 
@@ -125,14 +126,39 @@ class WorkerModel:
         return self._worker.peak_memory()
 
 
+@dataclass(frozen=True)
+class Deployment:
+    """An artifact and the environment of the runtime that is to run it: looked up once, handed on from there."""
+
+    folder: Path
+    artifact: Artifact
+    environment: Environment
+
+    @property
+    def runtime(self) -> Runtime:
+        return self.environment.runtime
+
+
+def find_deployment(folder: Path, runtime: str | None = None, python: str | None = None) -> Deployment:
+    """An exported folder or plain checkpoint on its runtime.
+
+    Args:
+        runtime: its name; by default the one that the artifact was exported for.
+        python: interpreter of an environment of the user's own that has the runtime.
+
+    Raises:
+        UserError: not an artifact, one for another target, or the runtime is not installed.
+    """
+    artifact = describe_folder(folder)
+    return Deployment(Path(folder), artifact, environment_for(artifact, folder, runtime, python))
+
+
 @contextmanager
-def open_model(
-    folder: Path,
+def load(
+    deployment: Deployment,
     *,
     prompt_length: int,
     new_tokens: int,
-    runtime: str | None = None,
-    python: str | None = None,
     cores: int | None = None,
     chunk: int | None = None,
     batch: int = 1,
@@ -141,9 +167,10 @@ def open_model(
 ) -> Iterator[LoadedModel]:
     """Load an artifact on its runtime, with a cache for a prompt and new tokens of these lengths.
 
+    The first time on a machine the engine must give the artifact's known answer, see
+    :mod:`~sparsedeploy.runtimes.self_test`.
+
     Args:
-        runtime: its name; by default the one that the artifact was exported for.
-        python: interpreter of an environment of the user's own that has the runtime.
         cores: threads to use; by default all cores that this process may use.
         chunk: prompt tokens that are run at once; by default the prompt's length, at most 64.
         batch: sequences that :meth:`LoadedModel.measure` may run at once.
@@ -151,18 +178,46 @@ def open_model(
         timeout: seconds that one request may take.
 
     Raises:
-        UserError: not an artifact, one for another target, lengths that do not fit it, or the runtime fails.
+        UserError: lengths that do not fit the model, the runtime fails, or it computes something else than the export.
     """
-    artifact = describe_folder(folder)
+    artifact, folder, runtime = deployment.artifact, deployment.folder, deployment.runtime
     check_lengths(artifact, prompt_length, new_tokens)
     cores = check_cores(cores)
     chunk = chunk_for(prompt_length, chunk)
-    environment = environment_for(artifact, folder, runtime, python)
-    check_batch(batch, environment.runtime)
-    check_dtype(dtype, environment.runtime)
-    lengths = {"prompt_length": prompt_length, "new_tokens": new_tokens, "chunk": chunk, "batch": batch}
-    with environment.worker(timeout) as worker:
-        yield WorkerModel(worker, Path(folder), cores=cores, dtype=dtype, **lengths)
+    check_batch(batch, runtime)
+    check_dtype(dtype, runtime)
+    lengths = {"prompt_length": prompt_length, "new_tokens": new_tokens}
+    with deployment.environment.worker(timeout) as worker:
+        model = WorkerModel(worker, folder, cores=cores, chunk=chunk, batch=batch, dtype=dtype, **lengths)
+        prove(model, artifact, folder, runtime, dtype=dtype, **lengths)
+        yield model
+
+
+def prove_once(
+    deployment: Deployment, *, prompt_length: int, new_tokens: int, cores: int, chunk: int, timeout: float
+) -> None:
+    """Compare the engine with the artifact's known answer before another program loads it; see :func:`load`.
+
+    Raises:
+        UserError: the runtime fails, or it computes something else than the export.
+    """
+    artifact, folder, runtime = deployment.artifact, deployment.folder, deployment.runtime
+    with deployment.environment.worker(timeout) as worker:
+        facts = {**worker.ready, "cores": cores, "chunk": chunk}
+        if not is_proven(facts, artifact, folder, runtime, prompt_length=prompt_length, new_tokens=new_tokens):
+            model = WorkerModel(
+                worker, folder, cores=cores, prompt_length=prompt_length, new_tokens=new_tokens, chunk=chunk
+            )
+            prove(model, artifact, folder, runtime, prompt_length=prompt_length, new_tokens=new_tokens)
+
+
+@contextmanager
+def open_model(
+    folder: Path, *, runtime: str | None = None, python: str | None = None, **options: Any
+) -> Iterator[LoadedModel]:
+    """:func:`find_deployment` and :func:`load` in one, for a folder that is loaded once."""
+    with load(find_deployment(folder, runtime, python), **options) as model:
+        yield model
 
 
 def environment_for(artifact: Artifact, folder: Path, runtime: str | None, python: str | None) -> Environment:

@@ -134,6 +134,7 @@ def quantize_folder(
     tokens: torch.Tensor | None,
     windows: torch.Tensor | None,
     *,
+    probe: torch.Tensor,
     dtype: str = "auto",
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -143,17 +144,19 @@ def quantize_folder(
         masks: bool ``[rows, columns]`` by module name, True where kept.
         tokens: calibration sequences, int64 ``[sequences, length]``, for GPTQ.
         windows: int64 ``[windows, context]`` to take the perplexity on.
+        probe: int64 ``[T]``, tokens for the known answer; the last ones are replaced by greedy ones.
         dtype: of what is not quantised, such as ``bfloat16``; ``auto`` is the model's own.
 
     Returns:
-        What ``export/llmcompressor/quantize.py`` found out, and the ``versions``.
+        What ``export/llmcompressor/quantize.py`` found out, the ``versions``, and the ``answer``: tokens [T] and the
+        quantised model's logits [T, V] for them.
 
     Raises:
         UserError: the environment or llm-compressor fails.
     """
     with open_worker(where) as worker:
         paths: dict[str, str | None] = {}
-        for name, array in (("tokens", tokens), ("windows", windows)):
+        for name, array in (("tokens", tokens), ("windows", windows), ("probe", probe)):
             paths[name] = None if array is None else str(worker.folder / f"{name}.npy")
             if array is not None:
                 np.save(worker.folder / f"{name}.npy", array.numpy())
@@ -172,7 +175,8 @@ def quantize_folder(
             device=device,
             **paths,
         )
-        return {**result, "versions": worker.ready["versions"]}
+        arrays = worker.arrays(result)
+        return {**result, "versions": worker.ready["versions"], "answer": (arrays["tokens"], arrays["logits"])}
 
 
 def _follow(worker: Worker, operation: str, title: str, total: int | None, **arguments: Any) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from sparsedeploy.artifacts.companions import TOKENIZER_CONFIG, older_tokenizer
 from sparsedeploy.artifacts.description import load_artifact
+from sparsedeploy.artifacts.known_answer import PROMPT, STEPS
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
 from sparsedeploy.reading import SOUND_COPY, read_object
-from sparsedeploy.runtimes.engine import check_cores, environment_for
+from sparsedeploy.runtimes.engine import Deployment, check_cores, environment_for, prove_once
 from sparsedeploy.runtimes.environments import Environment, process_environment
 from sparsedeploy.runtimes.process_group import GuardedProcess
 from sparsedeploy.runtimes.worker import new_log, telling_lines
@@ -89,12 +90,17 @@ def serve(
     if name not in ("deepsparse", "vllm"):
         raise UserError(f"runtime {name} has no server", "Export with --target deepsparse or vllm.")
     _check_port(host, port)
+    chunk = min(64, max(4, length // 4 // 4 * 4))
+    # The engine's own server is not asked for logits: its engine proves itself in the worker, loaded alike.
+    prompt_length = max(1, min(PROMPT, length - STEPS))
+    sizes = {"prompt_length": prompt_length, "new_tokens": min(STEPS, length - prompt_length)}
+    prove_once(Deployment(folder, artifact, environment), **sizes, cores=cores, chunk=chunk, timeout=timeout)
     variables = process_environment(environment.runtime)
     scratch = Path(tempfile.mkdtemp(prefix=f"sparsedeploy-serve-{name}-"))
     log = new_log(f"{name}-server")
     try:
         if name == "deepsparse":
-            command = _deepsparse(environment, folder, scratch, host, port, length, cores)
+            command = _deepsparse(environment, folder, scratch, host, port, length, chunk, cores)
             health, path = "/v2/health/ready", f"/v2/models/{_MODEL}/infer"
             request = '{"sequences": "Once upon", "max_new_tokens": 32}'
         else:
@@ -125,7 +131,7 @@ def serve(
 
 
 def _deepsparse(
-    environment: Environment, folder: Path, scratch: Path, host: str, port: int, length: int, cores: int
+    environment: Environment, folder: Path, scratch: Path, host: str, port: int, length: int, chunk: int, cores: int
 ) -> list[str]:
     """``deepsparse.server`` on a copy of the folder: the engine writes the sizes into its graph."""
     found = subprocess.run(
@@ -146,7 +152,7 @@ def _deepsparse(
         "name": _MODEL,
         "task": "text_generation",
         "model": str(scratch / _MODEL),
-        "kwargs": {"sequence_length": length, "prompt_sequence_length": min(64, max(4, length // 4 // 4 * 4))},
+        "kwargs": {"sequence_length": length, "prompt_sequence_length": chunk},
     }
     # JSON is YAML too.
     write_json(scratch / "server.yaml", {"num_cores": cores, "num_workers": 1, "endpoints": [endpoint]})

@@ -39,6 +39,7 @@ class Runtime:
         folder: where its requirements and its worker are.
         own_environment: whether it has one; else it runs in the Python that runs sparsedeploy.
         max_batch: sequences that it can run at once.
+        fixed_shapes: whether a loaded model takes no longer prompt than it was loaded for, even where there is room.
         profile: whether its worker answers ``profile``, the time of every operator.
     """
 
@@ -57,6 +58,7 @@ class Runtime:
     max_batch: int = 1
     own_environment: bool = True
     profile: bool = False
+    fixed_shapes: bool = False
 
     @property
     def requirements(self) -> Path:
@@ -133,6 +135,7 @@ def _read(folder: Path) -> Runtime:
         own_environment=bool(values.get("own_environment", True)),
         max_batch=int(values.get("max_batch", 1)),
         profile=bool(values.get("profile", False)),
+        fixed_shapes=bool(values.get("fixed_shapes", False)),
     )
 
 

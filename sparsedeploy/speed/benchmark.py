@@ -22,12 +22,20 @@ import psutil
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
-from sparsedeploy.runtimes.engine import LoadedModel, check_cores, check_dtype, check_lengths, chunk_for, open_model
+from sparsedeploy.runtimes.engine import (
+    Deployment,
+    LoadedModel,
+    check_cores,
+    check_dtype,
+    check_lengths,
+    chunk_for,
+    load,
+)
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.machine import Machine, this_machine
 from sparsedeploy.speed.bandwidth import Bandwidth, measure_bandwidth
 from sparsedeploy.speed.candidates import Candidate, load_contenders
-from sparsedeploy.speed.layer_profile import Profile, profile_contender
+from sparsedeploy.speed.layer_profile import Profile, profile_deployment
 from sparsedeploy.speed.rows import (
     FAILED,
     FEW_ROUNDS,
@@ -188,8 +196,10 @@ def benchmark(
         seed=seed,
         dtype=dtype,
     )
+    deployments = {
+        one.name: Deployment(one.folder, one.artifact, require(one.runtime.name, python)) for one in candidates
+    }
     for one in candidates:
-        require(one.runtime.name, python)
         check_dtype(dtype, one.runtime)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -203,13 +213,13 @@ def benchmark(
         progress.note(f"measure memory bandwidth with {count} thread{'s' if count > 1 else ''}")
         bandwidth[count] = measure_bandwidth(count)
         for length in lengths:
-            for setting, outcomes in _measure(candidates, count, length, options, timeout, samples, facts):
+            for setting, outcomes in _measure(candidates, deployments, count, length, options, timeout, samples, facts):
                 rows.extend(
                     make_row(one, base, setting, samples, outcomes[one.name], bandwidth[count]) for one in candidates
                 )
                 judged = judge_noise(setting, samples)
                 noise.extend([judged] if judged is not None else [])
-    profiles = _profiles(candidates, options, timeout) if profile else []
+    profiles = _profiles(candidates, deployments, options, timeout) if profile else []
     return BenchmarkResult(
         options=options,
         started=started,
@@ -253,6 +263,7 @@ def _check_batches(batches: Sequence[int], candidates: Sequence[Candidate]) -> l
 
 def _measure(
     candidates: Sequence[Candidate],
+    deployments: dict[str, Deployment],
     cores: int,
     length: int,
     options: BenchmarkOptions,
@@ -271,12 +282,10 @@ def _measure(
             started = time.perf_counter()
             try:
                 models[one.name] = stack.enter_context(
-                    open_model(
-                        one.folder,
+                    load(
+                        deployments[one.name],
                         prompt_length=length,
                         new_tokens=options.decode_tokens,
-                        runtime=one.runtime.name,
-                        python=options.python,
                         cores=cores,
                         chunk=options.prompt_chunks[length],
                         batch=max([batch for batch in options.batches if batch <= one.runtime.max_batch], default=1),
@@ -350,7 +359,9 @@ def _one_line(error: Exception) -> str:
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
-def _profiles(candidates: Sequence[Candidate], options: BenchmarkOptions, timeout: float) -> list[Profile]:
+def _profiles(
+    candidates: Sequence[Candidate], deployments: dict[str, Deployment], options: BenchmarkOptions, timeout: float
+) -> list[Profile]:
     """At the first number of cores and prompt length."""
     cores, length = options.cores[0], options.prompt_lengths[0]
     asked = {
@@ -361,7 +372,7 @@ def _profiles(candidates: Sequence[Candidate], options: BenchmarkOptions, timeou
         "seed": options.seed,
     }
     return [
-        profile_contender(one, phase, python=options.python, timeout=timeout, **asked)
+        profile_deployment(one.name, deployments[one.name], phase, timeout=timeout, **asked)
         for one in progress.track(candidates, "time by operator")
         for phase in ("prefill", "decode")
     ]

@@ -16,6 +16,7 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.runtimes.engine import runtime_for
 from sparsedeploy.runtimes.specification import Runtime
+from sparsedeploy.speed.byte_limit import bytes_per_token
 
 _RUNTIME = re.compile(r"([a-z0-9_-]+)=(.+)")
 
@@ -46,8 +47,8 @@ def load_contenders(artifacts: Sequence[str | Path], baseline: str | Path, runti
         runtime: of those that name none; by default the one that runs the folder's export target.
 
     Raises:
-        UserError: nothing to compare, one given twice, models of different shapes, or a runtime that does not run the
-            folder.
+        UserError: nothing to compare, one given twice, an artifact without a count of its bytes, models of different
+            shapes, or a runtime that does not run the folder.
     """
     if not artifacts:
         raise UserError("there is nothing to compare with the baseline", "Name at least one other artifact.")
@@ -58,6 +59,7 @@ def load_contenders(artifacts: Sequence[str | Path], baseline: str | Path, runti
             raise UserError(f"{folder} is given twice", "Name the baseline and each artifact once.")
     described = [describe_folder(folder, verify=True) for _, folder in progress.track(asked, "verify the artifacts")]
     for (_, folder), artifact in zip(asked, described, strict=True):
+        bytes_per_token(artifact)
         if _shape(artifact) != _shape(described[0]):
             raise UserError(
                 f"{folder} and the baseline {asked[0][1]} are models of different shapes",

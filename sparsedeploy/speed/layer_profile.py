@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.runtimes.engine import environment_for
-from sparsedeploy.speed.candidates import Candidate
+from sparsedeploy.runtimes.engine import Deployment
 
 RUNS = 3
 _ATTEMPTS = 4
@@ -78,8 +77,9 @@ class Profile:
     kinds: list[KindTime]
 
 
-def profile_contender(
-    candidate: Candidate,
+def profile_deployment(
+    name: str,
+    deployment: Deployment,
     phase: str,
     *,
     cores: int,
@@ -87,28 +87,27 @@ def profile_contender(
     new_tokens: int,
     chunk: int,
     seed: int,
-    python: str | None = None,
     timeout: float = 600.0,
 ) -> Profile:
     """The engine's own profile of one candidate; one without ``reason`` has figures.
 
     Args:
+        name: of the candidate.
         phase: ``prefill`` or ``decode``.
         seed: of the random tokens.
     """
-    runtime = candidate.runtime
+    runtime = deployment.runtime
     if not runtime.profile:
-        return Profile(candidate.name, runtime.name, phase, "", f"{runtime.title} has no profile", 0.0, [], [])
-    environment = environment_for(candidate.artifact, candidate.folder, runtime.name, python)
+        return Profile(name, runtime.name, phase, "", f"{runtime.title} has no profile", 0.0, [], [])
     found: list[dict[str, Any]] = []
     problem = ""
     for _ in range(_ATTEMPTS):
         try:
-            with environment.worker(timeout) as worker:
+            with deployment.environment.worker(timeout) as worker:
                 found.append(
                     worker.call(
                         "profile",
-                        folder=str(candidate.folder.resolve()),
+                        folder=str(deployment.folder.resolve()),
                         phase=phase,
                         cores=cores,
                         prompt_length=prompt_length,
@@ -122,10 +121,10 @@ def profile_contender(
         if len(found) == RUNS:
             break
     if not found:
-        return Profile(candidate.name, runtime.name, phase, "", problem, 0.0, [], [])
+        return Profile(name, runtime.name, phase, "", problem, 0.0, [], [])
     operators = least_of_runs([run["operators"] for run in found])
     return Profile(
-        name=candidate.name,
+        name=name,
         runtime=runtime.name,
         phase=phase,
         what=found[0]["what"],

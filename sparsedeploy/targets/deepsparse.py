@@ -26,6 +26,8 @@ from sparsedeploy.artifacts.description import (
     write_artifact,
 )
 from sparsedeploy.artifacts.folder import Checkpoint, open_checkpoint
+from sparsedeploy.artifacts.known_answer import save_known_answer, tolerance
+from sparsedeploy.artifacts.traffic import graph_bytes
 from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.calibration.text import calibration_set, recorded_tokens
 from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
@@ -36,7 +38,7 @@ from sparsedeploy.options import Options, option
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.targets.check import check_graph, graph_perplexity, reference_logits
-from sparsedeploy.targets.int8_graph import Range, activation_ranges, write_int8
+from sparsedeploy.targets.int8_graph import Range, activation_ranges, fake_quantize, write_int8
 from sparsedeploy.targets.kv_graph import KVCacheGraph
 from sparsedeploy.targets.onnx_file import (
     DATA_FILE,
@@ -80,6 +82,9 @@ class DeepSparseOptions(Options):
         only_with="int8",
     )
     sequences: int = option(16, "Sequences of that text to take the ranges from.", at_least=1, only_with="int8")
+    max_positions: int | None = option(
+        None, "Positions that the export is for; None takes the model's own.", at_least=2
+    )
     windows: int = option(
         16,
         "Windows of the text's test split to take the perplexity on, before and after; 0 takes none.",
@@ -116,34 +121,42 @@ def export_deepsparse(
     linears = plain_linears(find_decoder_stack(model).all_linears(), "an ONNX graph")
     # The small linears inside a linear are the factors of an adapter: dense by design, and not prunable.
     linears = {path: linear for path, linear in linears.items() if path.rpartition(".")[0] not in linears}
-    graph = KVCacheGraph(model)
+    graph = KVCacheGraph(model, options.max_positions)
     shapes = _shapes(graph)
-    tokens, expected = reference_logits(model, shapes.vocab)
+    reference = answer = reference_logits(model, shapes.max_positions)
     ranges, windows = _calibrate(opened, model, linears, options) if options.int8 else ({}, None)
     with new_folder(output, overwrite=overwrite) as folder:
         write_onnx(graph, folder, largest_single_file=options.largest_single_file, width_unit=WIDTH_UNIT)
         counted = count_weights(folder / MODEL_FILE, linears)
+        sizes = {name: linears[name].weight.numel() for name in ranges}
+        if options.int8:
+            fake_quantize(linears, ranges)
+            answer = reference_logits(model, shapes.max_positions)
         # The engine of the check holds the weights once more: let go of the model's first.
         del graph, model, linears
         gc.collect()
-        check = check_graph(folder / MODEL_FILE, tokens, expected)
+        check = check_graph(folder / MODEL_FILE, reference)
         quantization, new_zeros = None, 0
         if options.int8:
-            quantization, new_zeros = _quantize(folder, ranges, windows, options)
-            check = check_graph(folder / MODEL_FILE, tokens, expected, INT8_TOLERANCE)
+            quantization, new_zeros = _quantize(folder, ranges, sizes, windows, options)
+            check = check_graph(folder / MODEL_FILE, reference, INT8_TOLERANCE)
         copy_companions(opened.folder, folder)
+        dtype = "int8" if options.int8 else "float32"
+        self_test = save_known_answer(folder, *answer.answer, tolerance(dtype))
         artifact = Artifact(
             target="deepsparse",
             source=opened.source,
             model_type=opened.config.model_type,
             shapes=shapes,
-            dtype="int8" if options.int8 else "float32",
+            dtype=dtype,
             opset=OPSET,
             files=hash_files(folder),
             sparsity=Sparsity(weights=counted.weights, zeros=counted.zeros + new_zeros),
             engine=ENGINE,
             check=check,
             quantization=quantization,
+            bytes_per_token=graph_bytes(folder / MODEL_FILE, sparse=True),
+            self_test=self_test,
         )
         write_artifact(folder, artifact)
     return artifact
@@ -178,7 +191,11 @@ def _calibrate(
 
 
 def _quantize(
-    folder: Path, ranges: dict[str, Range], windows: np.ndarray | None, options: DeepSparseOptions
+    folder: Path,
+    ranges: dict[str, Range],
+    sizes: dict[str, int],
+    windows: np.ndarray | None,
+    options: DeepSparseOptions,
 ) -> tuple[Quantization, int]:
     """Replace the folder's float32 graph by the one in integers; also returns how many small weights became zero."""
     before = None if windows is None else graph_perplexity(folder / MODEL_FILE, windows)
@@ -187,7 +204,7 @@ def _quantize(
             if (folder / name).is_file():
                 (folder / name).rename(Path(scratch) / name)
         counted = write_int8(
-            Path(scratch) / MODEL_FILE, folder, ranges, largest_single_file=options.largest_single_file
+            Path(scratch) / MODEL_FILE, folder, ranges, sizes, largest_single_file=options.largest_single_file
         )
     after = None if windows is None else graph_perplexity(folder / MODEL_FILE, windows)
     if counted.zeros < counted.float_zeros:

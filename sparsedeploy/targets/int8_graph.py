@@ -86,8 +86,34 @@ def quantize_range(found: Range) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(scale), np.asarray(np.rint(-found.low / scale), np.uint8)
 
 
-def write_int8(source: Path, folder: Path, ranges: Mapping[str, Range], *, largest_single_file: int) -> Int8Count:
+@torch.no_grad()
+def fake_quantize(linears: Mapping[str, nn.Linear], ranges: Mapping[str, Range]) -> None:
+    """Let a model's linears compute in float32 what :func:`write_int8` makes of them, in place.
+
+    Unlike 8-bit products on some processors, which saturate at 16 bits, this is the same everywhere.
+    """
+
+    def round_inputs(scale: float, zero: int) -> Any:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            levels = (torch.round(inputs[0] / scale) + zero).clamp(0, 255)
+            return ((levels - zero) * scale, *inputs[1:])
+
+        return hook
+
+    for name, found in ranges.items():
+        integers, scales = quantize_weight(linears[name].weight.float().numpy().T)
+        linears[name].weight.copy_(torch.from_numpy(integers * scales).T)
+        scale, zero = quantize_range(found)
+        linears[name].register_forward_pre_hook(round_inputs(float(scale), int(zero)))
+
+
+def write_int8(
+    source: Path, folder: Path, ranges: Mapping[str, Range], sizes: Mapping[str, int], *, largest_single_file: int
+) -> Int8Count:
     """Write ``model.onnx`` with the named linears in integers, from the float32 ``source`` graph, one tensor at a time.
+
+    Args:
+        sizes: weights of each linear; what its matrix holds besides is padding and does not count.
 
     Raises:
         UserError: a linear that is not a product with one constant matrix of the graph.
@@ -116,9 +142,10 @@ def write_int8(source: Path, folder: Path, ranges: Mapping[str, Range], *, large
             array = onnx.numpy_helper.to_array(tensor, base_dir=str(source.parent))
             if name in wanted:
                 integers, scales[name] = quantize_weight(array)
-                weights += array.size
-                zeros += array.size - int(np.count_nonzero(integers))
-                float_zeros += array.size - int(np.count_nonzero(array))
+                size = sizes[wanted[name]]
+                weights += size
+                zeros += size - int(np.count_nonzero(integers))
+                float_zeros += size - int(np.count_nonzero(array))
                 array = integers
             add_constant(model, name, array, data)
         nodes = _integer_nodes(model, products, wanted, ranges, scales, data)

@@ -19,12 +19,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.targets.switches import check_positions
 
 INPUTS = ("input_ids", "attention_mask", "positions", "causal_mask")
 _ATTENTION = "sparsedeploy_grouped"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Their frequencies depend on the length seen so far, which a trace would freeze at the example's length.
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 class GraphCache(Cache):
@@ -120,24 +119,26 @@ class KVCacheGraph(nn.Module):
     A position is attended when both masks say so. Sliding-window layers also need it to be less than a window of
     columns behind the query, as transformers itself counts it.
 
+    Args:
+        max_positions: positions that the graph is for, where its rotary tables end; None takes the model's own.
+
+    Attributes:
+        max_positions: the same; None where the model has no limit.
+
     Raises:
         UserError: the model has no plain per-layer key/value cache, or layers that cannot be traced.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, max_positions: int | None = None) -> None:
         super().__init__()
         self.config = model.config.get_text_config(decoder=True)
-        _check_traceable(type(model).__name__, self.config)
+        _check_layers(type(model).__name__, self.config)
+        self.max_positions = check_positions(type(model).__name__, self.config, max_positions)
         self.model: PreTrainedModel = model
         self.window: int | None = getattr(self.config, "sliding_window", None)
         self.layer_types = getattr(self.config, "layer_types", None)
-        self.rotary = _rotary_tables(model, self.config)
+        self.rotary = _rotary_tables(model, self.config, self.max_positions or 0)
         self.cache_shapes = self._measure_cache()
-
-    @property
-    def max_positions(self) -> int | None:
-        """Positions that the model was made for; the graph's rotary tables end there. None where there is no limit."""
-        return getattr(self.config, "max_position_embeddings", None)
 
     @property
     def input_names(self) -> list[str]:
@@ -271,16 +272,21 @@ class RotaryTable(nn.Module):
 
 
 @torch.no_grad()
-def _rotary_tables(model: PreTrainedModel, config: Any) -> nn.ModuleDict:
+def _rotary_tables(model: PreTrainedModel, config: Any, positions: int) -> nn.ModuleDict:
     """A table for each rotary embedding of the model that maps positions to (cosine, sine), by its module path."""
     tables = nn.ModuleDict()
     for name, module in model.named_modules():
         parameters = list(inspect.signature(module.forward).parameters)
         if "RotaryEmbedding" not in type(module).__name__ or parameters[:2] != ["x", "position_ids"]:
             continue
+        if positions == 0:
+            raise UserError(
+                f"{type(model).__name__} does not say for how many positions it is",
+                "Say it: --target-option max_positions=N.",
+            )
         by_type = parameters[2:3] == ["layer_type"]
         layer_types = sorted(set(config.layer_types)) if by_type else [None]
-        tables[name.replace(".", "/")] = RotaryTable(module, config.max_position_embeddings, layer_types)
+        tables[name.replace(".", "/")] = RotaryTable(module, positions, layer_types)
     return tables
 
 
@@ -317,25 +323,10 @@ def _additive(attend: torch.Tensor) -> torch.Tensor:
     return (1.0 - attend) * torch.finfo(torch.float32).min
 
 
-def _check_traceable(name: str, config: Any) -> None:
+def _check_layers(name: str, config: Any) -> None:
     unknown = sorted(set(getattr(config, "layer_types", None) or []) - _LAYER_TYPES)
     if unknown:
         raise UserError(
             f"{name} has layers of type {', '.join(unknown)}",
             "Only full and sliding-window attention can be exported with a key/value cache.",
         )
-    kind = _rope_kind(config)
-    if kind in _LENGTH_DEPENDENT_ROPE:
-        raise UserError(
-            f"{name} uses '{kind}' rotary scaling, whose frequencies change with the length",
-            "Set a fixed scaling (such as linear, yarn or llama3) or none in its config.json.",
-        )
-
-
-def _rope_kind(config: Any) -> str | None:
-    """The rotary scaling in use. transformers 5 calls the field rope_parameters, earlier versions rope_scaling."""
-    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # With one entry for each layer type, any of them can be the length-dependent one.
-    entries = [value for value in settings.values() if isinstance(value, dict)] or [settings]
-    kinds = [entry.get("rope_type") or entry.get("type") for entry in entries]
-    return next((kind for kind in kinds if kind in _LENGTH_DEPENDENT_ROPE), kinds[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from sparsedeploy import progress
 from sparsedeploy.artifacts.companions import TOKENIZER_CONFIG, copy_companions, older_tokenizer
 from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity, config_shapes, hash_files, write_artifact
 from sparsedeploy.artifacts.folder import open_checkpoint
+from sparsedeploy.artifacts.known_answer import save_known_answer, tolerance
+from sparsedeploy.artifacts.traffic import graph_bytes
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder, write_json
 from sparsedeploy.models.structure import find_decoder_stack, plain_linears
@@ -31,8 +33,9 @@ from sparsedeploy.registry import TARGETS
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.runtimes.worker import Worker
-from sparsedeploy.targets.check import compare_logits, reference_logits, split_prompt
+from sparsedeploy.targets.check import Reference, compare_logits, reference_logits, split_prompt
 from sparsedeploy.targets.onnx_file import MODEL_FILE, import_onnx
+from sparsedeploy.targets.switches import check_positions
 
 RUNTIME = "onnxruntime"
 
@@ -45,6 +48,9 @@ class OnnxRuntimeOptions(Options):
         None, "Interpreter of an environment of the user's own that has Optimum; None for the managed one."
     )
     timeout: float = option(3600.0, "Seconds that the export may take.", above=0)
+    max_positions: int | None = option(
+        None, "Positions that the export is for; None takes the model's own.", at_least=2
+    )
 
 
 @TARGETS.register("onnxruntime", OnnxRuntimeOptions)
@@ -73,9 +79,11 @@ def export_onnxruntime(
     import_onnx()
     environment = require(RUNTIME, options.python)
     opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    text = opened.config.get_text_config(decoder=True)
+    limit = check_positions(f"{opened.config.model_type}", text, options.max_positions)
     model = opened.load()
-    shapes = config_shapes(opened.config)
-    tokens, expected = reference_logits(model, shapes.vocab)
+    shapes = replace(config_shapes(opened.config), max_positions=limit)
+    reference = reference_logits(model, limit)
     digests = _weight_digests(plain_linears(find_decoder_stack(model).all_linears(), "an ONNX graph"))
     # Optimum loads the model once more: let go of it first.
     del model
@@ -89,7 +97,8 @@ def export_onnxruntime(
             copy_companions(staged, folder, without=("config.json",))
             advance()
         sparsity = _find_weights(folder / MODEL_FILE, digests)
-        logits = _run(worker, folder, tokens)
+        check = compare_logits(_run(worker, folder, reference), reference)
+        self_test = save_known_answer(folder, *reference.answer, tolerance("float32"))
         artifact = Artifact(
             target=RUNTIME,
             source=opened.source,
@@ -100,7 +109,9 @@ def export_onnxruntime(
             files=hash_files(folder),
             sparsity=sparsity,
             engine=Engine(name=RUNTIME, version=worker.ready["versions"]["onnxruntime"]),
-            check=compare_logits(logits, expected),
+            check=check,
+            bytes_per_token=graph_bytes(folder / MODEL_FILE, sparse=False),
+            self_test=self_test,
         )
         write_artifact(folder, artifact)
     return artifact
@@ -180,11 +191,11 @@ def _find_weights(path: Path, digests: dict[str, tuple[str, str]]) -> Sparsity:
     return Sparsity(weights=weights, zeros=zeros)
 
 
-def _run(worker: Worker, folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """Logits [1, T, V] of the exported model: the prompt, then token by token with the cache."""
-    prompt, rest = split_prompt(tokens)
+def _run(worker: Worker, folder: Path, reference: Reference) -> np.ndarray:
+    """Logits [1, R, V] of the exported model: the prompt, then token by token with the cache."""
+    prompt, rest = split_prompt(reference)
     sizes = {"prompt_length": len(prompt), "new_tokens": len(rest), "chunk": len(prompt)}
     model = worker.call("load", folder=str(folder), cores=usable_cores(), **sizes)["model"]
     result = worker.call("logits", model=model, prompt=prompt, tokens=rest, folder=str(worker.folder))
     arrays = worker.arrays(result)
-    return np.concatenate([arrays["prefill"], arrays["decode"]])[None]
+    return np.concatenate([arrays["prefill"], arrays["decode"]])[None, reference.rows]

@@ -34,8 +34,8 @@ def pad_products(model: Any, constants: dict[str, torch.Tensor], unit: int) -> N
     """Bring the input width of every product with a constant matrix to a multiple of ``unit``, in place.
 
     Where the input comes elementwise from other products (the gate and the projection up of an MLP), those give more
-    columns, from zero weights, and the graph has no further node. Elsewhere the input's first columns are repeated behind
-    it; they meet zero weights (a Pad node would leave DeepSparse's own kernels).
+    columns, from zero weights, and the graph has no further node. Elsewhere the input's first columns are repeated
+    behind it; they meet zero weights (a Pad node would leave DeepSparse's own kernels).
 
     Args:
         model: an ONNX model; ``constants`` are its weights by name.
@@ -114,9 +114,7 @@ class _Graph:
                 return None
         # Nobody else may see the further columns; those who read the input itself are products that grow with it.
         inside = all(
-            set(reader.output) <= cone.tensors
-            for name in cone.tensors - {value}
-            for reader in self.readers[name]
+            set(reader.output) <= cone.tensors for name in cone.tensors - {value} for reader in self.readers[name]
         )
         grow = all(_is_product(reader, self.constants) for reader in self.readers[value])
         return cone if cone.products and inside and grow else None

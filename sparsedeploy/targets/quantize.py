@@ -21,12 +21,15 @@ from sparsedeploy.artifacts.description import (
     Artifact,
     Engine,
     Quantization,
+    SelfTest,
     Sparsity,
     config_shapes,
     hash_files,
     write_artifact,
 )
 from sparsedeploy.artifacts.folder import Checkpoint, open_checkpoint
+from sparsedeploy.artifacts.known_answer import TOKENS, save_known_answer, tolerance
+from sparsedeploy.artifacts.traffic import folder_bytes
 from sparsedeploy.calibration.samples import default_length
 from sparsedeploy.calibration.text import recorded_tokens
 from sparsedeploy.checkpoint import masks as mask_file
@@ -83,14 +86,25 @@ def export_quantized(
     text, windows = _windows(opened, manifest, options)
     with new_folder(output, overwrite=overwrite) as folder:
         found = llmcompressor.quantize_folder(
-            where, opened.folder, folder, scheme, options.algorithm, masks, tokens, windows, dtype=dtype
+            where,
+            opened.folder,
+            folder,
+            scheme,
+            options.algorithm,
+            masks,
+            tokens,
+            windows,
+            dtype=dtype,
+            probe=_probe(opened),
         )
         if found["revived"]:
             raise UserError(
                 f"{found['revived']:,} of {found['pruned']:,} pruned weights are not zero after quantisation",
                 "Use --target-option algorithm=round, and report this as a bug.",
             )
-        artifact = _complete(opened, folder, scheme, options.algorithm, dtype, found, text, engine)
+        answer_tokens, answer_logits = found["answer"]
+        self_test = save_known_answer(folder, answer_tokens, answer_logits, tolerance(dtype, scheme))
+        artifact = _complete(opened, folder, self_test, scheme, options.algorithm, dtype, found, text, engine)
         write_artifact(folder, artifact)
     return artifact
 
@@ -98,6 +112,7 @@ def export_quantized(
 def _complete(
     opened: Checkpoint,
     folder: Path,
+    self_test: SelfTest,
     scheme: str,
     algorithm: str,
     dtype: str,
@@ -129,7 +144,16 @@ def _complete(
             perplexity_after=found["perplexity_after"],
             text=text,
         ),
+        bytes_per_token=folder_bytes(folder, opened.config),
+        self_test=self_test,
     )
+
+
+def _probe(opened: Checkpoint) -> torch.Tensor:
+    """Random tokens for the known answer, int64 [T]."""
+    shapes = config_shapes(opened.config)
+    length = min(TOKENS, shapes.max_positions or TOKENS)
+    return torch.randint(0, shapes.vocab, (length,), generator=torch.Generator().manual_seed(1))
 
 
 def _windows(opened: Checkpoint, manifest: Manifest, options: VllmOptions) -> tuple[str | None, torch.Tensor | None]:

@@ -19,17 +19,20 @@ from torch import nn
 from sparsedeploy import progress
 from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity, config_shapes, hash_files, write_artifact
 from sparsedeploy.artifacts.folder import open_checkpoint
+from sparsedeploy.artifacts.known_answer import TOKENS, save_known_answer, tolerance
+from sparsedeploy.artifacts.traffic import folder_bytes
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, new_folder, write_json
 from sparsedeploy.formats import packed as packing
 from sparsedeploy.formats.config import BITMASK, ModuleFormat, PackedConfig
-from sparsedeploy.models.loading import build_empty
+from sparsedeploy.models.loading import build_empty, load_model
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.models.tensor_files import TensorFiles, check_tensor
 from sparsedeploy.models.weight_files import INDEX, note_left_out, small_files
 from sparsedeploy.options import Options, option
 from sparsedeploy.reading import SOUND_COPY, read_object
 from sparsedeploy.registry import TARGETS
+from sparsedeploy.targets.check import reference_logits
 from sparsedeploy.targets.quantize import export_quantized
 
 ENGINE = Engine(name="vllm", version="0.32.0")
@@ -126,6 +129,10 @@ def export_vllm(
         if len(files.shards) > 1:
             metadata = {"total_size": packer.bytes}
             write_json(folder / INDEX, {"metadata": metadata, "weight_map": packer.weight_map})
+        model = load_model(opened.folder, trust_remote_code=trust_remote_code)
+        positions = config_shapes(opened.config).max_positions
+        answer = reference_logits(model, min(TOKENS, positions or TOKENS)).answer
+        self_test = save_known_answer(folder, *answer, tolerance(packer.dtype))
         artifact = Artifact(
             target="vllm",
             source=opened.source,
@@ -136,6 +143,8 @@ def export_vllm(
             files=hash_files(folder),
             sparsity=Sparsity(weights=packer.weights, zeros=packer.zeros),
             engine=ENGINE,
+            bytes_per_token=folder_bytes(folder, opened.config, trust_remote_code=trust_remote_code),
+            self_test=self_test,
         )
         write_artifact(folder, artifact)
     progress.note(

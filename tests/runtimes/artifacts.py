@@ -22,6 +22,7 @@ def describe(
         files={},
         sparsity=Sparsity(weights, zeros),
         engine=Engine("deepsparse", "1.8.0"),
+        bytes_per_token=4 * (weights - zeros) + 4 * vocab * hidden,
     )
 
 

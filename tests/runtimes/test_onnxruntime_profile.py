@@ -10,9 +10,9 @@ import pytest
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.resources import shipped
+from sparsedeploy.runtimes.engine import find_deployment
 from sparsedeploy.runtimes.environments import require
-from sparsedeploy.speed.candidates import load_contenders
-from sparsedeploy.speed.layer_profile import profile_contender
+from sparsedeploy.speed.layer_profile import profile_deployment
 from sparsedeploy.targets.registry import export_checkpoint
 from tests.formats.test_transformers import save_sparse_model
 from tests.small_models import byte_tokenizer
@@ -62,9 +62,8 @@ def test_profile_in_the_real_engine(tmp_path: Path) -> None:
     save_sparse_model(tmp_path / "checkpoint", "llama", torch.float32)
     byte_tokenizer().save_pretrained(tmp_path / "checkpoint")
     artifact = export_checkpoint(tmp_path / "checkpoint", "onnxruntime", tmp_path / "out")
-    one = load_contenders([tmp_path / "out"], f"torch={tmp_path / 'checkpoint'}", None)[1]
     options = {"cores": 1, "prompt_length": 6, "new_tokens": 4, "chunk": 8, "seed": 0}
-    profile = profile_contender(one, "decode", **options)
+    profile = profile_deployment("out", find_deployment(tmp_path / "out"), "decode", **options)
     assert profile.reason is None
     assert profile.what == "1 token after 6 in the cache"
     assert [part.part for part in profile.parts] == [*map(str, range(artifact.shapes.layers)), "outside"]

@@ -36,14 +36,14 @@ def zeros_of(model: torch.nn.Module) -> int:
 @pytest.mark.parametrize("threshold", [0, LARGEST_SINGLE_FILE], ids=["side file", "one file"])
 def test_zeros_survive(tmp_path: Path, threshold: int) -> None:
     model = pruned_model(tie_word_embeddings=True)
-    tokens, expected = reference_logits(model, model.config.vocab_size)
+    reference = reference_logits(model)
     files = write_onnx(KVCacheGraph(model), tmp_path, largest_single_file=threshold)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
     linears = find_decoder_stack(model).all_linears()
     counted = count_weights(tmp_path / "model.onnx", linears)
     assert counted.zeros == zeros_of(model) > 0.65 * counted.weights
     assert counted.weights == sum(linear.weight.numel() for linear in linears.values())
-    check = check_graph(tmp_path / "model.onnx", tokens, expected)
+    check = check_graph(tmp_path / "model.onnx", reference)
     assert check is not None
     assert check.largest_difference < 1e-4 < check.largest_logit
 
@@ -100,14 +100,14 @@ def test_linear_outside_the_graph_is_found(tmp_path: Path) -> None:
 
 def test_graph_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     model = pruned_model()
-    tokens, expected = reference_logits(model, model.config.vocab_size)
+    reference = reference_logits(model)
     write_onnx(KVCacheGraph(model), tmp_path)
     graph = onnx.load(tmp_path / "model.onnx")
     tensor = next(t for t in graph.graph.initializer if t.name == "model.layers.1.input_layernorm.weight")
     tensor.raw_data = (onnx.numpy_helper.to_array(tensor) * np.float32(1.1)).tobytes()
     onnx.save(graph, tmp_path / "model.onnx")
     with pytest.raises(UserError, match="does not compute what the model computes"):
-        check_graph(tmp_path / "model.onnx", tokens, expected)
+        check_graph(tmp_path / "model.onnx", reference)
 
 
 def test_model_that_cannot_be_traced_is_refused_without_noise(

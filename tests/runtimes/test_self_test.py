@@ -1,0 +1,192 @@
+"""An engine that computes something else than the export is refused on its first load; the verdict is remembered."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsedeploy import progress
+from sparsedeploy.artifacts.description import ARTIFACT_FILE, hash_files, load_artifact, write_artifact
+from sparsedeploy.artifacts.known_answer import (
+    TOKENS,
+    KnownAnswer,
+    largest_difference,
+    load_known_answer,
+    save_known_answer,
+    tolerance,
+)
+from sparsedeploy.errors import UserError
+from sparsedeploy.resources import cache_home
+from sparsedeploy.runtimes.engine import find_deployment, load, open_model
+from sparsedeploy.runtimes.self_test import _lengths
+from sparsedeploy.runtimes.serving import serve
+from sparsedeploy.runtimes.specification import load_runtime
+from sparsedeploy.targets.vllm import export_vllm
+from tests.formats.test_transformers import save_sparse_model
+from tests.runtimes.exported import export_small
+
+
+@pytest.fixture
+def verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of our own for verdicts; the runtimes stay where they are."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "runtimes").symlink_to(cache_home() / "runtimes")
+    monkeypatch.setenv("SPARSEDEPLOY_HOME", str(home))
+    return home / "verdicts"
+
+
+def refresh(folder: Path, **changes: object) -> Path:
+    """Describe a folder again after its files were changed, as if it had been exported so."""
+    artifact = load_artifact(folder)
+    files = {name: digest for name, digest in hash_files(folder).items() if name != ARTIFACT_FILE}
+    write_artifact(folder, dataclasses.replace(artifact, files=files, **changes))
+    return folder
+
+
+def packed(folder: Path) -> Path:
+    save_sparse_model(folder / "dense", "llama", torch.float32)
+    export_vllm(folder / "dense", folder / "packed")
+    return folder / "packed"
+
+
+SIZES = {"prompt_length": 80, "new_tokens": 8, "cores": 1}
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("deepsparse_runtime")
+def test_deepsparse_with_one_wrong_weight(verdicts: Path, tmp_path: Path) -> None:
+    right = export_small(tmp_path, "llama", 0.5).folder
+    with open_model(right, **SIZES):
+        pass
+    (verdict,) = [json.loads(path.read_text()) for path in verdicts.iterdir()]
+    assert verdict["passed"]
+    assert verdict["tokens"] == TOKENS
+    assert verdict["difference"] < 1e-5
+
+    wrong = shutil.copytree(right, tmp_path / "wrong")
+    graph = onnx.load(wrong / "model.onnx")
+    matrix = next(tensor for tensor in graph.graph.initializer if tensor.name.endswith("layers.1.mlp.up_proj.weight.T"))
+    values = onnx.numpy_helper.to_array(matrix).copy()
+    values[:, 3] = -values[:, 3]
+    matrix.raw_data = values.tobytes()
+    onnx.save(graph, wrong / "model.onnx")
+    refresh(wrong)
+    with (
+        pytest.raises(UserError, match=r"DeepSparse computes .*wrong wrongly on this machine: logits differ") as caught,
+        open_model(wrong, **SIZES),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="wrongly on this machine"), serve(wrong, length=80, cores=1, port=0):
+        pass
+
+
+def test_torch_with_one_wrong_weight_and_its_memory(verdicts: Path, tmp_path: Path) -> None:
+    folder = packed(tmp_path)
+    deployment = find_deployment(folder, "torch")
+    with load(deployment, **SIZES):
+        (path,) = verdicts.iterdir()
+    # A remembered verdict is read, not made again.
+    path.write_text(json.dumps({**json.loads(path.read_text()), "difference": 7.0}))
+    with load(deployment, **SIZES):
+        assert json.loads(path.read_text())["difference"] == 7.0
+    # One that saw fewer tokens than there is room for now is not enough.
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokens": 5}))
+    with load(deployment, **SIZES):
+        assert json.loads(path.read_text())["tokens"] == TOKENS
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] *= -1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refresh(folder)
+    with (
+        pytest.raises(UserError, match=r"PyTorch computes .* wrongly on this machine"),
+        load(find_deployment(folder, "torch"), **SIZES),
+    ):
+        pass
+    with (
+        pytest.raises(UserError, match="wrongly on this machine"),
+        load(find_deployment(folder, "torch"), prompt_length=1, new_tokens=1, cores=1),
+    ):
+        pass
+
+
+def test_artifact_of_an_earlier_version_is_told_once(
+    verdicts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = refresh(packed(tmp_path), self_test=None)
+    progress.show(True)
+    try:
+        for said in (True, False):
+            with load(find_deployment(folder, "torch"), **SIZES):
+                assert ("holds no known answer" in capsys.readouterr().err) == said
+    finally:
+        progress.show(False)
+
+
+def test_damaged_answer(verdicts: Path, tmp_path: Path) -> None:
+    folder = packed(tmp_path)
+    test = load_artifact(folder).self_test
+    assert test is not None
+    (folder / test.file).write_bytes(b"not an archive")
+    with (
+        pytest.raises(UserError, match=r"is missing or damaged .* Export the checkpoint again"),
+        load(find_deployment(folder, "torch"), **SIZES),
+    ):
+        pass
+    outside = find_deployment(refresh(folder, self_test=dataclasses.replace(test, file="../x")), "torch")
+    with pytest.raises(UserError, match=r"List only files inside"), load(outside, **SIZES):
+        pass
+
+
+def test_comparison() -> None:
+    random = np.random.default_rng(0)
+    logits = random.standard_normal((6, 9)).astype(np.float32)
+    answer = KnownAnswer(np.arange(6), np.arange(9), logits)
+    assert largest_difference(answer, logits[:4]) == 0
+    # Log-probabilities: another number for each row.
+    assert largest_difference(answer, logits + random.standard_normal((6, 1)).astype(np.float32)) < 1e-6
+    partly = logits.copy()
+    partly[2, 5:] = -np.inf
+    assert largest_difference(answer, partly) < 1e-6
+    partly[2, 1] += 3
+    assert largest_difference(answer, partly) > 0.5
+    for bad in (np.nan, np.inf):
+        broken = logits.copy()
+        broken[1, 1] = bad
+        assert not largest_difference(answer, broken) <= 0.15
+    assert largest_difference(answer, np.full_like(logits, -np.inf)) == np.inf
+
+
+def test_large_vocabulary_keeps_a_part_with_its_end(tmp_path: Path) -> None:
+    logits = np.random.default_rng(0).standard_normal((3, 50_000)).astype(np.float32)
+    test = save_known_answer(tmp_path, np.arange(3), logits, tolerance("float32"))
+    answer = load_known_answer(tmp_path, test)
+    assert (tmp_path / test.file).stat().st_size < 100_000
+    assert set(range(50_000 - 64, 50_000)) < set(answer.columns.tolist())
+    assert np.array_equal(answer.logits, logits[:, answer.columns])
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(1, 1), (5, 3), (5, 200), (64, 64), (70, 1), (71, 4), (1000, 1)])
+def test_lengths_fit_what_was_loaded(prompt: int, new: int) -> None:
+    fixed = _lengths(TOKENS, load_runtime("deepsparse"), prompt, new)
+    assert 1 <= fixed[0] <= prompt
+    assert fixed[1] <= new
+    assert sum(fixed) <= TOKENS
+    free = _lengths(TOKENS, load_runtime("torch"), prompt, new)
+    assert sum(free) == min(TOKENS, prompt + new)
+
+
+def test_tolerances_follow_the_type() -> None:
+    assert tolerance("float32") < tolerance("float16") < tolerance("bfloat16")
+    assert tolerance("float32", "w8a8") == tolerance("int8") > tolerance("float32")
+    assert tolerance("bfloat16", "w4a16") == tolerance("bfloat16")
