@@ -142,6 +142,12 @@ def _older_config(config: dict[str, Any]) -> dict[str, Any]:
     older = {"rope_theta": full.get("rope_theta", 10000.0), "rope_scaling": None}
     if full.get("rope_type", "default") != "default":
         older["rope_scaling"] = {key: value for key, value in full.items() if key != "rope_theta"}
+    if full.get("rope_type") == "longrope":
+        # Three fields and no more; the length stands beside them.
+        factors = {key: full[key] for key in ("short_factor", "long_factor") if key in full}
+        older["rope_scaling"] = {"type": "longrope", **factors}
+        if "original_max_position_embeddings" in full:
+            older["original_max_position_embeddings"] = full["original_max_position_embeddings"]
     if "partial_rotary_factor" in full:
         older["partial_rotary_factor"] = full["partial_rotary_factor"]
     if "sliding_attention" in by_layer:
