@@ -1,5 +1,5 @@
 // Times the packed product against a dense one of the same values, as a model runs them: one matrix after the other,
-// none of them in the cache any more. benchmarks/kernels.py compiles and calls it; with -DWITH_GGML the dense product is
+// none of them in the cache, which is filled with other data before every round. benchmarks/kernels.py compiles and calls it; with -DWITH_GGML the dense product is
 // that of ggml's CPU backend, else a plain one of this file.
 //
 //     product TYPE ROWS COLUMNS BATCH THREADS MEGABYTES ROUNDS RATE...
@@ -225,7 +225,7 @@ int main(int argc, char** argv) {
   const std::vector<float> w = random_floats(o.rows * o.columns, 1), x = random_floats(o.batch * o.columns, 2);
   std::vector<Case> cases;
   std::vector<std::unique_ptr<Packed>> packed;
-  // As many copies as make the smallest of the matrices fill the memory asked for.
+  // As many copies as make the smallest of the matrices fill the memory asked for: a round that lasts long enough.
   int count = 1;
   for (size_t i = rates.size(); i-- > 0;) {
     const std::vector<uint8_t> data = stored(o, w, rates[i]);
@@ -268,8 +268,13 @@ int main(int argc, char** argv) {
     if (!(worst < 0.02 * largest)) return 1;
   }
 #endif
+  const std::vector<uint64_t> other(size_t(48) << 20, 1);
+  volatile uint64_t sum = 0;
   for (int round = 0; round < o.rounds; ++round)
     for (Case& c : cases) {
+      uint64_t total = 0;
+      for (uint64_t value : other) total += value;
+      sum = sum + total;
       const double start = now(o.threads);
       c.run();
       c.best = std::min(c.best, (now(o.threads) - start) / count);
