@@ -41,7 +41,7 @@ class Weight:
     def value(self) -> torch.Tensor:
         whole = self.module._parameters[self.parameter]
         if self.expert >= 0:
-            return whole[self.expert].T if getattr(self.module, "is_transposed", False) else whole[self.expert]
+            return whole[self.expert].T if _is_transposed(self.module) else whole[self.expert]
         return whole.T if isinstance(self.module, Conv1D) else whole
 
 
@@ -90,10 +90,13 @@ def sums_of_squares(weights: Iterable[Weight]) -> Iterator[dict[str, torch.Tenso
         """The tokens that were chosen for an expert enter its first weights; what those make of them, the last one."""
 
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-            hidden, chosen = (*args, *kwargs.values())[:2]
+            hidden, *chosen = (*args, *kwargs.values())[:2]
             hidden = hidden.reshape(-1, hidden.shape[-1])
             for weight in of:
-                x = hidden[(chosen.reshape(len(hidden), -1) == weight.expert).any(dim=1)]
+                if chosen:
+                    x = hidden[(chosen[0].reshape(len(hidden), -1) == weight.expert).any(dim=1)]
+                else:  # the tokens come as one block for each expert
+                    x = hidden.reshape(module.num_experts, -1, hidden.shape[-1])[weight.expert]
                 add(weight.name, x if weight.parameter != "down_proj" else _inner(module, x, weight.expert))
 
         return hook
@@ -113,17 +116,22 @@ def sums_of_squares(weights: Iterable[Weight]) -> Iterator[dict[str, torch.Tenso
             handle.remove()
 
 
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether experts keep ``[experts, in, out]``; Llama 4's do and do not say so."""
+    return getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
+
+
 def _inner(module: nn.Module, x: torch.Tensor, expert: int) -> torch.Tensor:
     """What enters an expert's last weight, by the definition of its class."""
     name = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
     whole = getattr(module, name)[expert]
-    first = x @ (whole if getattr(module, "is_transposed", False) else whole.T)
+    first = x @ (whole if _is_transposed(module) else whole.T)
     if (bias := getattr(module, f"{name}_bias", None)) is not None:
         first = first + bias[expert]
-    if hasattr(module, "_apply_gate"):
-        return module._apply_gate(first)
     if name == "up_proj":
         return module.act_fn(first)
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(first)
     gate, up = first.chunk(2, dim=-1)
     return module.act_fn(gate) * up
 

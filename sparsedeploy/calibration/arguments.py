@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +32,17 @@ class StopForward(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class LayerArguments:
-    """What the model passes to a layer besides the hidden states."""
+    """What the model passes to a layer besides the hidden states, which come first or by their name."""
 
     positional: tuple[Any, ...]
     named: dict[str, Any]
+    by_name: bool = False
+
+    def call(self, layer: Callable[..., Any], hidden: torch.Tensor) -> Any:
+        """Run a layer as the model does, on these hidden states."""
+        if self.by_name:
+            return layer(*self.positional, hidden_states=hidden, **self.named)
+        return layer(hidden, *self.positional, **self.named)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +86,17 @@ def probe(source: LayerSource, tokens: torch.Tensor) -> Probe:
     """
     results: dict[type, Any] = {}
 
-    def learn(at: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def learn(at: int, hidden: torch.Tensor, arguments: LayerArguments) -> Any:
         layer = source.stack.layers[at]
         if type(layer) not in results:
             with source.layer(at):
-                results[type(layer)] = type(layer).forward(layer, hidden, *args, **kwargs)
+                results[type(layer)] = arguments.call(partial(type(layer).forward, layer), hidden)
         return _like(results[type(layer)], hidden.clone())
 
-    def skip(at: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def skip(at: int, hidden: torch.Tensor, arguments: LayerArguments) -> Any:
         return _like(results[type(source.stack.layers[at])], hidden.clone())
 
-    def disturb(at: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def disturb(at: int, hidden: torch.Tensor, arguments: LayerArguments) -> Any:
         return _like(_disturbed(results[type(source.stack.layers[at])]), hidden * 1.25 + 0.5)
 
     hidden, _ = _pass(source, tokens, learn)
@@ -138,7 +146,7 @@ class Arguments:
             UserError: arguments that depend on the tokens and do not fit in memory.
         """
 
-        def skip(at: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def skip(at: int, hidden: torch.Tensor, arguments: LayerArguments) -> Any:
             return _like(self._probe.results[type(self._source.stack.layers[at])], hidden)
 
         hidden, captured = _pass(self._source, tokens, skip)
@@ -180,7 +188,7 @@ class Arguments:
             return done[id(tensor)]
 
         return [
-            LayerArguments(_mapped(layer.positional, once, memo), _mapped(layer.named, once, memo))
+            LayerArguments(_mapped(layer.positional, once, memo), _mapped(layer.named, once, memo), layer.by_name)
             for layer in captured
         ]
 
@@ -188,7 +196,7 @@ class Arguments:
 def _pass(
     source: LayerSource,
     tokens: torch.Tensor,
-    work: Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], Any],
+    work: Callable[[int, torch.Tensor, LayerArguments], Any],
     *,
     whole: bool = False,
 ) -> tuple[torch.Tensor, list[LayerArguments]]:
@@ -213,7 +221,7 @@ def _pass(
                     f"the model runs {stack.layer_name(at)} after {len(captured)} layers: not once each, in order",
                     _FIX,
                 )
-            hidden, args, kwargs = _split(args, kwargs, stack.layer_name(at))
+            hidden, arguments = _split(args, kwargs, stack.layer_name(at))
             if returned is not None and not (returned is hidden or _equal(returned, hidden)):
                 raise UserError(
                     f"the model changes what {stack.layer_name(at - 1)} returns before {stack.layer_name(at)} takes it",
@@ -221,8 +229,8 @@ def _pass(
                 )
             if not entering:
                 entering.append(hidden)
-            captured.append(LayerArguments(args, kwargs))
-            result = work(at, hidden, args, kwargs)
+            captured.append(arguments)
+            result = work(at, hidden, arguments)
             if at + 1 == len(stack.layers) and not whole:
                 raise StopForward
             returned = hidden_of(result)
@@ -248,19 +256,15 @@ def _replaced(layers: nn.ModuleList, forward_of: Callable[[int], Callable[..., A
             vars(layer).pop("forward", None)
 
 
-def _split(
-    args: tuple[Any, ...], kwargs: dict[str, Any], name: str
-) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[torch.Tensor, LayerArguments]:
     """The hidden states and the other arguments; a cache object would append keys and values across sequences."""
-    kwargs = dict(kwargs)
-    if args:
-        hidden, args = args[0], args[1:]
-    else:
-        hidden = kwargs.pop("hidden_states", None)
+    named = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
+    by_name = "hidden_states" in named
+    hidden, rest = (named.pop("hidden_states"), args) if by_name else (args[0] if args else None, args[1:])
     if not isinstance(hidden, torch.Tensor):
         raise UserError(f"{name} does not take its hidden states as its first argument", _FIX)
-    without = tuple(None if isinstance(value, Cache) else value for value in args)
-    return hidden, without, {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
+    positional = tuple(None if isinstance(value, Cache) else value for value in rest)
+    return hidden, LayerArguments(positional, named, by_name)
 
 
 def _like(result: Any, hidden: torch.Tensor) -> Any:

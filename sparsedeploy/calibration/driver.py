@@ -207,7 +207,7 @@ class LayerDriver:
                 rows = rows.to(self._entering)
             taken = arguments[batch][index]
             try:
-                result = layer(rows if self._batched else rows[0], *taken.positional, **taken.named)
+                result = taken.call(layer, rows if self._batched else rows[0])
             except StopForward:
                 continue
             if outputs is not None:
