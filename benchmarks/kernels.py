@@ -5,9 +5,9 @@
 ``--ggml`` names a build folder of llama.cpp and its sources: the dense product is then that of ggml's CPU backend, with
 repacked weights where llama.cpp would repack them. Without it, only the packed products are timed.
 
-Every matrix of a case comes from memory: copies that fill ``--megabytes`` are multiplied once each in a round, and before
-every round the caches are filled with other data. One thread is timed by its processor time, several by the clock; dense and packed are measured by turns and the best round of each
-counts. Only ratios inside one run carry over.
+Every matrix of a case comes from memory: copies that fill ``--megabytes`` are multiplied once each in a round, and
+before every round the caches are filled with other data. One thread is timed by its processor time, several by the
+clock; dense and packed are measured by turns and the best round of each counts. Only ratios inside one run carry over.
 """
 
 from __future__ import annotations

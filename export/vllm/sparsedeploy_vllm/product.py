@@ -39,9 +39,11 @@ def packed_product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | N
     flat = x.reshape(-1, x.shape[-1])
     if isinstance(weight, BitmaskWeight):
         out = torch.ops.sparsedeploy.bitmask_linear(flat, weight.mask, weight.values, weight.offsets, bias)
-    else:
+    elif isinstance(weight, NMWeight):
         pattern = weight.pattern
         out = torch.ops.sparsedeploy.nm_linear(flat, weight.values, weight.positions, pattern.n, pattern.m, bias)
+    else:
+        raise TypeError("weights of int8 and int4 codes have no product here")
     return out.reshape(*x.shape[:-1], weight.rows)
 
 

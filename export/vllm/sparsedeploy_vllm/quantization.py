@@ -67,7 +67,7 @@ class SparseDeployConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseDeployConfig:
-        return cls(PackedConfig.from_dict(config))
+        return cls(_read(config))
 
     @classmethod
     def override_quantization_method(
@@ -75,7 +75,7 @@ class SparseDeployConfig(QuantizationConfig):
     ) -> str | None:
         """Claims nothing; refuses a damaged or newer configuration while vLLM reads the model's, before it starts."""
         if hf_quant_cfg.get("quant_method") == METHOD:
-            PackedConfig.from_dict(hf_quant_cfg)
+            _read(hf_quant_cfg)
         return None
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -99,6 +99,22 @@ class SparseDeployConfig(QuantizationConfig):
         members = self.packed_modules_mapping.get(name, [])
         keys = [self.packed.find(f"{parent}.{member}") for member in members]
         return [None if key is None else self.packed.modules[key] for key in keys]
+
+
+def _read(config: dict[str, Any]) -> PackedConfig:
+    """The checkpoint's configuration.
+
+    Raises:
+        UserError: malformed, or modules of int8 or int4 codes, which the plugin has no kernels for.
+    """
+    packed = PackedConfig.from_dict(config)
+    for name, entry in packed.modules.items():
+        if entry.bits is not None:
+            raise UserError(
+                f"{name} has int{entry.bits} codes, which the vLLM plugin does not multiply yet",
+                "Load the checkpoint with transformers, or export it without quantisation.",
+            )
+    return packed
 
 
 @dataclass
@@ -365,6 +381,8 @@ def _to(weight: PackedWeight | torch.Tensor, device: torch.device, dtype: torch.
             weight.values.to(device, dtype, copy=True),
             weight.offsets.to(device, copy=True),
         )
+    if not isinstance(weight, NMWeight):
+        raise TypeError("weights of int8 and int4 codes are refused when the configuration is read")
     return NMWeight(
         weight.rows,
         weight.columns,
