@@ -29,7 +29,10 @@ def export_command(
     output: OutputOption,
     quantize: Annotated[
         str | None,
-        typer.Option("--quantize", help="For vllm: quantise the pruned weights too: fp8-dynamic, w8a8 or w4a16."),
+        typer.Option(
+            "--quantize",
+            help="Quantise the pruned weights too. vllm: fp8-dynamic, w8a8, w4a16; llamacpp: q8_0, q4_0, f16.",
+        ),
     ] = None,
     target_option: Annotated[
         list[str] | None, typer.Option("--target-option", help="NAME=VALUE for the target. Repeatable.")

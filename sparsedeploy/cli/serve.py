@@ -13,7 +13,7 @@ from sparsedeploy.cli.process import Stop
 
 
 def serve_command(
-    artifact: Annotated[Path, typer.Argument(help="Exported folder, for deepsparse or vllm.")],
+    artifact: Annotated[Path, typer.Argument(help="Exported folder, for deepsparse, llamacpp or vllm.")],
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", "-p", help="Port to listen on.")] = 8000,
     length: Annotated[int, typer.Option("--length", help="Tokens of a prompt and its answer together.")] = 512,

@@ -152,9 +152,10 @@ def status(name: str) -> Status:
 def install(name: str, python: str | None = None, extra: str | None = None) -> Status:
     """Make the environment of a runtime, or leave it as it is when it is complete and its pins are unchanged.
 
-    An interrupted installation is done again from the start. Where uv is installed it makes the environment, fetching a
-    Python that fits when there is none, and fills it; else, or where uv cannot (it does not read pip's configuration),
-    venv and the environment's own pip do. Nothing outside ``CACHE/runtimes/NAME`` and uv's own folders changes.
+    An interrupted installation is done again from the start, less what was built by then. Where uv is installed it
+    makes the environment, fetching a Python that fits when there is none, and fills it; else, or where uv cannot (it
+    does not read pip's configuration), venv and the environment's own pip do. Nothing outside
+    ``CACHE/runtimes/NAME`` and uv's own folders changes.
 
     Args:
         python: the Python to make it from; by default the running one if it fits, else one that is found.
@@ -167,6 +168,9 @@ def install(name: str, python: str | None = None, extra: str | None = None) -> S
     reason = runtime.why_not_here(this_machine())
     if reason is not None:
         raise UserError(reason, "Use another runtime or another machine.")
+    missing = runtime.missing_tool()
+    if missing is not None:
+        raise UserError(f"{runtime.title} is built on this machine, which lacks {missing}", "Install it and try again.")
     name = runtime.name
     more = None if extra is None else runtime.folder / f"requirements-{extra}.txt"
     if more is not None and not more.is_file():
@@ -393,12 +397,18 @@ def _fill(runtime: Runtime, command: list[str], env: Path, file: TextIO, log: Pa
             if found:
                 advance(1, f"{found[1].lower()} {found[2][:40]}")
 
+        def show_build(line: str) -> None:
+            # How ninja counts its steps.
+            found = re.match(r"\[(\d+/\d+)\]", line)
+            if found:
+                advance(1, f"building {found[1]}")
+
         _install(env, [runtime.requirements], variables, file, log, show)
         if runtime.after_install is not None:
             # It is told where this sparsedeploy and the runtime's own package are.
             folders = [str(Path(__file__).resolve().parents[1]), str(runtime.folder / f"sparsedeploy_{runtime.name}")]
             finish = [str(_python_of(env)), str(runtime.after_install), *folders]
-            _run(finish, variables, file, log, lambda line: None)
+            _run(finish, variables, file, log, show_build)
 
 
 def _add(runtime: Runtime, home: Path, more: Path) -> None:

@@ -23,6 +23,7 @@ from sparsedeploy.folders import write_json
 from sparsedeploy.reading import SOUND_COPY, read_object
 from sparsedeploy.runtimes.engine import Deployment, check_cores, environment_for, prove_once
 from sparsedeploy.runtimes.environments import Environment, process_environment
+from sparsedeploy.runtimes.llamacpp import build_of
 from sparsedeploy.runtimes.process_group import GuardedProcess
 from sparsedeploy.runtimes.worker import new_log, telling_lines
 
@@ -87,8 +88,8 @@ def serve(
     cores = check_cores(cores)
     environment = environment_for(artifact, folder, None, python)
     name = environment.runtime.name
-    if name not in ("deepsparse", "vllm"):
-        raise UserError(f"runtime {name} has no server", "Export with --target deepsparse or vllm.")
+    if name not in ("deepsparse", "llamacpp", "vllm"):
+        raise UserError(f"runtime {name} has no server", "Export with --target deepsparse, llamacpp or vllm.")
     _check_port(host, port)
     chunk = min(64, max(4, length // 4 // 4 * 4))
     # The engine's own server is not asked for logits: its engine proves itself in the worker, loaded alike.
@@ -103,6 +104,14 @@ def serve(
             command = _deepsparse(environment, folder, scratch, host, port, length, chunk, cores)
             health, path = "/v2/health/ready", f"/v2/models/{_MODEL}/infer"
             request = '{"sequences": "Once upon", "max_new_tokens": 32}'
+        elif name == "llamacpp":
+            build = build_of(environment)
+            command = [str(build.program("llama-server")), "--model", str(Path(folder).resolve() / "model.gguf")]
+            command += ["--host", host, "--port", str(port), "--ctx-size", str(length), "--threads", str(cores)]
+            command += ["--alias", _MODEL, "--parallel", "1", "--offline", "--no-webui"]
+            variables["GGML_BACKEND_PATH"] = str(build.backend)
+            health, path = "/health", "/v1/completions"
+            request = f'{{"model": "{_MODEL}", "prompt": "Once upon", "max_tokens": 32}}'
         else:
             command = _vllm(environment, folder, host, port, length)
             variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"

