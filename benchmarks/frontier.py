@@ -17,6 +17,7 @@ import math
 import platform
 import statistics as stats
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from sparsedeploy.calibration.samples import CalibrationSet, sample_tokens
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
-from sparsedeploy.models.loading import load_model, load_tokenizer
+from sparsedeploy.models.loading import load_model
+from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
 from sparsedeploy.pruning.layers import prune_linear, prune_model
 from sparsedeploy.quality.perplexity import perplexity, windows_of
@@ -62,7 +64,7 @@ class Bench:
         self.test = _windows(test.read_bytes()[:TEST_BYTES].decode(errors="ignore"), tokenizer, CONTEXT)
         header = {
             "model": {"name": model.name, "sha256": model_sha256(model)},
-            "calibration": self.calibration.describe(),
+            "calibration": asdict(self.calibration.describe()),
             "test": {"data": test.name, "bytes": TEST_BYTES, "context": CONTEXT},
             "selection": SELECTION,
         }
