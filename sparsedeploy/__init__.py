@@ -1,4 +1,4 @@
-"""Take a Hugging Face causal LM, make it sparse, and ship it to a runtime that runs faster for it - with proof."""
+"""Take a Hugging Face causal LM, prune it, and ship it to a runtime that is measurably faster."""
 
 from sparsedeploy.formats.register import register_with_transformers
 from sparsedeploy.version import __version__

@@ -25,7 +25,7 @@ TrustOption = Annotated[
     typer.Option("--trust-remote-code", help="Run the model folder's own Python code. Only for sources you trust."),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Output folder; it appears only when complete.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this command.")]
 DataFieldOption = Annotated[str, typer.Option("--data-field", help="Text field of JSONL rows and data sets.")]
 DtypeOption = Annotated[
     str,

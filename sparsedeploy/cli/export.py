@@ -41,7 +41,7 @@ def export_command(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a model in the form that a runtime takes, and check that it still computes the same."""
+    """Export a model for a runtime and verify its outputs against the original."""
     from sparsedeploy.options import parse_pairs
     from sparsedeploy.targets.registry import export_checkpoint
 

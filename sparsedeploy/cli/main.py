@@ -26,6 +26,7 @@ from sparsedeploy.cli.serve import serve_command
 from sparsedeploy.errors import UserError, hint_of
 from sparsedeploy.folders import disk_error
 from sparsedeploy.processes import environment_processes
+from sparsedeploy.registry import ALLOCATORS, PRUNERS, TARGETS
 from sparsedeploy.version import __version__
 
 app = typer.Typer(
@@ -43,7 +44,19 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+# Names come from the registries, which know them without importing anything heavy.
+_HELP = f"""Prune a Hugging Face causal LM, recover its quality, and ship it to a runtime that is measurably faster.
+
+**Sparsity** is the fraction of zeros in the decoder's linear weights. The **method** chooses the weights
+({", ".join(PRUNERS.names())}), the **allocation** spreads the sparsity over the layers
+({", ".join(ALLOCATORS.names())}). The **pattern** is unstructured, or N of every M weights are kept (2:4, 4:8, 2:8).
+A **target** is what a runtime loads ({", ".join(TARGETS.names())}).
+
+sparsedeploy prune MODEL -o SPARSE --sparsity 0.7 && sparsedeploy export SPARSE --target deepsparse -o ARTIFACT
+"""
+
+
+@app.callback(help=_HELP)
 def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
@@ -53,18 +66,10 @@ def root(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. Works after any command too.")] = False,
 ) -> None:
-    """Make a Hugging Face causal LM sparse, keep it good, and ship it to a runtime that runs faster for it.
-
-    **Sparsity** is the fraction of zeros in the decoder's linear weights. The **allocation** says how much each
-    layer loses (uniform, owl, ...), the **method** which weights: **magnitude** drops small ones, **wanda** weighs
-    them by their inputs, **sparsegpt** and **alps** also correct what is left. The **pattern** is unstructured, or N
-    of every M weights are kept (2:4, 4:8, 2:8).
-
-    sparsedeploy prune MODEL -o SPARSE --sparsity 0.7 && sparsedeploy export SPARSE --target deepsparse -o ARTIFACT
-    """
+    """The command line; its help is :data:`_HELP`."""
 
 
-_START, _MAKE, _CHECK, _SHIP = "Start here", "Make it sparse", "Look at it", "Ship it, with proof"
+_START, _MAKE, _CHECK, _SHIP = "Start here", "Prune", "Inspect and evaluate", "Deploy and benchmark"
 app.command("demo", cls=Command, rich_help_panel=_START)(demo_command)
 app.command("prune", cls=Command, rich_help_panel=_MAKE)(prune_command)
 app.command("recover", cls=Command, rich_help_panel=_MAKE)(recover_command)
