@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.errors import UserError
-from sparsedeploy.formats import hf
+from sparsedeploy.formats import hf, quantized
+from sparsedeploy.formats import packed as packing
 from sparsedeploy.formats.config import PackedConfig
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.plan import NM
@@ -180,3 +181,30 @@ assert "sparsedeploy" in AUTO_QUANTIZER_MAPPING
     for code in (program, other_order):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_and_scales_give_the_dense_model(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Linears of int8 and int4 codes by turns; the dense model has the values that they stand for."""
+    model = random_model("llama", intermediate_size=64).float()
+    tensors, modules = {}, {}
+    linears = find_decoder_stack(model).all_linears()
+    for index, (name, linear) in enumerate(linears.items()):
+        code_bits = (8, 4)[index % 2]
+        rows, columns = linear.weight.shape
+        scales = torch.full((rows, -(-columns // 32)), 0.002 if code_bits == 8 else 0.03).half()
+        steps = linear.weight.detach() / float(scales[0, 0])
+        codes = steps.round().clamp(-(2 ** (code_bits - 1)), 2 ** (code_bits - 1) - 1).to(torch.int8)
+        packed = quantized.pack(codes, scales, code_bits, 32)
+        linear.weight.data = quantized.unpack(packed)
+        tensors.update({f"{name}.{part}": tensor for part, tensor in packed.tensors().items()})
+        modules[name] = packing.describe(packed)
+    model.save_pretrained(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "packed")
+    stored = load_file(tmp_path / "packed/model.safetensors")
+    kept = {name: tensor for name, tensor in stored.items() if name.removesuffix(".weight") not in modules}
+    save_file({**kept, **tensors}, tmp_path / "packed/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "packed/config.json").read_text())
+    config["quantization_config"] = PackedConfig(modules, ("lm_head",)).to_dict()
+    (tmp_path / "packed/config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(tmp_path / "packed", dtype=dtype), logits(tmp_path / "dense", dtype=dtype))
