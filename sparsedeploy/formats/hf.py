@@ -120,7 +120,7 @@ class PackedQuantizer(HfQuantizer):
             if isinstance(module, PackedLinear):
                 weight = packing.unpack(module.packed())
                 if module.entry.bits is not None:
-                    weight = weight.to(model.dtype)
+                    weight = weight.to(next(model.parameters()).dtype)
                 linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
                 linear.weight = nn.Parameter(weight, requires_grad=False)
                 if module.bias is not None:
