@@ -8,6 +8,10 @@ from pathlib import Path
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.environments import Environment
 
+# The option with which llama.cpp's programs (but for llama-bench) load the backend that GGML_BACKEND_PATH names: offer
+# it the decoder layers' weights. What it does not pack goes where llama.cpp would have put it.
+OFFER = ("--override-tensor", r"blk\..*(_q|_k|_v|_qkv|_output|_gate|_up|_down)\.weight=SPARSEDEPLOY")
+
 
 @dataclass(frozen=True)
 class Build:

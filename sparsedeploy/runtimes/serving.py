@@ -23,7 +23,7 @@ from sparsedeploy.folders import write_json
 from sparsedeploy.reading import SOUND_COPY, read_object
 from sparsedeploy.runtimes.engine import Deployment, check_cores, environment_for, prove_once
 from sparsedeploy.runtimes.environments import Environment, process_environment
-from sparsedeploy.runtimes.llamacpp import build_of
+from sparsedeploy.runtimes.llamacpp import OFFER, build_of
 from sparsedeploy.runtimes.process_group import GuardedProcess
 from sparsedeploy.runtimes.worker import new_log, telling_lines
 
@@ -108,7 +108,9 @@ def serve(
             build = build_of(environment)
             command = [str(build.program("llama-server")), "--model", str(Path(folder).resolve() / "model.gguf")]
             command += ["--host", host, "--port", str(port), "--ctx-size", str(length), "--threads", str(cores)]
-            command += ["--alias", _MODEL, "--parallel", "1", "--offline", "--no-webui"]
+            command += ["--alias", _MODEL, "--parallel", "1", "--offline", "--no-webui", *OFFER]
+            # So that the log says what was packed.
+            command += ["--verbosity", "4"]
             variables["GGML_BACKEND_PATH"] = str(build.backend)
             health, path = "/health", "/v1/completions"
             request = f'{{"model": "{_MODEL}", "prompt": "Once upon", "max_tokens": 32}}'

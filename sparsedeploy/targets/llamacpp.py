@@ -37,7 +37,7 @@ from sparsedeploy.runtimes.environments import Environment, require
 from sparsedeploy.runtimes.llamacpp import build_of
 from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.runtimes.worker import Worker
-from sparsedeploy.targets.check import compare_logits, reference_logits, split_prompt
+from sparsedeploy.targets.check import Reference, compare_logits, reference_logits, split_prompt
 
 RUNTIME = "llamacpp"
 MODEL_FILE = "model.gguf"
@@ -95,7 +95,7 @@ def export_llamacpp(
     opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
     model = opened.load()
     shapes = config_shapes(opened.config)
-    tokens, expected = reference_logits(model, shapes.vocab)
+    reference = reference_logits(model)
     dtype = _stored_dtype(opened)
     weights = sum(parameter.numel() for parameter in model.parameters())
     del model
@@ -106,7 +106,7 @@ def export_llamacpp(
             _convert(environment, opened, exact, "f32", options.timeout)
             advance(1, "converted")
             with environment.worker(options.timeout) as worker:
-                check = compare_logits(_logits(worker, exact, tokens, exact=True), expected)
+                check = compare_logits(_logits(worker, exact, reference, exact=True), reference)
                 _check_tokenizer(worker, exact, opened)
             advance(1, "conversion checked")
             kind = options.quantize or {"float16": "f16", "bfloat16": "bf16"}.get(dtype, "f32")
@@ -114,7 +114,7 @@ def export_llamacpp(
             found = _zeros(environment, exact, folder / MODEL_FILE)
             advance(1, "written")
             if kind != "f32":
-                check = _check_packed(environment, folder / MODEL_FILE, exact, tokens, options.timeout)
+                check = _check_packed(environment, folder / MODEL_FILE, exact, reference, options.timeout)
             advance(1, "checked")
         copy_companions(opened.folder, folder)
         artifact = Artifact(
@@ -202,18 +202,20 @@ def _run(command: list[str], timeout: float, problem: str) -> str:
     return done.stdout
 
 
-def _logits(worker: Worker, path: Path, tokens: np.ndarray, *, exact: bool = False, packed: bool = True) -> np.ndarray:
-    """Logits [1, T, V] by llama.cpp: the prompt, then token by token with the cache."""
-    prompt, rest = split_prompt(tokens)
+def _logits(
+    worker: Worker, path: Path, reference: Reference, *, exact: bool = False, packed: bool = True
+) -> np.ndarray:
+    """Logits [1, R, V] by llama.cpp: the prompt, then token by token with the cache."""
+    prompt, rest = split_prompt(reference)
     sizes = {"prompt_length": len(prompt), "new_tokens": len(rest), "chunk": len(prompt), "cores": usable_cores()}
     more: dict[str, Any] = {"file": path.name, "exact": exact, "packed": packed}
     model = worker.call("load", folder=str(path.parent), **sizes, **more)["model"]
     arrays = worker.arrays(worker.call("logits", model=model, prompt=prompt, tokens=rest, folder=str(worker.folder)))
     worker.call("close", model=model)
-    return np.concatenate([arrays["prefill"], arrays["decode"]])[None]
+    return np.concatenate([arrays["prefill"], arrays["decode"]])[None, reference.rows]
 
 
-def _check_packed(environment: Environment, path: Path, exact: Path, tokens: np.ndarray, timeout: float) -> Check:
+def _check_packed(environment: Environment, path: Path, exact: Path, reference: Reference, timeout: float) -> Check:
     """Compare packed weights with exact arithmetic on the file's own values, and with llama.cpp's own kernels.
 
     Args:
@@ -227,8 +229,8 @@ def _check_packed(environment: Environment, path: Path, exact: Path, tokens: np.
     command = [quantize, "--allow-requantize", str(path), str(exact), "F32", str(usable_cores())]
     _run(command, timeout, "llama.cpp cannot read what it wrote")
     with environment.worker(timeout) as worker:
-        wanted = _logits(worker, exact, tokens, exact=True)
-        dense, sparse = (_logits(worker, path, tokens, packed=packed) for packed in (False, True))
+        wanted = _logits(worker, exact, reference, exact=True)
+        dense, sparse = (_logits(worker, path, reference, packed=packed) for packed in (False, True))
     largest = float(np.abs(wanted).max())
     theirs, ours = (float(np.sqrt(np.mean((found - wanted) ** 2))) for found in (dense, sparse))
     if not ours <= _AS_EXACT * theirs + 1e-3 * largest:
@@ -237,7 +239,7 @@ def _check_packed(environment: Environment, path: Path, exact: Path, tokens: np.
             f"kernels by {theirs:.3g})",
             "Report this as a bug.",
         )
-    return Check(tokens.shape[1], float(np.abs(sparse - wanted).max()), largest)
+    return Check(reference.tokens.shape[1], float(np.abs(sparse - wanted).max()), largest)
 
 
 def _check_tokenizer(worker: Worker, path: Path, opened: Checkpoint) -> None:

@@ -17,7 +17,7 @@ from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import Environment
-from sparsedeploy.runtimes.llamacpp import build_of
+from sparsedeploy.runtimes.llamacpp import OFFER, build_of
 from sparsedeploy.runtimes.serving import serve
 from sparsedeploy.targets.llamacpp import LlamacppOptions, export_llamacpp
 from tests.formats.test_transformers import save_sparse_model
@@ -98,18 +98,20 @@ def test_programs_of_the_build_take_the_backend(llama: Path, runtime: Environmen
     options = ["--temp", "0", "-n", "16", "-t", "1", "-no-cnv", "--no-warmup", "-p", "Once upon", "--ignore-eos"]
     command = [str(build.program("llama-completion")), "-m", str(tmp_path / "out" / "model.gguf"), *options]
     said = []
+    own = {"GGML_BACKEND_PATH": str(build.backend)}
+    device = {**own, "SPARSEDEPLOY_LLAMACPP": "device"}
     for more, variables in (
-        ([], {}),
-        (["--verbose"], {"GGML_BACKEND_PATH": str(build.backend)}),
-        ([], {"GGML_BACKEND_PATH": str(build.backend), "SPARSEDEPLOY_LLAMACPP": "device"}),
-        (["--load-mode", "none"], {"GGML_BACKEND_PATH": str(build.backend), "SPARSEDEPLOY_LLAMACPP": "device"}),
-        (["-ot", "blk=SPARSEDEPLOY"], {"GGML_BACKEND_PATH": str(build.backend)}),
+        ((), {}),
+        (("--verbosity", "4", *OFFER), own),
+        (OFFER, device),
+        (("--load-mode", "none", *OFFER), own),
+        (("--load-mode", "none", *OFFER), device),
     ):
         done = subprocess.run(
             [*command, *more], env={**os.environ, **variables}, capture_output=True, check=True, timeout=120
         )
         said.append(done.stdout)
-        if "--verbose" in more:
+        if "--verbosity" in more:
             assert b"sparsedeploy: packed 14 tensors" in done.stderr
     assert said[0].startswith(b"Once upon")
     assert len(set(said)) == 1
@@ -124,7 +126,7 @@ def test_server_answers_and_streams(llama: Path, runtime: Environment, tmp_path:
         events = [line[6:] for line in lines if line.startswith("data: ")]
         assert events[-1] == "[DONE]"
         assert "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1]) == whole
-        assert "SPARSEDEPLOY" in served.log.read_text(errors="replace")
+        assert "sparsedeploy: packed 14 tensors" in served.log.read_text(errors="replace")
 
 
 def post(url: str, body: dict[str, object]) -> str:

@@ -64,10 +64,14 @@ Totals totals;
 
 }  // namespace
 
+bool is_layer_matrix(const ggml_tensor* weights) {
+  // The embedding and the head are not pruned, and a tied one would be held twice.
+  return !strncmp(weights->name, "blk.", 4) && ggml_n_dims(weights) == 2 && !weights->view_src &&
+         ggml_is_contiguous(weights);
+}
+
 bool may_pack(const ggml_tensor* weights) {
-  // Weights of the decoder layers. The embedding and the head are not pruned, and a tied one would be held twice.
-  if (strncmp(weights->name, "blk.", 4) || policy() == Policy::never) return false;
-  if (ggml_n_dims(weights) != 2 || weights->view_src || !ggml_is_contiguous(weights)) return false;
+  if (!is_layer_matrix(weights) || policy() == Policy::never) return false;
   if (!packable_type(weights->type)) {
     const std::string type = ggml_type_name(weights->type);
     // Norms and biases have one dimension: what comes here is a weight that could have been sparse.

@@ -42,9 +42,13 @@ class Traits : public ggml::cpu::tensor_traits {
 class Extra : public ggml::cpu::extra_buffer_type {
   // Asked about operations with a tensor in one of our buffers: before the weights are read, and for each graph.
   bool supports_op(ggml_backend_dev_t, const ggml_tensor* op) override {
-    const ggml_tensor* weights = op->src[0];
-    if (!weights || !is_ours(weights) || !can_multiply(op)) return false;
-    return weights->data == nullptr || weights->buffer->size == 0 ? may_pack(weights) : packed(weights) != nullptr;
+    for (const ggml_tensor* source : op->src) {
+      if (!source || !is_ours(source)) continue;
+      // Not read yet: whatever is not packed then is moved to where the CPU backend can use it.
+      if (source->data == nullptr || source->buffer->size == 0) return !strncmp(source->name, "blk.", 4);
+      return source == op->src[0] && can_multiply(op) && packed(source) != nullptr;
+    }
+    return false;
   }
 
   ggml::cpu::tensor_traits* get_tensor_traits(const ggml_tensor* op) override {
