@@ -34,6 +34,7 @@ class Facts:
         choices: the names that are known, asked for when they are shown.
         replaces: options of a recipe that do not count when this one is typed.
         only_with: another option without which this one has no effect.
+        recorded: whether a manifest's request keeps it; not so for what changes speed and memory only.
     """
 
     help: str = ""
@@ -46,6 +47,7 @@ class Facts:
     choices: Callable[[], Sequence[str]] | None = None
     replaces: tuple[str, ...] = ()
     only_with: str | None = None
+    recorded: bool = True
 
     @property
     def text(self) -> str:
@@ -68,9 +70,10 @@ def option(
     choices: Callable[[], Sequence[str]] | None = None,
     replaces: tuple[str, ...] = (),
     only_with: str | None = None,
+    recorded: bool = True,
 ) -> T:
     """A field of an options dataclass, with its :class:`Facts`."""
-    facts = Facts(help, flag, short, at_least, above, at_most, below, choices, replaces, only_with)
+    facts = Facts(help, flag, short, at_least, above, at_most, below, choices, replaces, only_with, recorded)
     return field(default=default, metadata={"facts": facts})
 
 

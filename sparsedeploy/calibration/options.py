@@ -26,7 +26,7 @@ class CalibrationOptions(Options):
     )
     seed: int = seed_option("Seed of the calibration sampler.")
     batch_size: int | None = option(
-        None, "Sequences per layer call; no effect on results [default: by free memory].", at_least=1
+        None, "Sequences per layer call; no effect on results [default: by free memory].", at_least=1, recorded=False
     )
     accumulate: Literal["float32", "float64"] = option(
         "float32", "Sum statistics in float32, or in float64 for the same bits on any process count."

@@ -147,6 +147,6 @@ def recovery_request(recover: RecoverOptions) -> dict[str, dict[str, Any]]:
 
 
 def _section(options: Any) -> dict[str, Any]:
-    """The values of a section, without the sections and plans inside it."""
-    inner = {item.name for item in described(type(options)) if item.section}
-    return {name: value for name, value in plain_options(options).items() if name not in inner}
+    """The values of a section, without the sections and plans inside it and without what changes no result."""
+    left_out = {item.name for item in described(type(options)) if item.section or not item.facts.recorded}
+    return {name: value for name, value in plain_options(options).items() if name not in left_out}
