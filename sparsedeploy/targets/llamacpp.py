@@ -32,6 +32,7 @@ from sparsedeploy.artifacts.description import (
 from sparsedeploy.artifacts.folder import Checkpoint, open_checkpoint
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_free_space, check_writable, new_folder
+from sparsedeploy.options import Options, option
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.runtimes.environments import Environment, require
 from sparsedeploy.runtimes.llamacpp import build_of
@@ -52,21 +53,15 @@ _TEXTS = (
 
 
 @dataclass(frozen=True)
-class LlamacppOptions:
-    """Options of the llama.cpp target.
+class LlamacppOptions(Options):
+    """The type of the weights in the GGUF file."""
 
-    Attributes:
-        quantize: type of the weights: ``f16``, ``q8_0`` (8 bits and a scale for every 32) or ``q4_0`` (4 bits); None
-            keeps the checkpoint's own floating-point type. Pruned weights stay zero in all of them.
-        timeout: seconds that one step may take.
-    """
-
-    quantize: Literal["q8_0", "q4_0", "f16"] | None = None
-    timeout: float = 3600.0
-
-    def __post_init__(self) -> None:
-        if self.timeout <= 0:
-            raise ValueError(f"timeout is {self.timeout}, it must be more than 0")
+    quantize: Literal["q8_0", "q4_0", "f16"] | None = option(
+        None,
+        "Type of the weights: `f16`, `q8_0` (8 bits and a scale for every 32) or `q4_0` (4 bits); None keeps the "
+        "checkpoint's own floating-point type. Pruned weights stay zero in all of them.",
+    )
+    timeout: float = option(3600.0, "Seconds that one step may take.", above=0)
 
 
 @TARGETS.register("llamacpp", LlamacppOptions)
