@@ -105,7 +105,7 @@ def perplexity(
 ) -> dict[str, Any]:
     """Of a text in windows of 512 tokens, and the memory of the packed weights."""
     options = ["-m", str(folder / "model.gguf"), "-f", str(arguments.text), "--chunks", str(arguments.chunks)]
-    options += ["-c", "512", "-t", str(arguments.threads)]
+    options += ["-c", "512", "-t", str(arguments.threads), "--verbosity", "4"]
     output, said = run(build, "llama-perplexity", options, way, variables)
     found = re.search(r"Final estimate: PPL = ([\d.]+)", output + said)
     packed = re.search(r"packed (\d+) tensors, ([\d.]+) MiB instead of ([\d.]+) MiB", output + said)

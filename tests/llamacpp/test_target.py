@@ -92,8 +92,11 @@ def test_pruned_model_equals_transformers(llama: Path, runtime: Environment, tmp
 
 
 def test_programs_of_the_build_take_the_backend(llama: Path, runtime: Environment, tmp_path: Path) -> None:
-    """llama-completion says the same with and without the backend; both ways, mapped and read."""
-    export_llamacpp(llama, tmp_path / "out", LlamacppOptions(quantize="q8_0"))
+    """llama-completion says the same with and without the backend; both ways, mapped and read.
+
+    In float32: with 8-bit activations a random model's ties fall either way.
+    """
+    export_llamacpp(llama, tmp_path / "out")
     build = build_of(runtime)
     options = ["--temp", "0", "-n", "16", "-t", "1", "-no-cnv", "--no-warmup", "-p", "Once upon", "--ignore-eos"]
     command = [str(build.program("llama-completion")), "-m", str(tmp_path / "out" / "model.gguf"), *options]
