@@ -105,7 +105,7 @@ def largest_difference(answer: KnownAnswer, found: np.ndarray) -> float:
     """
     expected, found = answer.logits[: len(found)], found[:, answer.columns]
     told = ~np.isneginf(found)
-    if not told.any(axis=1).all():
+    if not told.any(axis=1).all() or not np.isfinite(found[told]).all():
         return float("inf")
     count = told.sum(axis=1, keepdims=True)
     centered = [

@@ -131,7 +131,7 @@ def _compare(model: GivesLogits, artifact: Artifact, folder: Path, prompt: int, 
     ids = answer.tokens.tolist()
     found = np.concatenate(model.logits(ids[:prompt], ids[prompt : prompt + steps]))
     difference = largest_difference(answer, found)
-    # Infinity and not a number are not JSON.
+    # Infinity is no JSON.
     shown = difference if np.isfinite(difference) else 1e9
     allowed = max(test.tolerance, at_least)
     return Verdict(bool(difference <= allowed), prompt + steps, shown, allowed)
