@@ -30,7 +30,7 @@ def phi3() -> PretrainedConfig:
         intermediate_size=88,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=4,  # Optimum assumes as many as heads
         max_position_embeddings=2 * SWITCH,
         original_max_position_embeddings=SWITCH,
         initializer_range=0.15,
