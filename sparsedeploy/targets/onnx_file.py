@@ -28,6 +28,7 @@ DATA_FILE = "model.data"
 LARGEST_SINGLE_FILE = 2_000_000_000
 _ALIGNMENT = 64
 _WRAPPER = "model."  # the attribute of KVCacheGraph that holds the model: the exporter's names start with it
+PADDING = "padding of "  # starts the metadata key that says how many elements of a constant are padding
 TRANSPOSED = ".T"  # ends the name of a constant that is the transpose of the model's weight
 
 
@@ -70,7 +71,12 @@ def write_onnx(
         model = onnx.load(path)
     _check_inputs(graph, model)
     constants = _take_constants(graph, model)
+    sizes = {name: tensor.numel() for name, tensor in constants.items()}
     pad_products(model, constants, width_unit)
+    for name, tensor in constants.items():
+        if tensor.numel() > sizes[name]:  # what counts weights in the graph leaves these out
+            entry = model.metadata_props.add()
+            entry.key, entry.value = PADDING + name.removeprefix(_WRAPPER), str(tensor.numel() - sizes[name])
     with ExitStack() as stack:
         data: BinaryIO | None = None
         if sum(tensor.nbytes for tensor in constants.values()) > largest_single_file:
