@@ -38,7 +38,7 @@ from sparsedeploy_vllm.product import packed_product, prepare  # noqa: E402
 
 from sparsedeploy.folders import write_json, write_text  # noqa: E402
 from sparsedeploy.formats import packed as packing  # noqa: E402
-from sparsedeploy.formats.packed import PackedWeight  # noqa: E402
+from sparsedeploy.formats.packed import FloatWeight  # noqa: E402
 from sparsedeploy.plan import NM  # noqa: E402
 
 # Outputs x inputs. Llama 7B: attention, gate and up, down. Llama 8B: merged q, k and v, gate and up, down.
@@ -110,7 +110,7 @@ def sparse_weight(rows: int, columns: int, pattern: str, dtype: torch.dtype, dev
     return torch.where(keep, weight, torch.zeros((), dtype=dtype, device=device))
 
 
-def pack_weight(weight: torch.Tensor, pattern: str) -> PackedWeight:
+def pack_weight(weight: torch.Tensor, pattern: str) -> FloatWeight:
     return packing.pack(weight, "bitmask" if pattern.endswith("%") else pattern)
 
 

@@ -18,10 +18,11 @@ from sparsedeploy.plan import NM
 
 _AGAIN = "The file is damaged: export the checkpoint again."
 
-PackedWeight: TypeAlias = BitmaskWeight | NMWeight | QuantizedWeight
+FloatWeight: TypeAlias = BitmaskWeight | NMWeight
+PackedWeight: TypeAlias = FloatWeight | QuantizedWeight
 
 
-def pack(weight: torch.Tensor, kind: str) -> PackedWeight:
+def pack(weight: torch.Tensor, kind: str) -> FloatWeight:
     """Pack a weight ``[rows, columns]`` as ``bitmask`` or as N:M such as ``2:4``.
 
     Raises:

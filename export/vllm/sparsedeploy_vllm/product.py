@@ -6,18 +6,28 @@ that only tells the result's shape. Their tensors must have been checked when th
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from sparsedeploy.formats import nm
 from sparsedeploy.formats.bitmask import BitmaskWeight
 from sparsedeploy.formats.nm import NMWeight
-from sparsedeploy.formats.packed import PackedWeight
+from sparsedeploy.formats.packed import FloatWeight, PackedWeight
 from sparsedeploy.plan import NM
 from sparsedeploy_vllm import cpu
 
 _LIBRARY = torch.library.Library("sparsedeploy", "DEF")
 _LIBRARY.define("bitmask_linear(Tensor x, Tensor mask, Tensor values, Tensor offsets, Tensor? bias) -> Tensor")
 _LIBRARY.define("nm_linear(Tensor x, Tensor values, Tensor positions, int n, int m, Tensor? bias) -> Tensor")
+
+
+@overload
+def prepare(weight: FloatWeight) -> FloatWeight: ...
+
+
+@overload
+def prepare(weight: PackedWeight) -> PackedWeight: ...
 
 
 def prepare(weight: PackedWeight) -> PackedWeight:
@@ -91,7 +101,7 @@ def _nm_cuda(
     return _on_gpu(x, _nm_weight(x, values, positions, n, m), bias)
 
 
-def _on_gpu(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def _on_gpu(x: torch.Tensor, weight: FloatWeight, bias: torch.Tensor | None) -> torch.Tensor:
     # Triton is imported only where there is a GPU: a CPU installation may lack it.
     from sparsedeploy_vllm import triton_kernels, tuning
 

@@ -289,7 +289,7 @@ class PackedLinearMethod(LinearMethodBase):
         from sparsedeploy_vllm import tuning
 
         for weight in weights:
-            if not isinstance(weight, torch.Tensor):
+            if isinstance(weight, BitmaskWeight | NMWeight):
                 tuning.tune(weight)
 
     def _become_dense(self, layer: Any, weights: list[torch.Tensor]) -> None:

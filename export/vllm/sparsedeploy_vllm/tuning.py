@@ -16,7 +16,7 @@ import torch
 
 from sparsedeploy.folders import write_json
 from sparsedeploy.formats.bitmask import BitmaskWeight
-from sparsedeploy.formats.packed import PackedWeight
+from sparsedeploy.formats.packed import FloatWeight
 from sparsedeploy.resources import cache_home
 from sparsedeploy_vllm.triton_kernels import LARGEST_TENSOR_BATCH, LARGEST_VECTOR_BATCH, Config, linear
 
@@ -41,7 +41,7 @@ def candidates(bucket: int) -> tuple[Config, ...]:
     return (*_VECTOR, *_TENSOR) if bucket <= LARGEST_VECTOR_BATCH else _TENSOR
 
 
-def config_for(weight: PackedWeight, batch: int) -> Config | None:
+def config_for(weight: FloatWeight, batch: int) -> Config | None:
     """The configuration for a product: measured where there is one, else a default; None means unpack."""
     bucket = bucket_of(batch)
     if bucket is None:
@@ -49,7 +49,7 @@ def config_for(weight: PackedWeight, batch: int) -> Config | None:
     return _table(_device_name(weight)).get(_key(weight, bucket), candidates(bucket)[0])
 
 
-def tune(weight: PackedWeight, measure: Callable[[Callable[[], torch.Tensor]], float] | None = None) -> None:
+def tune(weight: FloatWeight, measure: Callable[[Callable[[], torch.Tensor]], float] | None = None) -> None:
     """Measure every candidate for a weight's shape, unless the table has it, and remember the fastest.
 
     Args:
@@ -75,11 +75,11 @@ def tune(weight: PackedWeight, measure: Callable[[Callable[[], torch.Tensor]], f
         logger.warning("the measured kernel table is not kept (%s)", error)
 
 
-def _call(x: torch.Tensor, weight: PackedWeight, config: Config | None) -> Callable[[], torch.Tensor]:
+def _call(x: torch.Tensor, weight: FloatWeight, config: Config | None) -> Callable[[], torch.Tensor]:
     return lambda: linear(x, weight, None, config)
 
 
-def _key(weight: PackedWeight, bucket: int) -> str:
+def _key(weight: FloatWeight, bucket: int) -> str:
     if isinstance(weight, BitmaskWeight):
         density = weight.count / max(1, weight.rows * weight.columns)
         kind = f"bitmask{round(density * 10)}"
@@ -107,7 +107,7 @@ def _path(device: str) -> Path:
     return cache_home() / "kernels" / f"gpu-table-{safe}.json"
 
 
-def _device_name(weight: PackedWeight) -> str:
+def _device_name(weight: FloatWeight) -> str:
     device = weight.values.device
     return _cuda_name(device.index or 0) if device.type == "cuda" else device.type
 
