@@ -22,7 +22,8 @@ from typing import Any
 
 from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.folders import write_json, write_text
-from sparsedeploy.runtimes.environments import process_environment, require
+from sparsedeploy.runtimes.environments import require
+from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.runtimes.llamacpp import OFFER, Build, build_of
 from sparsedeploy.runtimes.machine import usable_cores
 

@@ -34,7 +34,8 @@ from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.reference import reference_model
 from sparsedeploy.runtimes import llmcompressor
 from sparsedeploy.runtimes.engine import open_model
-from sparsedeploy.runtimes.environments import Environment, process_environment, require
+from sparsedeploy.runtimes.environments import Environment, require
+from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.targets.vllm import VllmOptions, export_vllm
 from sparsedeploy.version import __version__

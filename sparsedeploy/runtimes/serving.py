@@ -22,7 +22,8 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
 from sparsedeploy.reading import SOUND_COPY, read_object
 from sparsedeploy.runtimes.engine import Deployment, check_cores, environment_for, prove_once
-from sparsedeploy.runtimes.environments import Environment, process_environment
+from sparsedeploy.runtimes.environments import Environment
+from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.runtimes.llamacpp import OFFER, build_of
 from sparsedeploy.runtimes.process_group import GuardedProcess
 from sparsedeploy.runtimes.worker import new_log, telling_lines

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.runtimes import environments, specification
+from sparsedeploy.runtimes import environments, installation, pythons, specification
 from sparsedeploy.runtimes.specification import load_runtime
 from tests.runtimes.toy import write_runtime, write_wheel
 
@@ -84,13 +84,13 @@ def test_python_too_new_or_too_old_names_the_fix(monkeypatch: pytest.MonkeyPatch
         UserError,
         match=rf"Python {running} is too new for DeepSparse \(needs 3.0 to 3.1\).*--python /path/to/python3.1",
     ):
-        environments.find_python(old)
+        pythons.find_python(old)
     with pytest.raises(UserError, match=rf"Python {running} is too old for DeepSparse \(needs 3.98 to 3.99\)"):
-        environments.find_python(new)
+        pythons.find_python(new)
     with pytest.raises(UserError, match=rf"Python {running} at .* is too new for DeepSparse"):
-        environments.find_python(old, sys.executable)
+        pythons.find_python(old, sys.executable)
     with pytest.raises(UserError, match=r"is not a Python that runs"):
-        environments.find_python(deepsparse, str(tmp_path / "nothing"))
+        pythons.find_python(deepsparse, str(tmp_path / "nothing"))
 
 
 def test_running_python_is_taken_when_it_fits_else_one_on_the_path(
@@ -98,20 +98,20 @@ def test_running_python_is_taken_when_it_fits_else_one_on_the_path(
 ) -> None:
     version = (sys.version_info[0], sys.version_info[1])
     fits = dataclasses.replace(load_runtime("deepsparse"), python=(version, version))
-    assert environments.find_python(fits) == Path(sys.executable)
+    assert pythons.find_python(fits) == Path(sys.executable)
     # The link has the name of a supported version and runs as one.
     link = tmp_path / f"python{version[0]}.{version[1]}"
     link.symlink_to(sys.executable)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(environments.sys, "executable", str(tmp_path / "broken"))
-    assert environments.find_python(fits) == link
+    monkeypatch.setattr(pythons.sys, "executable", str(tmp_path / "broken"))
+    assert pythons.find_python(fits) == link
 
 
 def test_other_pythons_settings_do_not_reach_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     monkeypatch.setenv("PIP_TARGET", "/elsewhere")
     monkeypatch.setenv("PIP_RETRIES", "7")
-    variables = environments.process_environment(load_runtime("deepsparse"))
+    variables = installation.process_environment(load_runtime("deepsparse"))
     assert "PYTHONPATH" not in variables
     assert "PIP_TARGET" not in variables
     assert variables["PIP_RETRIES"] == "7"

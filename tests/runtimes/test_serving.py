@@ -16,7 +16,8 @@ import pytest
 
 from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.errors import UserError
-from sparsedeploy.runtimes.environments import Environment, process_environment
+from sparsedeploy.runtimes.environments import Environment
+from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.runtimes.serving import serve
 from tests.runtimes.artifacts import describe, write_folder
 from tests.runtimes.exported import Exported, export_small

@@ -22,7 +22,8 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.plan import NM, ModuleTarget, SparsityPlan
 from sparsedeploy.reference import reference_model
 from sparsedeploy.runtimes import llmcompressor
-from sparsedeploy.runtimes.environments import Environment, process_environment
+from sparsedeploy.runtimes.environments import Environment
+from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.targets.vllm import VllmOptions, export_vllm
 from sparsedeploy.workflows.options import PruneOptions

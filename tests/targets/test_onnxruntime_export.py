@@ -18,7 +18,8 @@ from sparsedeploy.cli.generate import generate_command
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.runtimes.engine import open_model
-from sparsedeploy.runtimes.environments import Environment, check, process_environment, require
+from sparsedeploy.runtimes.environments import Environment, check, require
+from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.speed.benchmark import benchmark
 from sparsedeploy.targets.onnxruntime import stage_for_transformers_4
 from sparsedeploy.targets.registry import export_checkpoint

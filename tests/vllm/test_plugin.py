@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.runtimes.environments import Environment, check, process_environment, require
+from sparsedeploy.runtimes.environments import Environment, check, require
+from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.targets.vllm import export_vllm
 from tests.formats.test_transformers import save_sparse_model
 
