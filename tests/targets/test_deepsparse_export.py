@@ -52,7 +52,7 @@ def test_command_writes_a_complete_artifact(checkpoint: Path, tmp_path: Path) ->
     artifact = load_artifact(output, verify=True)
     assert printed == {"output": str(output), **artifact.to_json()}
     # All that came with the model but its weights.
-    expected = {path.name for path in checkpoint.iterdir()} - {"model.safetensors"} | {"model.onnx"}
+    expected = {path.name for path in checkpoint.iterdir()} - {"model.safetensors"} | {"model.onnx", "known_answer.npz"}
     assert {"config.json", "tokenizer.json"} < set(artifact.files) == expected
     assert {path.name for path in output.iterdir()} == {*expected, "artifact.json"}
     assert (artifact.source.name, artifact.source.sha256) == ("tiny-llama", model_sha256(checkpoint))
