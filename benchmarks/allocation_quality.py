@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from sparsedeploy import progress
-from sparsedeploy.allocation import measure_layers, model_layers, plan_from_shares
+from sparsedeploy.allocation import measure_layers, model_layers, plan_from_allocation
 from sparsedeploy.allocation.atp import search_beta, trial_betas
 from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.calibration.driver import LayerContext
@@ -123,8 +123,8 @@ class Bench:
 
     def plan(self, label: str, measured: list[Any], sparsity: float, beta: float | None = None) -> SparsityPlan:
         allocator = _allocator(label, beta)
-        return plan_from_shares(
-            allocator.shares(measured, self.layers, sparsity), self.layers, sparsity, allocation=label
+        return plan_from_allocation(
+            allocator.allocate(measured, self.layers, sparsity), self.layers, sparsity, allocation=label
         )
 
     def score(self, plan: SparsityPlan, method: str, calibration: CalibrationSet, windows: torch.Tensor) -> float:

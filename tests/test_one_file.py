@@ -29,7 +29,7 @@ from tests.small_models import random_model, save_model
 DEPTH = '''
 from dataclasses import dataclass
 
-from sparsedeploy.allocation.base import Shares, layer_units
+from sparsedeploy.allocation.base import Allocation, layer_units
 from sparsedeploy.options import Options, option
 from sparsedeploy.registry import ALLOCATORS
 
@@ -51,9 +51,9 @@ class ByDepth:
     def measure(self, layer):
         return float(layer.inputs.abs().mean())
 
-    def shares(self, measured, layers, sparsity):
+    def allocate(self, measured, layers, sparsity):
         middle = (len(layers) - 1) / 2
-        return Shares(layer_units(layers, [self.options.slope * (at - middle) for at in range(len(layers))]))
+        return Allocation(layer_units(layers, [self.options.slope * (at - middle) for at in range(len(layers))]))
 '''
 COLUMN = '''
 from dataclasses import dataclass

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.allocation.base import Needs, sequences_read
-from sparsedeploy.allocation.budget import plan_from_shares, unequal_rates
+from sparsedeploy.allocation.budget import plan_from_allocation, unequal_rates
 from sparsedeploy.allocation.mixed import MixedOptions, layer_step_costs, mixed_plan
 from sparsedeploy.calibration.driver import LayerContext, LayerDriver, as_source, iterate_weights
 from sparsedeploy.calibration.statistics import Kind
@@ -117,16 +117,16 @@ def allocate_each(
         )
     plans = {}
     for name, allocator in allocators.items():
-        shares = allocator.shares([measured.get(name) for measured in by_layer], layers, sparsity)
+        allocated = allocator.allocate([measured.get(name) for measured in by_layer], layers, sparsity)
         known: dict[str, Any] = {
             "allocation": name,
             "options": asdict(allocations[name]),
             "model_sha256": model_sha256,
         }
         if isinstance(pattern, MixedNM):
-            plans[name] = mixed_plan(shares, layers, pattern, mixed=mixed, costs=costs, **known)
+            plans[name] = mixed_plan(allocated, layers, pattern, mixed=mixed, costs=costs, **known)
         else:
-            plans[name] = plan_from_shares(shares, layers, sparsity, pattern=pattern, **known)
+            plans[name] = plan_from_allocation(allocated, layers, sparsity, pattern=pattern, **known)
     return plans
 
 

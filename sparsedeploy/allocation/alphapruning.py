@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from sparsedeploy.allocation.base import Shares, check_scores, layer_units, module_units
+from sparsedeploy.allocation.base import Allocation, check_scores, layer_units, module_units
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleShape
@@ -60,14 +60,14 @@ class AlphaPruning:
             for linear in layer.linears.values()
         ]
 
-    def shares(self, measured: list[list[float]], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
+    def allocate(self, measured: list[list[float]], layers: list[list[ModuleShape]], sparsity: float) -> Allocation:
         if self.options.granularity == "layer":
             alphas = [math.fsum(layer) / len(layer) for layer in measured]
             units = layer_units(layers, factors(alphas, self.options.strength))
         else:
             alphas = [alpha for layer in measured for alpha in layer]
             units = module_units(layers, factors(alphas, self.options.strength))
-        return Shares(units, rule="multiplicative", details={"alpha": alphas})
+        return Allocation(units, rule="multiplicative", details={"alpha": alphas})
 
 
 def factors(alphas: list[float], strength: float) -> list[float]:

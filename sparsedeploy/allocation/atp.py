@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sparsedeploy import progress
-from sparsedeploy.allocation.base import Search, Shares, layer_units
+from sparsedeploy.allocation.base import Allocation, Search, layer_units
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.errors import UserError
 from sparsedeploy.options import Options, option
@@ -69,7 +69,7 @@ class ATP:
     def measure(self, layer: LayerContext) -> None:
         return None
 
-    def shares(self, measured: list[None], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
+    def allocate(self, measured: list[None], layers: list[list[ModuleShape]], sparsity: float) -> Allocation:
         """Raises UserError for a beta that leads outside [0, 1]."""
         count = len(layers)
         bound = largest_beta(sparsity, count)
@@ -80,7 +80,7 @@ class ATP:
                 f"Use a beta from 0 to {bound:.6g}.",
             )
         deviations = [beta * (index - (count - 1) / 2) for index in range(count)]
-        return Shares(layer_units(layers, deviations), details={"beta": beta, "largest_beta": bound})
+        return Allocation(layer_units(layers, deviations), details={"beta": beta, "largest_beta": bound})
 
     def search(self, search: Search) -> tuple[SparsityPlan, dict[str, Any]]:
         """Raises UserError when every trial diverged."""

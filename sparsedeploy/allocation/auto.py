@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sparsedeploy.allocation.base import Shares
+from sparsedeploy.allocation.base import Allocation
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleShape
@@ -36,7 +36,7 @@ class SearchedElsewhere:
     def measure(self, layer: LayerContext) -> Any:
         raise NotImplementedError("a search measures pruned models, not layers")
 
-    def shares(self, measured: list[Any], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
+    def allocate(self, measured: list[Any], layers: list[list[ModuleShape]], sparsity: float) -> Allocation:
         raise NotImplementedError("a search compares whole plans")
 
 

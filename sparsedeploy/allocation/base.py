@@ -1,6 +1,6 @@
 """What every allocator is: measure each layer of the dense model, then say how far each unit should leave the average.
 
-``measure`` sees one layer at a time, so nothing of a model's size is ever kept; ``shares`` sees only the numbers.
+``measure`` sees one layer at a time, so nothing of a model's size is ever kept; ``allocate`` sees only the numbers.
 Neither prunes: :mod:`sparsedeploy.allocation.budget` turns the answer into integer counts that meet the target.
 """
 
@@ -41,7 +41,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Shares:
+class Allocation:
     """An allocator's answer before the budget is met.
 
     Attributes:
@@ -95,7 +95,7 @@ class Allocator(Protocol):
     def measure(self, layer: LayerContext) -> Any:
         """Reduce one layer of the dense model to a few numbers; not called with ``needs="none"``."""
 
-    def shares(self, measured: list[Any], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
+    def allocate(self, measured: list[Any], layers: list[list[ModuleShape]], sparsity: float) -> Allocation:
         """Turn the layers' measurements into deviations around ``sparsity``.
 
         Args:

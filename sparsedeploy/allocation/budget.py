@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsedeploy.allocation.base import Shares, check_scores
+from sparsedeploy.allocation.base import Allocation, check_scores
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import NM, ModuleShape, ModuleTarget, SparsityPlan, check_sparsity
 
@@ -103,8 +103,8 @@ def integer_counts(modules: Sequence[ModuleShape], rates: Sequence[float], targe
     return counts
 
 
-def plan_from_shares(
-    shares: Shares,
+def plan_from_allocation(
+    allocated: Allocation,
     layers: list[list[ModuleShape]],
     sparsity: float,
     *,
@@ -121,11 +121,11 @@ def plan_from_shares(
     check_sparsity(sparsity)
     modules = [module for layer in layers for module in layer]
     if pattern is not None:
-        if any(unit.value != shares.units[0].value for unit in shares.units):
+        if any(unit.value != allocated.units[0].value for unit in allocated.units):
             raise unequal_rates(allocation, pattern)
         targets = tuple(nm_target(module, pattern) for module in modules)
     else:
-        rates = module_rates(shares, modules, sparsity)
+        rates = module_rates(allocated, modules, sparsity)
         counts = integer_counts(modules, rates, sparsity)
         targets = tuple(
             ModuleTarget(module.name, module.rows, module.columns, count)
@@ -138,7 +138,7 @@ def plan_from_shares(
         targets=targets,
         options=dict(options or {}),
         model_sha256=model_sha256,
-        details=shares.details or {},
+        details=allocated.details or {},
     )
 
 
@@ -150,16 +150,18 @@ def unequal_rates(allocation: str, pattern: NM) -> UserError:
     )
 
 
-def unit_sizes(shares: Shares, modules: Sequence[ModuleShape]) -> list[int]:
+def unit_sizes(allocated: Allocation, modules: Sequence[ModuleShape]) -> list[int]:
     """The weights of each unit."""
     size_of = {module.name: module.size for module in modules}
-    return [sum(size_of[name] for name in unit.modules) for unit in shares.units]
+    return [sum(size_of[name] for name in unit.modules) for unit in allocated.units]
 
 
-def module_rates(shares: Shares, modules: Sequence[ModuleShape], sparsity: float) -> list[float]:
+def module_rates(allocated: Allocation, modules: Sequence[ModuleShape], sparsity: float) -> list[float]:
     """The rate of each module, in the order of ``modules``."""
-    rates = meet_target([unit.value for unit in shares.units], unit_sizes(shares, modules), sparsity, rule=shares.rule)
-    rate_of = {name: rate for unit, rate in zip(shares.units, rates, strict=True) for name in unit.modules}
+    rates = meet_target(
+        [unit.value for unit in allocated.units], unit_sizes(allocated, modules), sparsity, rule=allocated.rule
+    )
+    rate_of = {name: rate for unit, rate in zip(allocated.units, rates, strict=True) for name in unit.modules}
     return [rate_of[module.name] for module in modules]
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from sparsedeploy.allocation.base import (
-    Shares,
+    Allocation,
     centred_range,
     layer_scores,
     layer_units,
@@ -50,8 +50,10 @@ class DLP:
             count += scores.numel()
         return total / count
 
-    def shares(self, measured: list[float], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
+    def allocate(self, measured: list[float], layers: list[list[ModuleShape]], sparsity: float) -> Allocation:
         strength = tabulated_strength(sparsity) if self.options.strength is None else self.options.strength
         # I = 1 - R / sum R falls linearly with R, and the range is normalised next: -R gives the same densities.
         density = centred_range([-score for score in measured], strength)
-        return Shares(layer_units(layers, [-d for d in density]), details={f"{self.options.reduce}_score": measured})
+        return Allocation(
+            layer_units(layers, [-d for d in density]), details={f"{self.options.reduce}_score": measured}
+        )

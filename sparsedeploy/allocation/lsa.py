@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from sparsedeploy.allocation.base import Shares, Unit, centred_range, layer_units, tabulated_strength
+from sparsedeploy.allocation.base import Allocation, Unit, centred_range, layer_units, tabulated_strength
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleShape
@@ -87,13 +87,13 @@ class LSA:
                 errors[name] = rows.sum().item()
         return [errors[name] for name in layer.linears]
 
-    def shares(self, measured: list[list[float]], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
+    def allocate(self, measured: list[list[float]], layers: list[list[ModuleShape]], sparsity: float) -> Allocation:
         details = {"error": measured}
         # I = 1 - E / sum E falls linearly with E, and the range is normalised next: -E gives the same densities.
         if self.options.granularity == "layer":
             strength = tabulated_strength(sparsity) if self.options.strength is None else self.options.strength
             density = centred_range([-math.fsum(errors) / len(errors) for errors in measured], strength)
-            return Shares(layer_units(layers, [-d for d in density]), details=details)
+            return Allocation(layer_units(layers, [-d for d in density]), details=details)
         strength = _FINE_STRENGTH if self.options.strength is None else self.options.strength
         groups: list[list[tuple[ModuleShape, float]]] = []
         for layer, errors in zip(layers, measured, strict=True):
@@ -110,7 +110,7 @@ class LSA:
             Unit(tuple(module.name for module, _ in group), -d * mean_size / size)
             for group, d, size in zip(groups, density, sizes, strict=True)
         )
-        return Shares(units, details=details, ranking=tuple(density))
+        return Allocation(units, details=details, ranking=tuple(density))
 
 
 def blocks(pairs: list[tuple[ModuleShape, float]]) -> list[list[tuple[ModuleShape, float]]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from sparsedeploy.allocation.base import Shares, check_scores
+from sparsedeploy.allocation.base import Allocation, check_scores
 from sparsedeploy.allocation.budget import meet_target, nm_target, unit_sizes
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.calibration.scores import wanda_score_blocks
@@ -34,7 +34,7 @@ class MixedOptions(Options):
     )
     strength: float = option(
         2.0,
-        "The wishes span `strength` steps of N between the least and the most important unit; with `marginal`, costs "
+        "The desired N spans `strength` steps between the least and the most important unit; with `marginal`, costs "
         "are weighted by exp(strength (z - mean z)), z the importance scaled to [0, 1].",
         at_least=0,
     )
@@ -48,7 +48,7 @@ class MixedOptions(Options):
 
 
 def mixed_plan(
-    shares: Shares,
+    allocated: Allocation,
     layers: list[list[ModuleShape]],
     pattern: MixedNM,
     *,
@@ -58,7 +58,7 @@ def mixed_plan(
     options: Mapping[str, Any] | None = None,
     model_sha256: str | None = None,
 ) -> SparsityPlan:
-    """The plan of a mixed pattern: N per unit of ``shares``.
+    """The plan of a mixed pattern: N per unit of ``allocated``.
 
     Args:
         costs: with rule ``marginal``, each module's :func:`step_costs`.
@@ -68,13 +68,13 @@ def mixed_plan(
     """
     mixed = mixed or MixedOptions()
     modules = [module for layer in layers for module in layer]
-    sizes = unit_sizes(shares, modules)
+    sizes = unit_sizes(allocated, modules)
     high = pattern.m if mixed.n_max is None else min(mixed.n_max, pattern.m)
     if mixed.rule == "marginal":
         assert costs is not None
-        spread = wishes(shares.importance, sizes, 0.0, mixed.strength)
+        spread = desired_counts(allocated.importance, sizes, 0.0, mixed.strength)
         counts = cheapest_counts(
-            [_relative([costs[name] for name in unit.modules]) for unit in shares.units],
+            [_relative([costs[name] for name in unit.modules]) for unit in allocated.units],
             sizes,
             pattern.keep,
             low=mixed.n_min,
@@ -83,12 +83,12 @@ def mixed_plan(
         )
     else:
         if mixed.wanted == "importance":
-            wanted = wishes(shares.importance, sizes, pattern.keep, mixed.strength)
+            wanted = desired_counts(allocated.importance, sizes, pattern.keep, mixed.strength)
         else:
-            rates = meet_target([u.value for u in shares.units], sizes, pattern.sparsity, rule=shares.rule)
+            rates = meet_target([u.value for u in allocated.units], sizes, pattern.sparsity, rule=allocated.rule)
             wanted = [pattern.m * (1 - rate) for rate in rates]
         counts = apportion(wanted, sizes, pattern.keep, low=mixed.n_min, high=high)
-    n_of = {name: n for unit, n in zip(shares.units, counts, strict=True) for name in unit.modules}
+    n_of = {name: n for unit, n in zip(allocated.units, counts, strict=True) for name in unit.modules}
     return SparsityPlan(
         sparsity=pattern.sparsity,
         pattern=str(pattern),
@@ -96,11 +96,11 @@ def mixed_plan(
         targets=tuple(nm_target(module, NM(n_of[module.name], pattern.m)) for module in modules),
         options=dict(options or {}),
         model_sha256=model_sha256,
-        details={**(shares.details or {}), "mixed": asdict(mixed), "kept": counts},
+        details={**(allocated.details or {}), "mixed": asdict(mixed), "kept": counts},
     )
 
 
-def wishes(importance: Sequence[float], sizes: Sequence[int], average: float, strength: float) -> list[float]:
+def desired_counts(importance: Sequence[float], sizes: Sequence[int], average: float, strength: float) -> list[float]:
     """average + strength * (z - mean z): z is the importance scaled to [0, 1], its mean weighted by size.
 
     All ``average`` when the importances are equal.
@@ -122,14 +122,14 @@ def apportion(
     low: Sequence[int] | int,
     high: Sequence[int] | int,
 ) -> list[int]:
-    """Whole numbers near the wishes, within bounds, whose size-weighted sum is the budget.
+    """Whole numbers near the desired counts, within bounds, whose size-weighted sum is the budget.
 
-    The wishes are shifted by one constant to meet the budget within the bounds, rounded down, and what is left is
+    The desired counts are shifted by one constant to meet the budget within the bounds and rounded down; the rest is
     handed out by largest remainder. For units of equal size the budget is round(average * units) steps and is met
     exactly; otherwise less than one step of the largest unit stays unspent. Never overspent.
 
     Args:
-        wanted: the N each unit wishes to keep.
+        wanted: the desired N of each unit.
         low, high: bounds of N, for all or one per unit.
 
     Raises:
@@ -227,7 +227,7 @@ def layer_step_costs(layer: LayerContext, m: int) -> dict[str, torch.Tensor]:
 
 
 def _relative(costs: Sequence[torch.Tensor]) -> list[float]:
-    """A unit's step costs as shares of its squared total; zero for a unit without any score."""
+    """A unit's step costs as fractions of its squared total; zero for a unit without any score."""
     total = torch.stack(list(costs)).sum(dim=0)
     whole = total.sum()
     return (total / whole if whole != 0 else total).tolist()

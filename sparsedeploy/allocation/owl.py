@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsedeploy.allocation.base import Shares, centred_range, layer_scores, layer_units
+from sparsedeploy.allocation.base import Allocation, centred_range, layer_scores, layer_units
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleShape
@@ -43,6 +43,6 @@ class OWL:
             above += int((scores > threshold).sum())
         return 100 * above / count
 
-    def shares(self, measured: list[float], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
+    def allocate(self, measured: list[float], layers: list[list[ModuleShape]], sparsity: float) -> Allocation:
         density = centred_range(measured, self.options.strength)
-        return Shares(layer_units(layers, [-d for d in density]), details={"outlier_percent": measured})
+        return Allocation(layer_units(layers, [-d for d in density]), details={"outlier_percent": measured})

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from sparsedeploy.allocation.base import Shares, check_scores, layer_units
+from sparsedeploy.allocation.base import Allocation, check_scores, layer_units
 from sparsedeploy.allocation.budget import HIGHEST_RATE, LOWEST_RATE
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.errors import UserError
@@ -58,7 +58,7 @@ class RMI:
         assert hidden is not None
         return centred_gram(hidden[: self.options.samples])
 
-    def shares(self, measured: list[torch.Tensor], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
+    def allocate(self, measured: list[torch.Tensor], layers: list[list[ModuleShape]], sparsity: float) -> Allocation:
         delta = default_delta(sparsity) if self.options.delta is None else self.options.delta
         importance = rmi_importance(linear_cka(torch.stack(measured)), self.options.scale)
         sizes = [sum(module.size for module in layer) for layer in layers]
@@ -66,7 +66,7 @@ class RMI:
         exact = self.options.solver == "exact"
         solve = bounded_allocation if exact else sequential_least_squares
         rates = solve(importance, sizes, sparsity, low, high)
-        return Shares(
+        return Allocation(
             layer_units(layers, [rate - sparsity for rate in rates]),
             details={"importance": importance, "delta": delta},
             window=delta,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsedeploy.allocation.base import Shares, layer_units
+from sparsedeploy.allocation.base import Allocation, layer_units
 from sparsedeploy.calibration.driver import LayerContext
 from sparsedeploy.options import Options
 from sparsedeploy.plan import ModuleShape
@@ -26,5 +26,5 @@ class Uniform:
     def measure(self, layer: LayerContext) -> None:
         return None
 
-    def shares(self, measured: list[None], layers: list[list[ModuleShape]], sparsity: float) -> Shares:
-        return Shares(layer_units(layers, [0.0] * len(layers)))
+    def allocate(self, measured: list[None], layers: list[list[ModuleShape]], sparsity: float) -> Allocation:
+        return Allocation(layer_units(layers, [0.0] * len(layers)))

@@ -17,7 +17,7 @@ from sparsedeploy.masks import apply_mask, pack_bits, unpack_bits
 
 # LoSA keeps alpha / 8 whatever the rank, so that growth does not rescale what was learnt.
 SCALE_RANK = 8
-Regrow = Literal["reinit", "retain"]
+ReinitPolicy = Literal["reinit", "retain"]
 
 
 def masked_product(a: torch.Tensor, b: torch.Tensor, packed: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -107,7 +107,7 @@ class Adapter(nn.Module):
             raise ValueError(f"the mask is {mask.dtype} {tuple(mask.shape)}")
         self.packed = pack_bits(mask.to(self.device))
 
-    def set_rank(self, rank: int, *, regrow: Regrow = "reinit", generator: torch.Generator | None = None) -> None:
+    def set_rank(self, rank: int, *, regrow: ReinitPolicy = "reinit", generator: torch.Generator | None = None) -> None:
         """Grow or shrink; the parameters are new objects afterwards when the rank changes.
 
         Args:

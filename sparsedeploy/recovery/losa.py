@@ -13,7 +13,7 @@ import torch
 
 from sparsedeploy import progress
 from sparsedeploy.allocation.allocate import measure_layers, model_layers
-from sparsedeploy.allocation.base import Shares, sequences_read
+from sparsedeploy.allocation.base import Allocation, sequences_read
 from sparsedeploy.errors import UserError
 from sparsedeploy.masks import apply_mask, pack_bits, unpack_bits
 from sparsedeploy.models.layers import ResidentLayers
@@ -21,7 +21,7 @@ from sparsedeploy.options import Options, option
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.pruning.layers import prune_layers
 from sparsedeploy.recovery.adapter_ranks import allocate_ranks
-from sparsedeploy.recovery.adapters import Adapter, Regrow, merged, unmerged
+from sparsedeploy.recovery.adapters import Adapter, ReinitPolicy, merged, unmerged
 from sparsedeploy.recovery.base import Recovered, RecoveryJob
 from sparsedeploy.recovery.data import step_slices
 from sparsedeploy.recovery.reconstruction import reconstruction_losses
@@ -105,9 +105,9 @@ class _Run:
         job, tokens = self.job, self.job.calibration_tokens()
         progress.note(f"LoSA step {step + 1}: {sparsity:.2%} sparsity, mean rank {omega:g}")
         base = self._merge()
-        shares = self._shares(sparsity)
+        allocated = self._shares(sparsity)
         plan = step_plan(
-            shares,
+            allocated,
             self.layers,
             sparsity,
             job.pattern,
@@ -197,7 +197,7 @@ class _Run:
             else:
                 weight.copy_(unmerged(weight, adapter, mask))
 
-    def _shares(self, sparsity: float) -> Shares:
+    def _shares(self, sparsity: float) -> Allocation:
         method = ALLOCATORS.get(self._allocation)
         allocator = method.function(self._allocation_options)
         needs, tokens = method.traits["needs"], self.job.calibration_tokens()
@@ -211,7 +211,7 @@ class _Run:
                 name=self._allocation,
                 batch_size=self.job.batch_size,
             )
-        return allocator.shares(measured, self.layers, sparsity)
+        return allocator.allocate(measured, self.layers, sparsity)
 
     def _rates(self, plan: SparsityPlan) -> list[float]:
         """The sparsity of each layer."""
@@ -227,7 +227,7 @@ class _Run:
 
     def _resize(self, ranks: list[int], step: int) -> None:
         generator = torch.Generator().manual_seed(self.job.seed * 1009 + step)
-        regrow: Regrow = self.options.regrow
+        regrow: ReinitPolicy = self.options.regrow
         for layer, rank in zip(self.layers, ranks, strict=True):
             for module in layer:
                 if module.name in self.adapters:

@@ -13,7 +13,7 @@ from sparsedeploy.allocation.alphapruning import (
     factors,
     tail_exponent,
 )
-from sparsedeploy.allocation.budget import plan_from_shares
+from sparsedeploy.allocation.budget import plan_from_allocation
 from sparsedeploy.errors import UserError
 from tests.allocation.shapes import llama_layers, view
 
@@ -123,20 +123,20 @@ def test_golden_values_of_llama_2_7b() -> None:
     alphas = [2.136, *[middle] * 15, 4.334, *[middle] * 14, last]
     measured = [[alpha] * 7 for alpha in alphas]
     layers = llama_layers()
-    plan = plan_from_shares(
-        AlphaPruning(AlphaPruningOptions()).shares(measured, layers, 0.7), layers, 0.7, allocation="alphapruning"
+    plan = plan_from_allocation(
+        AlphaPruning(AlphaPruningOptions()).allocate(measured, layers, 0.7), layers, 0.7, allocation="alphapruning"
     )
     rates = [target.sparsity for target in plan.targets][::7]
     assert rates[0] == min(rates) == pytest.approx(0.4619, abs=3e-4)
     assert max(rates) == pytest.approx(0.8578, abs=3e-4)
     assert rates[31] == pytest.approx(0.7046, abs=3e-4)
     assert plan.achieved == pytest.approx(0.7, abs=1e-6)
-    high = plan_from_shares(
-        AlphaPruning(AlphaPruningOptions()).shares(measured, layers, 0.8), layers, 0.8, allocation="alphapruning"
+    high = plan_from_allocation(
+        AlphaPruning(AlphaPruningOptions()).allocate(measured, layers, 0.8), layers, 0.8, allocation="alphapruning"
     )
     assert max(target.sparsity for target in high.targets) == pytest.approx(0.9803, abs=5e-4)
-    above = plan_from_shares(
-        AlphaPruning(AlphaPruningOptions()).shares(measured, layers, 0.85), layers, 0.85, allocation="alphapruning"
+    above = plan_from_allocation(
+        AlphaPruning(AlphaPruningOptions()).allocate(measured, layers, 0.85), layers, 0.85, allocation="alphapruning"
     )
     assert max(target.sparsity for target in above.targets) <= 0.9901  # without the clamp it would exceed 1
     assert above.achieved == pytest.approx(0.85, abs=1e-6)
@@ -152,13 +152,13 @@ def test_factors_span_the_strength() -> None:
 def test_projection_granularity_gives_each_linear_its_own_rate() -> None:
     layers = llama_layers(2, 64, 128)
     measured = [[2.0 + i for i in range(7)], [3.0] * 7]
-    shares = AlphaPruning(AlphaPruningOptions(granularity="projection")).shares(measured, layers, 0.7)
-    assert len(shares.units) == 14
-    assert shares.units[0].value < shares.units[6].value
+    allocated = AlphaPruning(AlphaPruningOptions(granularity="projection")).allocate(measured, layers, 0.7)
+    assert len(allocated.units) == 14
+    assert allocated.units[0].value < allocated.units[6].value
 
 
 def test_a_zero_matrix_is_refused() -> None:
     method = AlphaPruning(AlphaPruningOptions())
     bad = method.measure(view({"a": torch.zeros(8, 8)}))
     with pytest.raises(UserError, match="score of unit 0 is nan"):
-        method.shares([bad], [[*llama_layers(1)[0][:1]]], 0.5)
+        method.allocate([bad], [[*llama_layers(1)[0][:1]]], 0.5)

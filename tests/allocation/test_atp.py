@@ -6,7 +6,7 @@ import math
 import pytest
 
 from sparsedeploy.allocation.atp import ATP, ATPOptions, largest_beta, search_beta, trial_betas
-from sparsedeploy.allocation.budget import plan_from_shares
+from sparsedeploy.allocation.budget import plan_from_allocation
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import SparsityPlan
 from tests.allocation.shapes import llama_layers
@@ -41,23 +41,23 @@ def test_shallow_models_get_spread_trials() -> None:
 @pytest.mark.parametrize("beta", [0.0, 0.004, 0.018])
 def test_rates_are_an_arithmetic_progression_with_the_target_as_mean(beta: float) -> None:
     layers = llama_layers(32, 64, 128)
-    values = [unit.value for unit in ATP(ATPOptions(beta)).shares([None] * 32, layers, 0.7).units]
+    values = [unit.value for unit in ATP(ATPOptions(beta)).allocate([None] * 32, layers, 0.7).units]
     assert abs(math.fsum(values) / 32) < 1e-12
     assert [b - a for a, b in itertools.pairwise(values)] == pytest.approx([beta] * 31, abs=1e-12)
 
 
 def test_default_beta_is_half_of_the_largest() -> None:
-    details = ATP(ATPOptions()).shares([None] * 32, llama_layers(), 0.7).details
+    details = ATP(ATPOptions()).allocate([None] * 32, llama_layers(), 0.7).details
     assert details is not None
     assert details["beta"] == pytest.approx(0.3 / 31)
-    single = ATP(ATPOptions()).shares([None], llama_layers(1), 0.7)
+    single = ATP(ATPOptions()).allocate([None], llama_layers(1), 0.7)
     assert single.units[0].value == 0
 
 
 def test_at_the_bound_the_last_layer_keeps_something() -> None:
     layers = llama_layers()
-    shares = ATP(ATPOptions(largest_beta(0.7, 32))).shares([None] * 32, layers, 0.7)
-    plan = plan_from_shares(shares, layers, 0.7, allocation="atp")
+    allocated = ATP(ATPOptions(largest_beta(0.7, 32))).allocate([None] * 32, layers, 0.7)
+    plan = plan_from_allocation(allocated, layers, 0.7, allocation="atp")
     assert plan.targets[-1].sparsity <= 0.9901
     assert plan.achieved == pytest.approx(0.7, abs=1e-6)
 
@@ -65,13 +65,13 @@ def test_at_the_bound_the_last_layer_keeps_something() -> None:
 @pytest.mark.parametrize("beta", [-0.001, 0.02])
 def test_illegal_beta_is_refused(beta: float) -> None:
     with pytest.raises(UserError, match=r"outside \[0, 1\]") as error:
-        ATP(ATPOptions(beta)).shares([None] * 32, llama_layers(), 0.7)
+        ATP(ATPOptions(beta)).allocate([None] * 32, llama_layers(), 0.7)
     assert "Use a beta from 0 to 0.0193548" in str(error.value)
 
 
 def plan_for(beta: float) -> SparsityPlan:
     layers = llama_layers(8, 64, 128)
-    return plan_from_shares(ATP(ATPOptions(beta)).shares([None] * 8, layers, 0.5), layers, 0.5, allocation="atp")
+    return plan_from_allocation(ATP(ATPOptions(beta)).allocate([None] * 8, layers, 0.5), layers, 0.5, allocation="atp")
 
 
 def slope(plan: SparsityPlan) -> float:

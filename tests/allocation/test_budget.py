@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsedeploy.allocation.base import Shares, Unit, centred_range, tabulated_strength
-from sparsedeploy.allocation.budget import integer_counts, meet_target, plan_from_shares
+from sparsedeploy.allocation.base import Allocation, Unit, centred_range, tabulated_strength
+from sparsedeploy.allocation.budget import integer_counts, meet_target, plan_from_allocation
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import NM, ModuleShape
 
@@ -90,9 +90,9 @@ def test_refused_bounds_and_factors() -> None:
 
 def test_a_fixed_pattern_needs_equal_rates() -> None:
     layers = [[ModuleShape("a", 4, 8)], [ModuleShape("b", 4, 8)]]
-    unequal = Shares((Unit(("a",), 0.1), Unit(("b",), -0.1)))
+    unequal = Allocation((Unit(("a",), 0.1), Unit(("b",), -0.1)))
     with pytest.raises(UserError, match="fixed pattern 2:4") as error:
-        plan_from_shares(unequal, layers, 0.5, allocation="owl", pattern=NM(2, 4))
+        plan_from_allocation(unequal, layers, 0.5, allocation="owl", pattern=NM(2, 4))
     assert "mixed-2:4" in str(error.value)
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsedeploy.allocation.budget import plan_from_shares
+from sparsedeploy.allocation.budget import plan_from_allocation
 from sparsedeploy.allocation.lsa import LSA, LSAOptions, greedy_removal
 from sparsedeploy.errors import UserError
 from tests.allocation.shapes import llama_layers, view
@@ -113,14 +113,14 @@ def test_scale_of_the_hessian_leaves_the_rates() -> None:
     fourfold = [[4 * e for e in row] for row in errors]
     for granularity in ("layer", "block", "projection"):
         method = LSA(LSAOptions(granularity))  # type: ignore[arg-type]
-        assert method.shares(errors, layers, 0.7).units == method.shares(fourfold, layers, 0.7).units
+        assert method.allocate(errors, layers, 0.7).units == method.allocate(fourfold, layers, 0.7).units
 
 
 def test_larger_error_means_more_sparsity() -> None:
     """The sign that LSA's abstract hides: I = 1 - E / sum E."""
     layers = llama_layers(4, 64, 128)
-    shares = LSA(LSAOptions()).shares([[e] * 7 for e in (1.0, 9.0, 4.0, 5.0)], layers, 0.7)
-    values = [unit.value for unit in shares.units]
+    allocated = LSA(LSAOptions()).allocate([[e] * 7 for e in (1.0, 9.0, 4.0, 5.0)], layers, 0.7)
+    values = [unit.value for unit in allocated.units]
     assert values[0] < values[2] < values[3] < values[1]
     assert values[1] - values[0] == pytest.approx(0.30)
     assert sum(values) == pytest.approx(0, abs=1e-12)
@@ -130,18 +130,18 @@ def test_larger_error_means_more_sparsity() -> None:
 def test_projection_deviations_follow_the_published_formula(key_value: int | None) -> None:
     layers = llama_layers(4, 4096, 14336 if key_value else 11008, key_value)
     errors = [[float(1 + i + 3 * j) for j in range(7)] for i in range(4)]
-    shares = LSA(LSAOptions("projection")).shares(errors, layers, 0.7)
+    allocated = LSA(LSAOptions("projection")).allocate(errors, layers, 0.7)
     flat = torch.tensor(errors, dtype=torch.float64).flatten()
     importance = 1 - flat / flat.sum()
     d = 2 * 0.07 * (importance - importance.min()) / (importance.max() - importance.min())
     sizes = torch.tensor([m.size for layer in layers for m in layer], dtype=torch.float64)
     expected = (0.7 * sizes + (d.mean() - d) * sizes.mean()) / sizes
-    got = torch.tensor([unit.value for unit in shares.units]) + 0.7
+    got = torch.tensor([unit.value for unit in allocated.units]) + 0.7
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
     assert (expected * sizes).sum() / sizes.sum() == pytest.approx(0.7)  # exact before any clamping
     amplification = (sizes.mean() / sizes)[[1, 6]].tolist()
     assert amplification == pytest.approx([7.43, 0.531] if key_value else [1.72, 0.641], abs=0.005)
-    plan = plan_from_shares(shares, layers, 0.7, allocation="lsa")
+    plan = plan_from_allocation(allocated, layers, 0.7, allocation="lsa")
     assert abs(plan.achieved - 0.7) * sizes.sum() < 14336  # one row-unit
 
 
@@ -149,14 +149,14 @@ def test_block_mode_averages_the_members_of_a_block() -> None:
     layers = llama_layers(2, 64, 128, 32)
     errors = [[1.0, 2.0, 3.0, 6.0, 9.0, 9.0, 12.0], [5.0] * 4 + [7.0] * 3]
     averaged = [[3.0] * 4 + [10.0] * 3, errors[1]]
-    block = LSA(LSAOptions("block")).shares(errors, layers, 0.7)
-    assert block.units == LSA(LSAOptions("projection")).shares(averaged, layers, 0.7).units
+    block = LSA(LSAOptions("block")).allocate(errors, layers, 0.7)
+    assert block.units == LSA(LSAOptions("projection")).allocate(averaged, layers, 0.7).units
     values = {unit.modules[0].rpartition(".")[2]: unit.value for unit in block.units[:4]}
     assert values["k_proj"] != values["q_proj"]  # as released: members of unequal size differ
-    units = LSA(LSAOptions("block", block_unit=True)).shares(errors, layers, 0.7).units
+    units = LSA(LSAOptions("block", block_unit=True)).allocate(errors, layers, 0.7).units
     assert [len(unit.modules) for unit in units] == [4, 3, 4, 3]
-    plan = plan_from_shares(
-        LSA(LSAOptions("block", block_unit=True)).shares(errors, layers, 0.7), layers, 0.7, allocation="lsa"
+    plan = plan_from_allocation(
+        LSA(LSAOptions("block", block_unit=True)).allocate(errors, layers, 0.7), layers, 0.7, allocation="lsa"
     )
     assert plan.achieved == pytest.approx(0.7, abs=2e-3)
 
@@ -164,10 +164,10 @@ def test_block_mode_averages_the_members_of_a_block() -> None:
 @pytest.mark.parametrize("options", [LSAOptions(), LSAOptions("block"), LSAOptions("projection")])
 def test_equal_errors_give_uniform_and_bad_errors_are_refused(options: LSAOptions) -> None:
     layers = llama_layers(2)
-    equal = LSA(options).shares([[3.0] * 7] * 2, layers, 0.7)
+    equal = LSA(options).allocate([[3.0] * 7] * 2, layers, 0.7)
     assert {unit.value for unit in equal.units} == {0.0}
     weight, x = problem()
     nan, _ = greedy_removal(weight * 1e200, x.T @ x)
     assert torch.isnan(nan).all()
     with pytest.raises(UserError, match="score of unit 0 is nan"):
-        LSA(options).shares([[nan.sum().item()] * 7, [1.0] * 7], layers, 0.7)
+        LSA(options).allocate([[nan.sum().item()] * 7, [1.0] * 7], layers, 0.7)

@@ -8,15 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsedeploy.allocation.base import Shares, Unit
-from sparsedeploy.allocation.mixed import MixedOptions, apportion, cheapest_counts, mixed_plan, step_costs, wishes
+from sparsedeploy.allocation.base import Allocation, Unit
+from sparsedeploy.allocation.mixed import (
+    MixedOptions,
+    apportion,
+    cheapest_counts,
+    desired_counts,
+    mixed_plan,
+    step_costs,
+)
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import NM, MixedNM, parse_pattern
 from tests.allocation.shapes import llama_layers
 
 
 def kept(importance: list[float], sizes: list[int], average: float, m: int, strength: float = 2.0) -> list[int]:
-    return apportion(wishes(importance, sizes, average, strength), sizes, average, low=1, high=m)
+    return apportion(desired_counts(importance, sizes, average, strength), sizes, average, low=1, high=m)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +144,9 @@ def test_marginal_greedy_with_unequal_sizes_never_overspends() -> None:
         assert unspent <= max(sizes)
 
 
-def layer_shares(values: list[float], ranking: tuple[float, ...] | None = None) -> Shares:
+def layer_shares(values: list[float], ranking: tuple[float, ...] | None = None) -> Allocation:
     layers = llama_layers(len(values), 64, 128)
-    return Shares(
+    return Allocation(
         tuple(Unit(tuple(m.name for m in layer), v) for layer, v in zip(layers, values, strict=True)), ranking=ranking
     )
 
@@ -159,8 +166,8 @@ def test_plan_gives_more_to_important_layers() -> None:
 
 def test_plan_from_rates() -> None:
     layers = llama_layers(4, 64, 128)
-    shares = layer_shares([-0.2, -0.1, 0.1, 0.2])
-    plan = mixed_plan(shares, layers, MixedNM(4, 8), allocation="atp", mixed=MixedOptions(wanted="rates"))
+    allocated = layer_shares([-0.2, -0.1, 0.1, 0.2])
+    plan = mixed_plan(allocated, layers, MixedNM(4, 8), allocation="atp", mixed=MixedOptions(wanted="rates"))
     assert plan.details["kept"] == [6, 5, 3, 2]  # 8 * (0.5 + ...) = 5.6, 4.8, 3.2, 2.4
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsedeploy.allocation.base import Allocator
-from sparsedeploy.allocation.budget import plan_from_shares
+from sparsedeploy.allocation.budget import plan_from_allocation
 from sparsedeploy.allocation.dlp import DLP, DLPOptions
 from sparsedeploy.allocation.owl import OWL, OWLOptions
 from sparsedeploy.allocation.select import lower_median
@@ -67,8 +67,8 @@ def test_owl_counts_outliers_of_the_whole_layer() -> None:
 
 def rates(allocator: Allocator, layers: list[LayerContext], sparsity: float = 0.7) -> list[float]:
     shapes = llama_layers(len(layers), 64, 128)
-    shares = allocator.shares([allocator.measure(one) for one in layers], shapes, sparsity)
-    return [unit.value + sparsity for unit in shares.units]
+    allocated = allocator.allocate([allocator.measure(one) for one in layers], shapes, sparsity)
+    return [unit.value + sparsity for unit in allocated.units]
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_dlp_golden_values_of_llama_2_7b() -> None:
     mean = lowest + (1 - 0.1348 / 0.3) * (highest - lowest)
     middle = (32 * mean - lowest - highest - last) / 29
     scores = [lowest, *[middle] * 29, highest, last]
-    shares = DLP(DLPOptions()).shares(scores, llama_layers(), 0.7)
-    plan = plan_from_shares(shares, llama_layers(), 0.7, allocation="dlp")
+    allocated = DLP(DLPOptions()).allocate(scores, llama_layers(), 0.7)
+    plan = plan_from_allocation(allocated, llama_layers(), 0.7, allocation="dlp")
     by_layer = [target.sparsity for target in plan.targets][::7]
     assert by_layer[0] == pytest.approx(0.5348, abs=3e-4)  # counts per row come in steps of 1/4096
     assert by_layer[30] == pytest.approx(0.8348, abs=3e-4)
@@ -124,4 +124,4 @@ def test_dlp_golden_values_of_llama_2_7b() -> None:
 @pytest.mark.parametrize("allocator", [OWL(OWLOptions()), DLP(DLPOptions()), DLP(DLPOptions(strength=0.0))])
 def test_equal_scores_or_no_strength_give_uniform(allocator: Allocator) -> None:
     scores = [0.1, 0.1, 0.1] if not isinstance(allocator, DLP) or allocator.options.strength is None else [1, 2, 3]
-    assert {unit.value for unit in allocator.shares(scores, llama_layers(3), 0.7).units} == {0.0}
+    assert {unit.value for unit in allocator.allocate(scores, llama_layers(3), 0.7).units} == {0.0}

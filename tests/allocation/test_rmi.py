@@ -151,12 +151,12 @@ def test_feature_and_samples() -> None:
 
 def test_shares_stay_in_the_window_and_rank_by_importance() -> None:
     grams = [centred_gram(f) for f in features()]
-    shares = RMI(RMIOptions()).shares(grams, llama_layers(4), 0.7)
-    assert {round(abs(unit.value), 9) for unit in shares.units} == {0.03}
-    assert len(set(shares.importance)) == 4
-    flat = RMI(RMIOptions(delta=0.0)).shares(grams, llama_layers(4), 0.7)
+    allocated = RMI(RMIOptions()).allocate(grams, llama_layers(4), 0.7)
+    assert {round(abs(unit.value), 9) for unit in allocated.units} == {0.03}
+    assert len(set(allocated.importance)) == 4
+    flat = RMI(RMIOptions(delta=0.0)).allocate(grams, llama_layers(4), 0.7)
     assert all(abs(unit.value) < 1e-12 for unit in flat.units)
-    near_one = RMI(RMIOptions()).shares(grams, llama_layers(4), 0.98)
+    near_one = RMI(RMIOptions()).allocate(grams, llama_layers(4), 0.98)
     assert max(unit.value for unit in near_one.units) <= 0.01 + 1e-12
 
 

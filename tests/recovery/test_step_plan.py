@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsedeploy.allocation.base import Shares, layer_units
+from sparsedeploy.allocation.base import Allocation, layer_units
 from sparsedeploy.allocation.mixed import MixedOptions
 from sparsedeploy.allocation.rmi import default_delta
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, SparsityPlan, parse_pattern
 from sparsedeploy.recovery.schedule import sparsity_schedule
-from sparsedeploy.recovery.step_plan import lift, step_plan, window
+from sparsedeploy.recovery.step_plan import clamp_to_floor, step_plan, window
 
 
 def shapes(layers: int) -> list[list[ModuleShape]]:
@@ -23,9 +23,9 @@ def shapes(layers: int) -> list[list[ModuleShape]]:
     return [[ModuleShape(f"layers.{i}.{n}", r, c) for n, (r, c) in sides.items()] for i in range(layers)]
 
 
-def rmi_shares(layers: list[list[ModuleShape]], importance: list[float], sparsity: float) -> Shares:
+def rmi_shares(layers: list[list[ModuleShape]], importance: list[float], sparsity: float) -> Allocation:
     units = layer_units(layers, [0.0] * len(layers))
-    return Shares(units, details={"delta": default_delta(sparsity)}, ranking=tuple(importance))
+    return Allocation(units, details={"delta": default_delta(sparsity)}, ranking=tuple(importance))
 
 
 def plans(final: float, pattern: NM | MixedNM | None, seed: int, layers: int = 8) -> list[SparsityPlan]:
@@ -34,9 +34,9 @@ def plans(final: float, pattern: NM | MixedNM | None, seed: int, layers: int = 8
     depth = shapes(layers)
     done: list[SparsityPlan] = []
     for sparsity in sparsity_schedule(final, 5):
-        shares = rmi_shares(depth, [rng.random() for _ in depth], sparsity)
+        allocated = rmi_shares(depth, [rng.random() for _ in depth], sparsity)
         before = done[-1] if done else None
-        done.append(step_plan(shares, depth, sparsity, pattern, before=before, allocation="rmi"))
+        done.append(step_plan(allocated, depth, sparsity, pattern, before=before, allocation="rmi"))
     return done
 
 
@@ -77,8 +77,8 @@ def test_mixed_patterns_keep_more_where_it_matters() -> None:
     depth = shapes(8)
     before = None
     for sparsity in sparsity_schedule(0.75, 5):
-        shares = rmi_shares(depth, [float(at) for at in range(8)], sparsity)
-        before = step_plan(shares, depth, sparsity, MixedNM(2, 8), before=before, allocation="rmi")
+        allocated = rmi_shares(depth, [float(at) for at in range(8)], sparsity)
+        before = step_plan(allocated, depth, sparsity, MixedNM(2, 8), before=before, allocation="rmi")
     assert before is not None
     kept = [before.by_name[layer[0].name].pattern.n for layer in depth]  # type: ignore[union-attr]
     assert kept == sorted(kept)
@@ -90,9 +90,9 @@ def test_bounds_of_n_hold_at_the_last_step() -> None:
     depth = shapes(8)
     before = None
     for sparsity in sparsity_schedule(0.75, 5):
-        shares = rmi_shares(depth, [float(at**3) for at in range(8)], sparsity)
+        allocated = rmi_shares(depth, [float(at**3) for at in range(8)], sparsity)
         mixed = MixedOptions(strength=6, n_min=1, n_max=3)
-        before = step_plan(shares, depth, sparsity, MixedNM(2, 8), before=before, mixed=mixed, allocation="rmi")
+        before = step_plan(allocated, depth, sparsity, MixedNM(2, 8), before=before, mixed=mixed, allocation="rmi")
     assert before is not None
     kept = [target.pattern.n for target in before.targets if target.pattern]
     assert max(kept) == 3
@@ -126,7 +126,7 @@ def test_the_window_widens_when_current_rates_leave_no_room() -> None:
 
 def test_lift_restores_the_total() -> None:
     modules = [ModuleShape(name, rows, 100) for name, rows in (("a", 10), ("b", 10), ("c", 20))]
-    lifted = lift([50, 50, 50], [53, 40, 40], modules)
+    lifted = clamp_to_floor([50, 50, 50], [53, 40, 40], modules)
     assert lifted[0] == 53
     assert sum(n * m.rows for n, m in zip(lifted, modules, strict=True)) == 50 * 40
 
@@ -135,9 +135,9 @@ def test_lift_restores_the_total() -> None:
 def test_any_allocators_wishes_are_followed_above_the_bounds(rule: str) -> None:
     depth = shapes(4)
     values = [-0.1, 0.1, 0.0, 0.0] if rule == "additive" else [0.8, 1.2, 1.0, 1.0]
-    shares = Shares(layer_units(depth, values), rule)  # type: ignore[arg-type]
-    first = step_plan(shares, depth, 0.4, None, before=None, allocation="owl")
-    turned = Shares(layer_units(depth, values[::-1]), rule)  # type: ignore[arg-type]
+    allocated = Allocation(layer_units(depth, values), rule)  # type: ignore[arg-type]
+    first = step_plan(allocated, depth, 0.4, None, before=None, allocation="owl")
+    turned = Allocation(layer_units(depth, values[::-1]), rule)  # type: ignore[arg-type]
     second = step_plan(turned, depth, 0.5, None, before=first, allocation="owl")
     assert second.achieved == pytest.approx(0.5, abs=2e-3)
     for a, b in zip(first.targets, second.targets, strict=True):

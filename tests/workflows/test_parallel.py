@@ -75,7 +75,7 @@ def test_linears_with_one_input_go_to_one_process() -> None:
 
 def test_sequences_are_split_without_loss() -> None:
     tokens = torch.arange(14).reshape(7, 2)
-    shares = [Processes(index, 3).shard(tokens) for index in range(3)]
-    assert torch.equal(torch.cat(shares), tokens)
+    allocated = [Processes(index, 3).shard(tokens) for index in range(3)]
+    assert torch.equal(torch.cat(allocated), tokens)
     with pytest.raises(UserError, match="2 calibration sequences cannot be split over 3"):
         Processes(0, 3).shard(tokens[:2])
