@@ -137,6 +137,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         "rope_theta": 1e4,
     },
+    "deepseek_v4": {"mlp_layer_types": ["moe"] * LAYERS, **_MLA},
     "dots1": {"n_shared_experts": 1},
     "gemma3n_text": {
         "num_kv_shared_layers": 2,

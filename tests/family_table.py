@@ -38,11 +38,16 @@ def outcome(family: str) -> str:
     if reason is not None:
         return f"not tested: {reason}"
     with tempfile.TemporaryDirectory() as folder:
-        saved_family(family, Path(folder))
+        try:
+            saved_family(family, Path(folder))
+        except Exception as error:  # whatever transformers says of a configuration
+            return f"not built: {' '.join(str(error).split())[:160]}"
         try:
             masks = product_masks(Path(folder), batch_size=4)
         except UserError as error:
             return f"refused: {str(error.message).replace(folder, 'MODEL')}"
+        except Exception as error:
+            return f"**crashed**: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
         truth = load_model(Path(folder), dtype=torch.float32)
         watchable_experts(truth)
         wrong = differences(masks, *wanda_masks(truth, masks, calibration_tokens(), 0.5))
