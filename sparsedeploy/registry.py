@@ -17,16 +17,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.options import build_options
-
-if TYPE_CHECKING:
-    from sparsedeploy.allocation.base import MakeAllocator
-    from sparsedeploy.pruning.base import Pruner
-    from sparsedeploy.recovery.base import RecoveryMethod
-    from sparsedeploy.targets.registry import ExportFunction
 
 F = TypeVar("F", bound=Callable[..., Any])
 ENTRY_POINTS = "sparsedeploy.methods"
@@ -164,8 +158,9 @@ def _loader(package: str | Path, path: Path) -> Callable[[], Any]:
     return load
 
 
-ALLOCATORS: Registry[MakeAllocator] = Registry("ALLOCATORS", "allocation method", "sparsedeploy.allocation")
-PRUNERS: Registry[Pruner] = Registry("PRUNERS", "pruning method", "sparsedeploy.pruning")
-RECOVERIES: Registry[RecoveryMethod] = Registry("RECOVERIES", "recovery method", "sparsedeploy.recovery")
-TARGETS: Registry[ExportFunction] = Registry("TARGETS", "export target", "sparsedeploy.targets")
+# What each function takes and gives stands in the packages' own modules: this floor knows none of their types.
+ALLOCATORS: Registry[Callable[[Any], Any]] = Registry("ALLOCATORS", "allocation method", "sparsedeploy.allocation")
+PRUNERS: Registry[Callable[..., Any]] = Registry("PRUNERS", "pruning method", "sparsedeploy.pruning")
+RECOVERIES: Registry[Callable[[Any, Any], Any]] = Registry("RECOVERIES", "recovery method", "sparsedeploy.recovery")
+TARGETS: Registry[Callable[..., Any]] = Registry("TARGETS", "export target", "sparsedeploy.targets")
 REGISTRIES: Mapping[str, Registry[Any]] = {each.variable: each for each in (ALLOCATORS, PRUNERS, RECOVERIES, TARGETS)}

@@ -11,7 +11,7 @@ right but no faster; fp8 pays on GPUs that compute in it (compute capability 8.9
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -40,14 +40,28 @@ from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.runtimes import llmcompressor
 
-if TYPE_CHECKING:
-    from sparsedeploy.targets.vllm import VllmOptions
+
+class QuantizeOptions(Protocol):
+    """The options of a target that a quantised export reads; see :class:`~sparsedeploy.targets.vllm.VllmOptions`."""
+
+    @property
+    def quantize(self) -> str | None: ...
+    @property
+    def algorithm(self) -> str: ...
+    @property
+    def data(self) -> str | None: ...
+    @property
+    def field(self) -> str | None: ...
+    @property
+    def text(self) -> str | None: ...
+    @property
+    def windows(self) -> int: ...
 
 
 def export_quantized(
     checkpoint: str | Path,
     output: Path,
-    options: VllmOptions,
+    options: QuantizeOptions,
     *,
     engine: Engine,
     python: str | None = None,
@@ -156,7 +170,9 @@ def _probe(opened: Checkpoint) -> torch.Tensor:
     return torch.randint(0, shapes.vocab, (length,), generator=torch.Generator().manual_seed(1))
 
 
-def _windows(opened: Checkpoint, manifest: Manifest, options: VllmOptions) -> tuple[str | None, torch.Tensor | None]:
+def _windows(
+    opened: Checkpoint, manifest: Manifest, options: QuantizeOptions
+) -> tuple[str | None, torch.Tensor | None]:
     """The name of the text for the perplexity and its windows; None and None where there is none."""
     recorded = manifest.calibration
     text = options.text or options.data or (recorded.data if recorded else None)

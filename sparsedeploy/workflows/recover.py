@@ -29,7 +29,7 @@ from sparsedeploy.options import build_options
 from sparsedeploy.plan import parse_pattern
 from sparsedeploy.processes import refuse_several
 from sparsedeploy.pruning.layers import losses_of, prune_model
-from sparsedeploy.recovery.base import Recovered, RecoveryJob, RecoveryMethod, check_masks
+from sparsedeploy.recovery.base import Recovered, RecoveryJob, check_masks
 from sparsedeploy.recovery.data import TrainingData, load_training_data
 from sparsedeploy.recovery.state import RunState
 from sparsedeploy.recovery.training import TrainingOptions
@@ -151,7 +151,7 @@ def _from_checkpoint(
     return _from_dense(name, output, prune, recover, method, run)
 
 
-def _again(manifest: Manifest, method: Method[RecoveryMethod], other: Mapping[str, Any]) -> PruneOptions:
+def _again(manifest: Manifest, method: Method[Any], other: Mapping[str, Any]) -> PruneOptions:
     """The checkpoint's pruning, with calibration values of the caller's in place of its own.
 
     Raises:
@@ -198,7 +198,7 @@ def _from_dense(
     output: Path,
     prune: PruneOptions,
     recover: RecoverOptions,
-    method: Method[RecoveryMethod],
+    method: Method[Any],
     run: _RunContext,
 ) -> Manifest:
     options, training = _options(method, recover)
@@ -281,7 +281,7 @@ def _from_pruned(
     output: Path,
     manifest: Manifest,
     recover: RecoverOptions,
-    method: Method[RecoveryMethod],
+    method: Method[Any],
     run: _RunContext,
 ) -> Manifest:
     options, training = _options(method, recover)
@@ -323,7 +323,7 @@ def _from_pruned(
     )
 
 
-def _recovered(job: RecoveryJob, method: Method[RecoveryMethod], options: Any) -> Recovered:
+def _recovered(job: RecoveryJob, method: Method[Any], options: Any) -> Recovered:
     with _kept(job):
         recovered: Recovered = method.function(job, options)
         return recovered
@@ -333,7 +333,7 @@ def _kept(job: RecoveryJob) -> AbstractContextManager[None]:
     return job.state.kept() if job.state is not None else nullcontext()
 
 
-def _options(method: Method[RecoveryMethod], recover: RecoverOptions) -> tuple[Any, TrainingOptions]:
+def _options(method: Method[Any], recover: RecoverOptions) -> tuple[Any, TrainingOptions]:
     if recover.data is None and method.traits["trains"]:
         raise UserError(
             f"{method.name} trains and no training text was given",
@@ -343,7 +343,7 @@ def _options(method: Method[RecoveryMethod], recover: RecoverOptions) -> tuple[A
 
 
 def _training_data(
-    folder: Path, config: Any, recover: RecoverOptions, method: Method[RecoveryMethod], run: _RunContext
+    folder: Path, config: Any, recover: RecoverOptions, method: Method[Any], run: _RunContext
 ) -> TrainingData | None:
     if recover.data is None or not method.traits["trains"]:
         return None
@@ -376,7 +376,7 @@ def _recovery(
     options: Any,
     training: TrainingOptions,
     data: TrainingData | None,
-    method: Method[RecoveryMethod],
+    method: Method[Any],
     recovered: Recovered,
 ) -> RecoveryRecord:
     """The manifest's section."""
