@@ -390,6 +390,8 @@ def _method_page(family: Family, method: Method[Any], formula: str | None) -> st
     example = family.example.format(name=method.name)
     if method.traits.get("needs") in ("none", "weights"):
         example = example.partition(" \\\n    --data")[0]
+    if method.traits.get("trains") is False:
+        example = example.partition(" \\\n    --train-data")[0]
     managed = family.folder == "target" and method.name not in _EXPORTED_HERE
     marker = "<!-- test: skip needs its managed environment -->\n" if managed else ""
     parts.append(f"## Use\n\n{marker}```bash\n{example}\n```\n")

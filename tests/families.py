@@ -112,7 +112,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
             *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
-            *("longcat_flash", "minicpm3", "youtu"),
+            *("longcat_flash", "minicpm3"),
         ),
         _MLA,
     ),
@@ -188,6 +188,8 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "shape_embed_dim": 8,
         "shape_vocab_size": 8,
     },
+    # transformers zeroes the padding token's embedding again after loading it.
+    "youtu": {**_MLA, "pad_token_id": None},
     "zaya": {"num_experts_per_tok": 1},
 }
 _LEFT_OUT: dict[str, str] = {

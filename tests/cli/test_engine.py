@@ -34,11 +34,14 @@ def test_prune_with_another_engine(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["vllm", "--quantize", "int3"], "unknown quantisation scheme 'int3'. Known: fp8-dynamic, w8a8, w4a16"),
+        (["vllm", "--quantize", "int3"], "option quantize is 'int3'. It takes fp8-dynamic or w8a8 or w4a16"),
         (["deepsparse", "--quantize", "w8a8"], "--quantize does not go with --target deepsparse"),
         (["vllm", "--quantize", "w8a8"], "has no sparsity.json"),
-        (["vllm", "--quantize", "w8a8", "--target-option", "windows=-1"], "windows is -1"),
-        (["vllm", "--quantize", "w8a8", "--target-option", "nosuch=1"], "--quantize has no option 'nosuch'"),
+        (
+            ["vllm", "--quantize", "w8a8", "--target-option", "windows=-1"],
+            "option windows is '-1'. It takes a whole number",
+        ),
+        (["vllm", "--quantize", "w8a8", "--target-option", "nosuch=1"], "vllm has no option 'nosuch'"),
         (["llmcompressor"], "has no sparsity.json. Give a folder that sparsedeploy prune wrote"),
     ],
 )

@@ -56,6 +56,8 @@ def test_masks_do_not_depend_on_the_batch_size(family: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("family", families())
 def test_what_is_streamed_is_what_transformers_loads(family: str, tmp_path: Path) -> None:
     _skip_left_out(family)
+    if family == "zaya":
+        pytest.skip("transformers changes its balancing biases after loading them; pruning refuses the family")
     folder = saved_family(family, tmp_path)
     try:
         source = StreamedLayers(folder, device=torch.device("cpu"), dtype=torch.float32)

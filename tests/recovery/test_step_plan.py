@@ -25,7 +25,7 @@ def shapes(layers: int) -> list[list[ModuleShape]]:
 
 def rmi_shares(layers: list[list[ModuleShape]], importance: list[float], sparsity: float) -> Allocation:
     units = layer_units(layers, [0.0] * len(layers))
-    return Allocation(units, details={"delta": default_delta(sparsity)}, ranking=tuple(importance))
+    return Allocation(units, window=default_delta(sparsity), ranking=tuple(importance))
 
 
 def plans(final: float, pattern: NM | MixedNM | None, seed: int, layers: int = 8) -> list[SparsityPlan]:

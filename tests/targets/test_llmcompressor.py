@@ -271,7 +271,7 @@ def test_what_cannot_be_replayed_or_quantised_is_refused(
             sparse,
             "deepsparse",
             "w8a8",
-            "--quantize does not go with --target deepsparse. Use --target vllm, or leave it out",
+            "--quantize does not go with --target deepsparse. Use --target llamacpp or vllm, or leave it out",
         ),
     ):
         with pytest.raises(UserError, match=message):
