@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors
 import torch
 
 from sparsedeploy import progress
@@ -14,6 +13,7 @@ from sparsedeploy.checkpoint.manifest import Manifest, ModuleRecord, load_manife
 from sparsedeploy.linear_algebra import all_finite
 from sparsedeploy.masks import follows_n_of_m
 from sparsedeploy.models.fingerprint import file_sha256
+from sparsedeploy.models.stored_names import StoredSlice, read_linear
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.models.weight_files import stray_weights, weight_files
 from sparsedeploy.plan import NM, SparsityPlan, parse_pattern
@@ -80,13 +80,13 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     plan = manifest.plan
     result.problems.extend(_plan_problems(plan, manifest))
     masks = mask_file.load_masks(folder / mask_file.FILE, {t.name: t.columns for t in plan.targets})
-    located = {name: tensor.shard for name, tensor in TensorFiles(folder).items()}
+    files = TensorFiles(folder)
     for target in progress.track(plan.targets, "inspect modules"):
         tensor = manifest.modules[target.name].tensor
-        if tensor not in located:
+        if tensor not in files:
             result.problems.append(f"{target.name}: no tensor {tensor} in the weight files")
             continue
-        weight = _read_module(located, manifest.modules[target.name])
+        weight = _read_module(files, manifest.modules[target.name])
         mask = masks[target.name]
         if weight.shape != mask.shape:
             result.problems.append(f"{target.name}: weight {tuple(weight.shape)}, mask {tuple(mask.shape)}")
@@ -104,23 +104,16 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     return result
 
 
-def _read_module(located: dict[str, Path], module: ModuleRecord) -> torch.Tensor:
+def _read_module(files: TensorFiles, module: ModuleRecord) -> torch.Tensor:
     """A module's stored weight ``[rows, columns]``."""
     if not module.slices:
-        return _read(located, module.tensor)
-    parts = []
-    for one in module.slices:
-        weight = _read(located, one.tensor)
-        start = one.offset // weight.element_size()
-        weight = weight.flatten()[start : start + (one.last - one.first) * module.columns]
-        parts.append(weight.view(module.columns, -1).T if one.transposed else weight.view(-1, module.columns))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _read(located: dict[str, Path], tensor: str) -> torch.Tensor:
-    with safetensors.safe_open(located[tensor], framework="pt") as file:
-        weight: torch.Tensor = file.get_tensor(tensor)
-    return weight
+        return files.read([files[module.tensor]])[module.tensor]
+    slices = [
+        StoredSlice(stored, one.first, one.last, stored.start + one.offset, one.transposed)
+        for one in module.slices
+        for stored in (files[one.tensor],)
+    ]
+    return read_linear(files, slices, module.columns)
 
 
 def _examine(name: str, weight: torch.Tensor, mask: torch.Tensor, pattern: NM | None) -> ModuleFindings:
