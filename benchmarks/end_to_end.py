@@ -24,7 +24,7 @@ from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.installation import process_environment
-from sparsedeploy.runtimes.llamacpp import OFFER, Build, build_of
+from sparsedeploy.runtimes.llamacpp import Build, build_of, offer
 from sparsedeploy.runtimes.machine import usable_cores
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -85,8 +85,8 @@ def processor() -> str:
 def run(build: Build, program: str, options: list[str], way: str, variables: dict[str, str]) -> tuple[str, str]:
     """Output and messages of one of llama.cpp's programs, with or without the backend."""
     more = {"GGML_BACKEND_PATH": str(build.backend)} if way == "sparse" else {}
-    offer = OFFER if way == "sparse" and program != "llama-bench" else ()
-    command = [str(build.program(program)), *options, *offer]
+    backend = offer() if way == "sparse" and program != "llama-bench" else ()
+    command = [str(build.program(program)), *options, *backend]
     done = subprocess.run(command, env={**variables, **more}, capture_output=True, text=True, check=True)
     return done.stdout, done.stderr
 

@@ -39,7 +39,7 @@ from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.targets.vllm import VllmOptions, export_vllm
 from sparsedeploy.version import __version__
-from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.options import PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +93,7 @@ class Pruned:
 
     def __init__(self, folder: Path, options: PruneOptions, dense: Path) -> None:
         self.folder = folder / "checkpoint"
-        manifest = prune(str(dense), self.folder, options, device="cpu")
+        manifest = prune(str(dense), self.folder, options, RunOptions(device="cpu"))
         self.plan = manifest.plan
         self.masks = masks_of(self.folder, self.plan)
         self.export = folder / "export"
@@ -366,7 +366,7 @@ def main() -> None:
         exact = folder / "float64"
         calibration = replace(TEXT, accumulate="float64")
         options = replace(CASES[SPARSEGPT], plan=cases[SPARSEGPT].plan, calibration=calibration)
-        prune(str(dense), exact, options, device="cpu")
+        prune(str(dense), exact, options, RunOptions(device="cpu"))
         plan = cases[SPARSEGPT].plan
         unquantised = (
             vllm_perplexity(cases[SPARSEGPT].folder, cases[SPARSEGPT].tokens[:VLLM_WINDOWS]) if in_vllm else None

@@ -31,6 +31,7 @@ from sparsedeploy.reporting.benchmark_table import benchmark_markdown
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.speed.benchmark import BenchmarkResult, benchmark
+from sparsedeploy.speed.options import BenchmarkOptions
 from sparsedeploy.targets.deepsparse import export_deepsparse
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.9)
@@ -70,12 +71,14 @@ def main() -> None:
                 progress.note(f"{cores} cores, prompt of {prompt} tokens")
                 result = benchmark(
                     folders[1:],
-                    folders[0],
-                    cores=[cores],
-                    prompt_lengths=[prompt],
-                    decode_tokens=DECODE_TOKENS,
-                    rounds=options.rounds,
-                    chunk=prompt,
+                    BenchmarkOptions(
+                        baseline=str(folders[0]),
+                        cores=(cores,),
+                        prompt_lengths=(prompt,),
+                        decode_tokens=DECODE_TOKENS,
+                        rounds=options.rounds,
+                        chunk=prompt,
+                    ),
                 )
                 write_results(options.name, result, checks)
 

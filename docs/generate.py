@@ -283,6 +283,8 @@ class Parameter:
     def value(self) -> str:
         """What follows an option; nothing after a switch."""
         word, metavar = _word(self.hint), self.info.metavar
+        if metavar and metavar.endswith(",..."):
+            return str(metavar)
         return word if not metavar or self.argument else word.replace("TEXT", metavar.replace("|", ", "))
 
 
@@ -354,7 +356,8 @@ def _usage(name: str, command: Command) -> str:
 def _default(item: Parameter) -> str:
     if item.required:
         return "required"
-    return "" if item.default is None or item.default is False else f"`{item.default}`"
+    default = ",".join(item.default) if isinstance(item.default, list) else item.default
+    return "" if default is None or default is False else f"`{default}`"
 
 
 def _method_index() -> str:

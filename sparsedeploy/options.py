@@ -21,6 +21,7 @@ from sparsedeploy.errors import UserError
 T = TypeVar("T")
 _LARGEST = 2**63 - 1
 _LARGEST_SEED = 2**32 - 1
+REQUIRED: Any = dataclasses.MISSING
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -34,6 +35,7 @@ class Facts:
         choices: the names that are known, asked for when they are shown.
         replaces: options of a recipe that do not count when this one is typed.
         only_with: another option without which this one has no effect.
+        repeated: whether several values are given one by one; else they may also stand together, between commas.
         recorded: whether a manifest's request keeps it; not so for what changes speed and memory only.
     """
 
@@ -47,6 +49,7 @@ class Facts:
     choices: Callable[[], Sequence[str]] | None = None
     replaces: tuple[str, ...] = ()
     only_with: str | None = None
+    repeated: bool = False
     recorded: bool = True
 
     @property
@@ -58,7 +61,7 @@ class Facts:
 
 
 def option(
-    default: T,
+    default: T = REQUIRED,
     help: str = "",
     *,
     flag: str | None = None,
@@ -70,16 +73,17 @@ def option(
     choices: Callable[[], Sequence[str]] | None = None,
     replaces: tuple[str, ...] = (),
     only_with: str | None = None,
+    repeated: bool = False,
     recorded: bool = True,
 ) -> T:
-    """A field of an options dataclass, with its :class:`Facts`."""
-    facts = Facts(help, flag, short, at_least, above, at_most, below, choices, replaces, only_with, recorded)
+    """A field of an options dataclass, with its :class:`Facts`; without a default it must be given."""
+    facts = Facts(help, flag, short, at_least, above, at_most, below, choices, replaces, only_with, repeated, recorded)
     return field(default=default, metadata={"facts": facts})
 
 
-def seed_option(help: str, *, flag: str | None = None) -> int:
+def seed_option(help: str, *, flag: str | None = None, only_with: str | None = None) -> int:
     """The field of a seed."""
-    return option(0, help, flag=flag, at_least=0, at_most=_LARGEST_SEED)
+    return option(0, help, flag=flag, at_least=0, at_most=_LARGEST_SEED, only_with=only_with)
 
 
 def one_of(names: Sequence[str]) -> str:
@@ -97,8 +101,10 @@ class Options:
 
     def __post_init__(self) -> None:
         for item in described(type(self)):
-            if reason := _out_of_bounds(getattr(self, item.name), item.facts):
-                raise UserError(f"{item.name} is {getattr(self, item.name)}", f"It takes {reason}.")
+            given = getattr(self, item.name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if reason := _out_of_bounds(value, item.facts):
+                    raise UserError(f"{item.name} is {value}", f"It takes {reason}.")
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,16 @@ class Described:
     def values(self) -> tuple[Any, ...]:
         """The values of a literal type."""
         return typing.get_args(self.arms[0]) if self.kind is typing.Literal else ()
+
+    @property
+    def flag(self) -> str:
+        """Its long flag."""
+        return self.facts.flag or f"--{self.name.replace('_', '-')}"
+
+    @property
+    def required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is REQUIRED and not self.section
 
     @property
     def section(self) -> bool:
@@ -199,8 +215,8 @@ def convert(label: str, value: Any, hint: Any, facts: Facts = Facts()) -> Any:
 
     Args:
         label: names the option in messages.
-        hint: bool, int, float, str, Path, a literal, a mapping, a tuple of these, an options dataclass, or one of them
-            or None.
+        hint: bool, int, float, str, Path, a literal, a mapping, a tuple of any number or of two of these, an options
+            dataclass, or one of them or None.
 
     Raises:
         UserError: a value that does not fit.
@@ -217,14 +233,15 @@ def convert(label: str, value: Any, hint: Any, facts: Facts = Facts()) -> Any:
             raise UserError(f"{label} is {shown(value)}", f"It takes {_wanted(kind)}.")
         return build_options(label, kind, value)
     if origin is tuple:
-        if not isinstance(value, (str, list, tuple)):
+        inner, more = typing.get_args(kind)
+        if not isinstance(value, (str, list, tuple)) or (more is not ... and len(value) != 2):
             raise UserError(f"{label} is {shown(value)}", f"It takes {_wanted(kind)}.")
+        whole = facts.repeated or more is not ...
         parts = [
             part
             for each in ([value] if isinstance(value, str) else value)
-            for part in ([part.strip() for part in each.split(",")] if isinstance(each, str) else [each])
+            for part in (map(str.strip, each.split(",")) if isinstance(each, str) and not whole else [each])
         ]
-        inner = typing.get_args(kind)[0]
         return tuple(convert(label, part, inner, facts) for part in parts if part != "")
     try:
         converted = _CONVERTERS[origin](value, kind)
@@ -249,6 +266,25 @@ def shown(value: Any) -> str:
 def plain_options(options: Any) -> dict[str, Any]:
     """The values of an options dataclass as JSON has them; :func:`build_options` reads them back."""
     return {each.name: _plain(getattr(options, each.name)) for each in dataclasses.fields(options)}
+
+
+def typed_words(options: type[Any], values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that give these values; those that are missing, or the default, are left out."""
+    words: list[str] = []
+    for item in described(options):
+        value = values.get(item.name, item.default)
+        given = tuple(value) if isinstance(value, (list, tuple)) else value
+        if item.section or value is None or given in (item.default, ()):
+            continue
+        if isinstance(value, Mapping):
+            words += [word for name, part in value.items() for word in (item.flag, f"{name}={part}")]
+        elif isinstance(given, tuple) and item.facts.repeated:
+            words += [word for part in given for word in (item.flag, str(part))]
+        elif value is True:
+            words.append(item.flag)
+        else:
+            words += [item.flag, ",".join(map(str, given)) if isinstance(given, tuple) else f"{value}"]
+    return words
 
 
 def parse_pairs(pairs: Sequence[str]) -> dict[str, str]:
@@ -352,7 +388,8 @@ def _wanted(kind: Any) -> str:
     """The words for a type, in a message."""
     origin = typing.get_origin(kind) or kind
     if origin is typing.Literal:
-        return " or ".join(map(str, typing.get_args(kind)))
+        return one_of([str(value) for value in typing.get_args(kind)])
     if origin is tuple:
-        return f"{_wanted(typing.get_args(kind)[0])}, or several with commas between them"
+        inner, more = typing.get_args(kind)
+        return f"{_wanted(inner)}, {'or several with commas between them' if more is ... else 'twice'}"
     return _WORDS.get(origin, "a mapping of names to values")

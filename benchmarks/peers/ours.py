@@ -28,7 +28,7 @@ from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.registry import PRUNERS
 from sparsedeploy.workflows import plan
 from sparsedeploy.workflows import prune as job
-from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.options import PruneOptions, RunOptions
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
     plan.calibration_set = lambda *args, **kwargs: CalibrationSet(tokens, "given", 0)
     start = time.perf_counter()
     options = PruneOptions(sparsity=float(sparsity), method=method)
-    job.prune(model, Path(output), options, device="cpu")
+    job.prune(model, Path(output), options, RunOptions(device="cpu"))
     total = time.perf_counter() - start
     seconds["rest"] = total - sum(seconds.values())
     print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(), "imports_bytes": imports}))

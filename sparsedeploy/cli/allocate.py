@@ -8,19 +8,10 @@ from typing import Annotated
 
 import typer
 
-from sparsedeploy.cli.common import (
-    DenseModelArgument,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    TrustOption,
-    console,
-    parse_dtype,
-    print_json,
-)
+from sparsedeploy.cli.common import DenseModelArgument, JsonOption, console, print_json
 from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.errors import UserError
-from sparsedeploy.workflows.options import CalibrationOptions, PruneOptions
+from sparsedeploy.workflows.options import CalibrationOptions, PruneOptions, RunOptions
 
 _SEARCH = ("method", "method_options")
 
@@ -28,15 +19,12 @@ _SEARCH = ("method", "method_options")
 @takes(
     Section("prune", PruneOptions),
     Section("calibration", CalibrationOptions, "Calibration text"),
+    Section("run", RunOptions, without=("resume",)),
 )
 def allocate_command(
     model: DenseModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Plan file to write, such as plan.json.")],
     given: Given,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the plan file if it exists.")] = False,
-    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Decide how much each layer loses and write it as a plan, without pruning; `prune --plan FILE` follows it.
@@ -46,7 +34,8 @@ def allocate_command(
     from sparsedeploy.reporting.plan_plot import plan_table
     from sparsedeploy.workflows.plan import measures_text, plan_model, resolve_allocation
 
-    if output.exists() and not overwrite:
+    run = given.build("run", RunOptions)
+    if output.exists() and not run.overwrite:
         raise UserError(f"output {output} exists", "Choose another, or pass --overwrite to replace it.")
     options = PruneOptions(**given.take("prune", without=_SEARCH))
     choice = resolve_allocation(options)
@@ -57,7 +46,7 @@ def allocate_command(
     given.refuse_unread(
         {"prune": f"{choice.name} does not prune", "calibration": f"{choice.name} reads no calibration text"}
     )
-    plan = plan_model(model, options, device=device, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)
+    plan = plan_model(model, options, run)
     plan.save(output)
     if as_json:
         print_json({"output": str(output), **plan.to_dict()})

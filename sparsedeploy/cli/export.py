@@ -3,56 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from sparsedeploy.cli.common import (
-    JsonOption,
-    ModelArgument,
-    OutputOption,
-    OverwriteOption,
-    TrustOption,
-    console,
-    print_json,
-)
-from sparsedeploy.options import one_of
-from sparsedeploy.registry import TARGETS
+from sparsedeploy.cli.common import JsonOption, ModelArgument, OutputOption, console, print_json
+from sparsedeploy.cli.flags import Given, Section, takes
+from sparsedeploy.targets.options import ExportOptions
+from sparsedeploy.workflows.options import RunOptions
 
 if TYPE_CHECKING:
     from sparsedeploy.artifacts.description import Artifact, Quantization
 
 
+@takes(
+    Section("export", ExportOptions),
+    Section("run", RunOptions, without=("device", "dtype", "resume")),
+)
 def export_command(
     model: ModelArgument,
-    target: Annotated[str, typer.Option("--target", "-t", help=f"What to export for: {one_of(TARGETS.names())}.")],
     output: OutputOption,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            "--quantize",
-            help="Quantise the pruned weights too. vllm: fp8-dynamic, w8a8, w4a16; llamacpp: q8_0, q4_0, f16.",
-        ),
-    ] = None,
-    target_option: Annotated[
-        list[str] | None, typer.Option("--target-option", help="NAME=VALUE for the target. Repeatable.")
-    ] = None,
-    overwrite: OverwriteOption = False,
-    trust_remote_code: TrustOption = False,
+    given: Given,
     as_json: JsonOption = False,
 ) -> None:
     """Export a model for a runtime and verify its outputs against the original."""
-    from sparsedeploy.options import parse_pairs
     from sparsedeploy.targets.registry import export_checkpoint
 
+    asked, run = given.build("export", ExportOptions), given.build("run", RunOptions)
     artifact = export_checkpoint(
         model,
-        target,
+        asked.target,
         output,
-        parse_pairs(target_option or []),
-        quantize=quantize,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
+        asked.options,
+        quantize=asked.quantize,
+        trust_remote_code=run.trust_remote_code,
+        overwrite=run.overwrite,
     )
     if as_json:
         print_json({"output": str(output), **artifact.to_json()})

@@ -8,13 +8,14 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.options import Described, convert, described, parse_pairs
 
+T = TypeVar("T")
 Target = tuple[str, str]  # (section, option)
 
 
@@ -38,18 +39,23 @@ class Section:
     undecided: tuple[str, ...] | bool = ()
 
     def items(self) -> list[Described]:
-        """What can be typed; not the options that hold options themselves."""
-        return [item for item in described(self.options) if not item.section and item.name not in self.without]
+        """What can be typed, inherited options last; not the options that hold options themselves."""
+        items = [item for item in described(self.options) if not item.section and item.name not in self.without]
+        return sorted(items, key=lambda item: item.name not in vars(self.options)["__annotations__"])
 
     def declared(self, item: Described) -> tuple[str, ...]:
         """The flags of an option, the long one first."""
-        own = (item.facts.flag or f"--{item.name.replace('_', '-')}", item.facts.short)
+        own = (item.flag, item.facts.short)
         return self.flags.get(item.name, tuple(flag for flag in own if flag))
 
     def default(self, item: Described) -> Any:
         """The default to show."""
         hidden = self.undecided is True or (self.undecided and item.name in self.undecided)
-        return None if hidden or item.kind is tuple or item.default == "" else item.default
+        if item.required:
+            return inspect.Parameter.empty
+        if isinstance(item.default, tuple) and not hidden:
+            return [str(value) for value in item.default] or None
+        return None if hidden or item.default == "" else item.default
 
 
 class Given:
@@ -59,6 +65,7 @@ class Given:
         typed: (section, option) -> converted value.
         flags: (section, option) -> the flag that was typed.
         replaced: (section, option) -> options of the same section whose recipe values it replaces.
+        own: parameter of the command itself -> the flag that was typed.
     """
 
     def __init__(
@@ -67,16 +74,18 @@ class Given:
         flags: Mapping[Target, str],
         replaced: Mapping[Target, tuple[str, ...]] | None = None,
         recipe: Mapping[str, Mapping[str, Any]] | None = None,
+        own: Mapping[str, str] | None = None,
     ) -> None:
         self._typed = dict(typed)
         self._flags = dict(flags)
         self._replaced = dict(replaced or {})
         self._recipe = recipe or {}
+        self._own = dict(own or {})
         self._taken: set[str] = set()
 
     def over(self, recipe: Mapping[str, Mapping[str, Any]]) -> Given:
         """The same over a recipe's values."""
-        return Given(self._typed, self._flags, self._replaced, recipe)
+        return Given(self._typed, self._flags, self._replaced, recipe, self._own)
 
     def value(self, section: str, name: str, default: Any = None) -> Any:
         """One value, without taking it."""
@@ -92,6 +101,24 @@ class Given:
         self._taken |= {flag for (place, name), flag in self._flags.items() if place == section and name in values}
         return values
 
+    def build(self, section: str, options: type[T], *, without: Iterable[str] = ()) -> T:
+        """The section's options; they count as read.
+
+        Raises:
+            UserError: naming flags that have no effect without another one.
+        """
+        values = self.take(section, without=without)
+        known = {item.name: item for item in described(options)}
+        idle: dict[str, list[str]] = {}
+        for name in values:
+            needed = known[name].facts.only_with
+            if needed and (section, name) in self._flags and not values.get(needed, known[needed].default):
+                idle.setdefault(known[needed].flag, []).append(self._flags[section, name])
+        for needed, flags in idle.items():
+            has = "has" if len(flags) == 1 else "have"
+            raise UserError(f"{' and '.join(flags)} {has} no effect without {needed}", "Leave it out, or set both.")
+        return options(**values)
+
     def refuse_unread(self, why: Mapping[str, str]) -> None:
         """Refuse what was typed and has not been taken.
 
@@ -105,6 +132,14 @@ class Given:
             flags = [flag for (place, _), flag in self._flags.items() if place == section and flag not in self._taken]
             _refuse(flags, why.get(section, "nothing here reads it"))
 
+    def refuse_own(self, parameters: Iterable[str], why: str) -> None:
+        """Refuse those of the command's own parameters that were typed although nothing reads them.
+
+        Raises:
+            UserError: naming the flags.
+        """
+        _refuse([self._own[name] for name in parameters if name in self._own], why)
+
     def _values(self, section: str) -> dict[str, Any]:
         typed = {name: value for (place, name), value in self._typed.items() if place == section}
         replaced = {name for key in typed for name in self._replaced.get((section, key), ())}
@@ -113,16 +148,6 @@ class Given:
             before = values.get(name)
             values[name] = {**before, **value} if isinstance(value, dict) and isinstance(before, Mapping) else value
         return values
-
-
-def refuse_typed(context: typer.Context, parameters: Iterable[str], why: str) -> None:
-    """Refuse those of a command's own parameters that were typed although nothing reads them.
-
-    Raises:
-        UserError: naming the flags.
-    """
-    refused = set(parameters)
-    _refuse([p.opts[0] for p in context.command.params if p.name in refused and _is_typed(context, p.name)], why)
 
 
 def _is_typed(context: typer.Context, parameter: str) -> bool:
@@ -148,12 +173,12 @@ class _Flag:
 
     def declare(self) -> inspect.Parameter:
         """The parameter that stands for it in the command's signature."""
-        kind, values = self.item.kind, self.item.values
+        values = self.item.values
         option = typer.Option(
             *self.declared,
             help=self.item.facts.text,
             rich_help_panel=self.panel,
-            metavar="|".join(map(str, values)) or ("NAME=VALUE" if kind is Mapping else None),
+            metavar="|".join(map(str, values)) or _metavar(self.item),
         )
         hint = typing.cast(Any, Annotated)[_typed_as(self.item), option]
         return inspect.Parameter(self.parameter, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=hint)
@@ -175,8 +200,9 @@ def takes(*sections: Section) -> Callable[[Callable[..., None]], Callable[..., N
         @functools.wraps(command)
         def run(**values: Any) -> None:
             context: typer.Context = values.pop("context")
-            given = _given([(flag, values.pop(flag.parameter)) for flag in flags], context)
-            command(given=given, **values)
+            given = [(flag, values.pop(flag.parameter)) for flag in flags]
+            own = [each for each in context.command.params if each.name in values and _is_typed(context, each.name)]
+            command(given=_given(given, context, {str(each.name): each.opts[0] for each in own}), **values)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -196,7 +222,7 @@ def _flags(sections: Iterable[Section]) -> list[_Flag]:
     return list(flags.values())
 
 
-def _given(flags: Iterable[tuple[_Flag, Any]], context: typer.Context) -> Given:
+def _given(flags: Iterable[tuple[_Flag, Any]], context: typer.Context, own: Mapping[str, str]) -> Given:
     typed: dict[Target, Any] = {}
     names: dict[Target, str] = {}
     replaced: dict[Target, tuple[str, ...]] = {}
@@ -209,15 +235,25 @@ def _given(flags: Iterable[tuple[_Flag, Any]], context: typer.Context) -> Given:
             typed[target] = convert(flag.declared[0], plain, item.hint, item.facts)
             names[target] = flag.declared[0]
             replaced[target] = item.facts.replaces
-    return Given(typed, names, replaced)
+    return Given(typed, names, replaced, own=own)
 
 
 def _typed_as(item: Described) -> Any:
     """The type that the command line reads for an option."""
     kind = item.kind
-    if kind is Mapping:
+    if kind is tuple and ... not in typing.get_args(item.arms[0]):
+        return item.hint
+    if kind in (Mapping, tuple):
         return list[str] | None
-    if kind is tuple:
-        return list[typing.get_args(item.arms[0])[0]] | None  # type: ignore[misc]
     plain = kind if kind in (bool, int, float, Path) else str
-    return plain if item.default is not None and plain is bool else plain | None
+    return plain if item.required or (item.default is not None and plain is bool) else plain | None
+
+
+def _metavar(item: Described) -> str | None:
+    """What stands for the value of an option of several parts."""
+    if item.kind is Mapping:
+        return "NAME=VALUE"
+    if item.kind is not tuple or ... not in typing.get_args(item.arms[0]):
+        return None
+    word = {int: "INT", float: "NUMBER", Path: "PATH"}.get(typing.get_args(item.arms[0])[0], "TEXT")
+    return word if item.facts.repeated else f"{word},..."

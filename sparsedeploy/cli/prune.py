@@ -10,21 +10,15 @@ import typer
 
 from sparsedeploy.cli.common import (
     DenseModelArgument,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
     OutputOption,
-    OverwriteOption,
-    ResumeOption,
-    TrustOption,
     console,
-    parse_dtype,
     print_json,
 )
 from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.cli.recover import print_recovery, take_recovery
 from sparsedeploy.errors import UserError
-from sparsedeploy.workflows.options import CalibrationOptions, DataOptions, PruneOptions, RecoverOptions
+from sparsedeploy.workflows.options import CalibrationOptions, DataOptions, PruneOptions, RecoverOptions, RunOptions
 
 if TYPE_CHECKING:
     from sparsedeploy.checkpoint.manifest import Manifest
@@ -38,6 +32,7 @@ _PLANNED = ("sparsity", "pattern", "pattern_options", "allocation", "allocation_
     Section("calibration", CalibrationOptions, "Calibration text"),
     Section("recover", RecoverOptions, "Recovery", undecided=("method",)),
     Section("train", DataOptions, "Recovery"),
+    Section("run", RunOptions),
 )
 def prune_command(
     model: DenseModelArgument,
@@ -54,11 +49,6 @@ def prune_command(
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="A shipped recipe's name or a YAML file; flags override it.")
     ] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
-    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a model sparse: calibrate, allocate, prune, and write a Hugging Face folder with its plan and masks."""
@@ -67,20 +57,14 @@ def prune_command(
     from sparsedeploy.workflows.recover import prune_and_recover
 
     given = given.over(load_recipe(recipe).sections if recipe else {})
+    run = given.build("run", RunOptions)
     options, recovery = _take_options(given, plan, engine)
-    run: dict[str, Any] = {
-        "device": device,
-        "dtype": parse_dtype(dtype),
-        "resume": resume,
-        "overwrite": overwrite,
-        "trust_remote_code": trust_remote_code,
-    }
     if engine != OWN_ENGINE:
-        manifest = _prune_elsewhere(engine, model, output, options, recovery, **run)
+        manifest = _prune_elsewhere(engine, model, output, options, recovery, run)
     elif recovery is None:
-        manifest = prune(model, output, options, **run)
+        manifest = prune(model, output, options, run)
     else:
-        manifest = prune_and_recover(model, output, options, recovery, **run)
+        manifest = prune_and_recover(model, output, options, recovery, run)
     if as_json:
         print_json({"output": str(output), **_summary(manifest)})
         return
@@ -131,10 +115,7 @@ def _prune_elsewhere(
     output: Path,
     options: PruneOptions,
     recovery: RecoverOptions | None,
-    *,
-    resume: bool,
-    trust_remote_code: bool,
-    **run: Any,
+    run: RunOptions,
 ) -> Manifest:
     """Prune with llm-compressor; refuses another engine and what it cannot do."""
     from sparsedeploy.workflows.prune_by_llmcompressor import ENGINE, prune_with_llmcompressor
@@ -143,13 +124,13 @@ def _prune_elsewhere(
         raise UserError(f"unknown engine '{engine}'", f"Known: {OWN_ENGINE}, {ENGINE}.")
     if recovery is not None:
         raise UserError("--recover does not go with --engine", f"Prune first, then: sparsedeploy recover {output}.")
-    if resume:
+    if run.resume:
         raise UserError("a run of --engine llmcompressor cannot be resumed", "Leave --resume out.")
     if options.reconstruct:
         raise UserError("--engine llmcompressor has no --reconstruct", f"Use --engine {OWN_ENGINE}.")
-    if trust_remote_code:
+    if run.trust_remote_code:
         raise UserError("--engine llmcompressor does not run a model's own code", f"Use --engine {OWN_ENGINE}.")
-    return prune_with_llmcompressor(model, output, options, **run)
+    return prune_with_llmcompressor(model, output, options, run)
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:

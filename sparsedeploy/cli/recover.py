@@ -7,22 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsedeploy.cli.common import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    OutputOption,
-    OverwriteOption,
-    ResumeOption,
-    TrustOption,
-    console,
-    parse_dtype,
-    print_json,
-)
+from sparsedeploy.cli.common import JsonOption, OutputOption, console, print_json
 from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.errors import UserError
 from sparsedeploy.registry import RECOVERIES, Method
-from sparsedeploy.workflows.options import CalibrationOptions, DataOptions, RecoverOptions
+from sparsedeploy.workflows.options import CalibrationOptions, DataOptions, RecoverOptions, RunOptions
 
 if TYPE_CHECKING:
     from sparsedeploy.checkpoint.manifest import Manifest
@@ -32,6 +21,7 @@ _SECTIONS = (
     Section("recover", RecoverOptions, flags={"method": ("--method", "-m")}),
     Section("train", DataOptions, "Training text", without=("seed",)),
     Section("calibration", CalibrationOptions, "Calibration text, in place of the checkpoint's", undecided=True),
+    Section("run", RunOptions),
 )
 
 
@@ -43,16 +33,12 @@ def recover_command(
     dense: Annotated[
         str | None, typer.Option("--dense", help="Where the dense model is now, for methods that start from it.")
     ] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
-    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Recover a pruned model's quality inside its mask, by training small adapters or keeping a low-rank part."""
     from sparsedeploy.workflows.recover import recover_checkpoint
 
+    run = given.build("run", RunOptions)
     options, method = take_recovery(given)
     calibration = given.take("calibration", without=("seed",)) if method.traits["calibrates"] else {}
     given.refuse_unread(
@@ -64,18 +50,7 @@ def recover_command(
     )
     if dense is not None and method.traits["starts_from"] != "dense":
         raise UserError(f"--dense has no effect: {method.name} starts from the pruned model", "Leave it out.")
-    manifest = recover_checkpoint(
-        checkpoint,
-        output,
-        options,
-        dense=dense,
-        calibration=calibration,
-        device=device,
-        dtype=parse_dtype(dtype),
-        resume=resume,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-    )
+    manifest = recover_checkpoint(checkpoint, output, options, run, dense=dense, calibration=calibration)
     if as_json:
         values = manifest.to_json()
         print_json({"output": str(output), "achieved": values["achieved"], "recovery": values["recovery"]})

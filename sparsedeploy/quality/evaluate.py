@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +16,18 @@ from sparsedeploy.calibration.samples import default_length
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import load_config, load_model, resolve_device, resolve_model
+from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.models.tokenizer import check_tokens, load_tokenizer
+from sparsedeploy.quality.options import EvalOptions
 from sparsedeploy.quality.perplexity import perplexity, text_windows
-from sparsedeploy.quality.tasks import TaskOptions, load_tasks, run_tasks
+from sparsedeploy.quality.tasks import load_tasks, run_tasks
 
 
-def evaluate(
-    source: str | Path,
-    data: str | Mapping[str, str] | None,
-    *,
-    tasks: TaskOptions | None = None,
-    split: str = "test",
-    field: str = "text",
-    context: int | None = None,
-    max_windows: int | None = None,
-    batch_size: int = 1,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
+def evaluate(source: str | Path, options: EvalOptions, load: LoadOptions = LoadOptions()) -> dict[str, Any]:
     """Perplexity of a model on texts and its scores on tasks, with everything needed to repeat the figures.
 
-    The documents of a text are joined with blank lines and tokenised once.
-
-    Args:
-        data: one text, several by name, or None; see :func:`load_documents` for what a text may be.
-        tasks: what the harness measures, or None.
-        context: window length in tokens, and the longest input of a task; None takes min(2048, the model's positions).
-            It changes the figure: never compare figures of different contexts.
-        max_windows: evaluate only the first so many windows of each text.
-        batch_size: windows, or a task's requests, per forward pass.
-
-        dtype: to compute in; None takes the checkpoint's own, or float32 where the processor is bad at that.
+    The documents of a text are joined with blank lines and tokenised once; see :func:`load_documents` for what a text
+    may be.
 
     Returns:
         Plain data. ``texts`` has the figures of each text by name; those of the first also stand at the top.
@@ -54,32 +36,32 @@ def evaluate(
     Raises:
         UserError: nothing to measure, a model, text or task that cannot be used, or a loss that is not finite.
     """
-    texts = {data: data} if isinstance(data, str) else dict(data or {})
-    if not texts and tasks is None:
+    asked, tasks, trust = options.text, options.tasks, load.trust_remote_code
+    texts = named_texts(asked.data)
+    if not texts and not tasks.names:
         raise UserError("nothing to measure", "Give --data TEXT, --tasks NAME, or both.")
-    if batch_size < 1 or (max_windows is not None and max_windows < 1):
-        raise UserError("batch size and number of windows must be at least 1", "Raise --batch-size or --max-windows.")
     folder = resolve_model(source)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    length = default_length(config) if context is None else context
+    config = load_config(folder, trust_remote_code=trust)
+    length = default_length(config) if options.context is None else options.context
     positions = getattr(config, "max_position_embeddings", length)
     if not 2 <= length <= positions:
         raise UserError(f"context {length} is outside [2, {positions}], the model's positions", "Lower --context.")
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     windows = {
-        name: text_windows(text, tokenizer, length, field=field, split=split, limit=max_windows)
+        name: text_windows(text, tokenizer, length, field=asked.field, split=asked.split, limit=asked.max_windows)
         for name, text in texts.items()
     }
     for name, part in windows.items():
         check_tokens(part, config.get_text_config(decoder=True).vocab_size, texts[name])
-    loaded = load_tasks(tasks) if tasks is not None else {}
-    model = load_model(folder, dtype=dtype, device=resolve_device(device), trust_remote_code=trust_remote_code)
+    loaded = load_tasks(tasks) if tasks.names else {}
+    device = resolve_device(load.device)
+    model = load_model(folder, dtype=load.torch_dtype, device=device, trust_remote_code=trust)
     measured = {
         name: {
             "data": texts[name],
-            "split": read_split(texts[name], split),
+            "split": read_split(texts[name], asked.split),
             "tokens_sha256": hashlib.sha256(part.numpy().tobytes()).hexdigest(),
-            **perplexity(model, part, batch_size=batch_size).to_dict(),
+            **perplexity(model, part, batch_size=options.batch_size).to_dict(),
         }
         for name, part in windows.items()
     }
@@ -91,6 +73,22 @@ def evaluate(
     }
     if measured:
         result |= {**next(iter(measured.values())), "texts": measured}
-    if tasks is not None:
-        result |= run_tasks(model, tokenizer, loaded, tasks, context=length, batch_size=batch_size)
+    if tasks.names:
+        result |= run_tasks(model, tokenizer, loaded, tasks, context=length, batch_size=options.batch_size)
     return result
+
+
+def named_texts(items: Sequence[str]) -> dict[str, str]:
+    """Name -> text of ``NAME=TEXT`` or plain ``TEXT`` items.
+
+    Raises:
+        UserError: a name is given twice.
+    """
+    texts: dict[str, str] = {}
+    for item in items:
+        named = re.fullmatch(r"([\w.+-]+)=(.+)", item)
+        name, text = named.groups() if named and not os.path.exists(item) else (item, item)
+        if name in texts:
+            raise UserError(f"text '{name}' is given twice", "Give each text a name of its own: --data NAME=TEXT.")
+        texts[name] = text
+    return texts

@@ -12,7 +12,6 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
+from sparsedeploy.quality.options import TaskOptions
 
 # The seven zero-shot tasks that the pruning papers report (Wanda, OWL, DLP, AlphaPruning); their figure is ``acc``.
 PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -30,36 +30,6 @@ GROUPS: Mapping[str, tuple[str, ...]] = {"papers": PAPER_TASKS}
 SAMPLE_TASKS = Path(__file__).parent / "sample_tasks"
 _NOISY = ("lm_eval", "lm-eval", "datasets", "huggingface_hub", "httpx", "evaluate", "absl")
 _BOOTSTRAPS = 1000  # only for metrics without a formula for their error; accuracy has one
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """What the harness measures.
-
-    Attributes:
-        names: tasks, tags or groups of the harness, of ``folders`` or of :data:`GROUPS`.
-        folders: folders of task files (YAML) of one's own; ``data_files`` in them are relative to their file.
-        limit: only the first so many documents of each task; None takes all.
-        fewshot: examples before each question; None leaves it to the task, which mostly means none.
-        seed: of the choice of examples, and of everything random in the harness.
-    """
-
-    names: tuple[str, ...]
-    folders: tuple[Path, ...] = ()
-    limit: int | None = None
-    fewshot: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.names:
-            raise UserError("no task is named", "Give --tasks NAME[,NAME], such as --tasks papers.")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"a limit of {self.limit} leaves no documents", "Give --limit a number of at least 1.")
-        if self.fewshot is not None and self.fewshot < 0:
-            raise UserError(f"{self.fewshot} examples are too few", "Give --fewshot a number of at least 0.")
-        for folder in self.folders:
-            if not folder.is_dir():
-                raise UserError(f"no folder of tasks at {folder}", "Give --task-path a folder with .yaml task files.")
 
 
 def load_tasks(options: TaskOptions) -> dict[str, Any]:

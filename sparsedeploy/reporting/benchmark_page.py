@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sparsedeploy.options import typed_words
 from sparsedeploy.reporting.benchmark_table import (
     LEGEND,
     PHASES,
@@ -25,6 +26,7 @@ from sparsedeploy.reporting.benchmark_table import (
 )
 from sparsedeploy.reporting.charts import Bar, Series, bar_chart, line_chart
 from sparsedeploy.reporting.page import commands_block, figure, items, note, page, pairs, section, table
+from sparsedeploy.speed.options import BenchmarkOptions
 
 _WHISKERS = (
     "Thin lines: 95 % intervals. Dashes: the byte limit of decoding. Line at 1: the baseline. Not drawn: what failed."
@@ -51,23 +53,10 @@ def benchmark_page(result: Mapping[str, Any], title: str = "sparsedeploy bench")
 
 def repeat_command(result: Mapping[str, Any]) -> str:
     """The command that measures the same again."""
-    options = result["options"]
-    words = ["sparsedeploy", "bench", *options["artifacts"], "--baseline", options["baseline"]]
-    for name in ("runtime", "python"):
-        if options[name]:
-            words += [f"--{name}", options[name]]
-    lists = {"cores": "cores", "prompt-length": "prompt_lengths", "batch": "batches"}
-    for flag, key in lists.items():
-        words += [f"--{flag}", ",".join(map(str, options[key]))]
-    for flag, key in {"decode-tokens": "decode_tokens", "rounds": "rounds", "warmup": "warmup_rounds"}.items():
-        words += [f"--{flag}", str(options[key])]
+    options = {**result["options"], "profile": bool(result["profiles"])}
     chunks = set(options["prompt_chunks"].values())
-    if len(chunks) == 1 and options["prompt_chunks"]:
-        words += ["--chunk", str(next(iter(chunks)))]
-    words += ["--seed", str(options["seed"])]
-    if result["profiles"]:
-        words.append("--profile")
-    return shlex.join(words)
+    options["chunk"] = next(iter(chunks)) if len(chunks) == 1 else None
+    return shlex.join(["sparsedeploy", "bench", *options["artifacts"], *typed_words(BenchmarkOptions, options)])
 
 
 def notes_section(result: Mapping[str, Any]) -> Markup:

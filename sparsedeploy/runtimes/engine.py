@@ -15,8 +15,9 @@ from sparsedeploy.artifacts.folder import describe_folder
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.environments import Environment, require
 from sparsedeploy.runtimes.machine import usable_cores
+from sparsedeploy.runtimes.options import EngineOptions
 from sparsedeploy.runtimes.self_test import is_proven, prove
-from sparsedeploy.runtimes.specification import Runtime, load_runtime, runtime_for_target
+from sparsedeploy.runtimes.specification import Runtime, load_runtime, runtime_for_target, runtime_names
 from sparsedeploy.runtimes.worker import Worker
 
 DEFAULT_CHUNK = 64
@@ -163,7 +164,7 @@ def load(
     chunk: int | None = None,
     batch: int = 1,
     dtype: str | None = None,
-    timeout: float = 600.0,
+    timeout: float = EngineOptions.timeout,
 ) -> Iterator[LoadedModel]:
     """Load an artifact on its runtime, with a cache for a prompt and new tokens of these lengths.
 
@@ -283,10 +284,11 @@ def check_dtype(dtype: str | None, runtime: Runtime) -> None:
     Raises:
         UserError: see above.
     """
-    if dtype is not None and runtime.name != "torch":
+    if dtype is not None and not runtime.takes_dtype:
+        able = [name for name in runtime_names() if load_runtime(name).takes_dtype]
         raise UserError(
             f"{runtime.title} computes in the type that the artifact was exported in, not in {dtype}",
-            "Leave --dtype out, or use --runtime torch.",
+            f"Leave --dtype out, or use --runtime {' or '.join(able)}.",
         )
 
 

@@ -7,10 +7,7 @@ from pathlib import Path
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.environments import Environment
-
-# The option with which llama.cpp's programs (but for llama-bench) load the backend that GGML_BACKEND_PATH names: offer
-# it the decoder layers' weights. What it does not pack goes where llama.cpp would have put it.
-OFFER = ("--override-tensor", r"blk\..*(_q|_k|_v|_qkv|_output|_gate|_up|_down)\.weight=SPARSEDEPLOY")
+from sparsedeploy.runtimes.specification import load_runtime
 
 
 @dataclass(frozen=True)
@@ -43,3 +40,10 @@ def build_of(environment: Environment) -> Build:
         folder / f"llama.cpp-{version}",
         folder / f"backend-{version}" / "libsparsedeploy-llamacpp.so",
     )
+
+
+def offer() -> tuple[str, ...]:
+    """The option with which llama.cpp's programs (but for llama-bench) load the backend for sparse weights."""
+    server = load_runtime("llamacpp").server
+    assert server is not None
+    return server.arguments

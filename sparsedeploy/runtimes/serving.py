@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
@@ -15,20 +14,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsedeploy.artifacts.companions import TOKENIZER_CONFIG, older_tokenizer
 from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.artifacts.known_answer import PROMPT, STEPS
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import write_json
-from sparsedeploy.reading import SOUND_COPY, read_object
+from sparsedeploy.options import one_of
+from sparsedeploy.registry import TARGETS
 from sparsedeploy.runtimes.engine import Deployment, check_cores, environment_for, prove_once
 from sparsedeploy.runtimes.environments import Environment
 from sparsedeploy.runtimes.installation import process_environment
-from sparsedeploy.runtimes.llamacpp import OFFER, build_of
+from sparsedeploy.runtimes.options import EngineOptions, ServeOptions
 from sparsedeploy.runtimes.process_group import GuardedProcess
+from sparsedeploy.runtimes.specification import Server, load_runtime, runtime_names
 from sparsedeploy.runtimes.worker import new_log, telling_lines
-
-_MODEL = "model"
 
 
 @dataclass(frozen=True)
@@ -58,83 +55,55 @@ class Served:
 
 @contextmanager
 def serve(
-    folder: Path,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    length: int = 512,
-    cores: int | None = None,
-    python: str | None = None,
-    timeout: float = 600.0,
+    folder: Path, options: ServeOptions = ServeOptions(), engine: EngineOptions = EngineOptions()
 ) -> Iterator[Served]:
     """Start the server of the artifact's engine, wait until it answers, and stop it at the end of the block.
-
-    Args:
-        host: the address to listen on.
-        length: tokens of a prompt and its answer together, at most.
-        cores: threads to use; by default all cores that this process may use.
-        python: interpreter of an environment of the user's own that has the engine and its server.
-        timeout: seconds that the start may take.
 
     Raises:
         UserError: not an artifact, an engine without a server or whose server is not installed, a port in use, or a
             server that dies or does not answer in time.
     """
     artifact = load_artifact(folder)
-    limit = artifact.shapes.max_positions
-    if length < 2 or (limit is not None and length > limit):
+    limit, length = artifact.shapes.max_positions, options.length
+    if limit is not None and length > limit:
         raise UserError(
             f"a length of {length} tokens does not fit the model's {limit} positions", "Use another --length."
         )
-    cores = check_cores(cores)
-    environment = environment_for(artifact, folder, None, python)
-    name = environment.runtime.name
-    if name not in ("deepsparse", "llamacpp", "vllm"):
-        raise UserError(f"runtime {name} has no server", "Export with --target deepsparse, llamacpp or vllm.")
-    _check_port(host, port)
+    cores = check_cores(engine.cores)
+    environment = environment_for(artifact, folder, engine.runtime, engine.python)
+    runtime = environment.runtime
+    if runtime.server is None:
+        served = {target for one in map(load_runtime, runtime_names()) if one.server for target in one.targets}
+        able = sorted(served & {*TARGETS.names()})
+        raise UserError(f"runtime {runtime.name} has no server", f"Export with --target {one_of(able)}.")
+    _check_port(options.host, options.port)
+    _check_imports(environment, runtime.server)
     chunk = min(64, max(4, length // 4 // 4 * 4))
     # The engine's own server is not asked for logits: its engine proves itself in the worker, loaded alike.
     prompt_length = max(1, min(PROMPT, length - STEPS))
     sizes = {"prompt_length": prompt_length, "new_tokens": min(STEPS, length - prompt_length)}
-    prove_once(Deployment(folder, artifact, environment), **sizes, cores=cores, chunk=chunk, timeout=timeout)
-    variables = process_environment(environment.runtime)
-    scratch = Path(tempfile.mkdtemp(prefix=f"sparsedeploy-serve-{name}-"))
-    log = new_log(f"{name}-server")
+    prove_once(Deployment(folder, artifact, environment), **sizes, cores=cores, chunk=chunk, timeout=engine.timeout)
+    scratch = Path(tempfile.mkdtemp(prefix=f"sparsedeploy-serve-{runtime.name}-"))
+    log = new_log(f"{runtime.name}-server")
+    asked = {"folder": Path(folder).resolve(), "scratch": scratch, "host": options.host, "port": options.port}
+    asked |= {"length": length, "chunk": chunk, "cores": cores}
+    command = [str(environment.python), str(runtime.server_program)]
+    command += [word for name, value in asked.items() for word in (f"--{name}", str(value))]
     try:
-        if name == "deepsparse":
-            command = _deepsparse(environment, folder, scratch, host, port, length, chunk, cores)
-            health, path = "/v2/health/ready", f"/v2/models/{_MODEL}/infer"
-            request = '{"sequences": "Once upon", "max_new_tokens": 32}'
-        elif name == "llamacpp":
-            build = build_of(environment)
-            command = [str(build.program("llama-server")), "--model", str(Path(folder).resolve() / "model.gguf")]
-            command += ["--host", host, "--port", str(port), "--ctx-size", str(length), "--threads", str(cores)]
-            command += ["--alias", _MODEL, "--parallel", "1", "--offline", "--no-webui", *OFFER]
-            # So that the log says what was packed.
-            command += ["--verbosity", "4"]
-            variables["GGML_BACKEND_PATH"] = str(build.backend)
-            health, path = "/health", "/v1/completions"
-            request = f'{{"model": "{_MODEL}", "prompt": "Once upon", "max_tokens": 32}}'
-        else:
-            command = _vllm(environment, folder, host, port, length)
-            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-            variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, _first_cores(cores))))
-            health, path = "/health", "/v1/completions"
-            request = f'{{"model": "{_MODEL}", "prompt": "Once upon", "max_tokens": 32}}'
         with open(log, "wb") as output:
             group = GuardedProcess(
-                command,
+                [*command, *runtime.server.arguments],
                 scratch,
-                env=variables,
+                env={**process_environment(runtime), **runtime.server.environment},
                 cwd=scratch,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
         try:
-            root = f"http://{host}:{port}"
-            _wait(name, group.popen, f"{root}{health}", log, timeout)
-            yield Served(name, f"{root}{path}", request, log, group.popen)
+            root = f"http://{options.host}:{options.port}"
+            _wait(runtime.name, group.popen, f"{root}{runtime.server.health}", log, engine.timeout)
+            yield Served(runtime.name, f"{root}{runtime.server.path}", runtime.server.request, log, group.popen)
         finally:
             group.send(signal.SIGTERM)
             group.end(10)
@@ -142,44 +111,25 @@ def serve(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _deepsparse(
-    environment: Environment, folder: Path, scratch: Path, host: str, port: int, length: int, chunk: int, cores: int
-) -> list[str]:
-    """``deepsparse.server`` on a copy of the folder: the engine writes the sizes into its graph."""
+def _check_imports(environment: Environment, server: Server) -> None:
+    """Refuse an environment that lacks what the server needs beyond the runtime itself.
+
+    Raises:
+        UserError: see above.
+    """
+    if not server.imports:
+        return
     found = subprocess.run(
-        [str(environment.python), "-c", "import fastapi, uvicorn, datasets, transformers"],
+        [str(environment.python), "-c", f"import {', '.join(server.imports)}"],
         env=process_environment(environment.runtime),
         capture_output=True,
         check=False,
     )
     if found.returncode != 0:
+        name = environment.runtime.name
         raise UserError(
-            "the server of deepsparse is not installed", "Run: sparsedeploy runtime install deepsparse --with server."
+            f"the server of {name} is not installed", f"Run: sparsedeploy runtime install {name} --with {server.extra}."
         )
-    shutil.copytree(folder, scratch / _MODEL)
-    settings = scratch / _MODEL / TOKENIZER_CONFIG
-    if settings.is_file():
-        write_json(settings, older_tokenizer(read_object(settings, fix=SOUND_COPY)))
-    endpoint = {
-        "name": _MODEL,
-        "task": "text_generation",
-        "model": str(scratch / _MODEL),
-        "kwargs": {"sequence_length": length, "prompt_sequence_length": chunk},
-    }
-    # JSON is YAML too.
-    write_json(scratch / "server.yaml", {"num_cores": cores, "num_workers": 1, "endpoints": [endpoint]})
-    start = "from deepsparse.server.cli import main; main()"
-    options = ["--config_file", str(scratch / "server.yaml"), "--host", host, "--port", str(port)]
-    return [str(environment.python), "-c", start, *options]
-
-
-def _vllm(environment: Environment, folder: Path, host: str, port: int, length: int) -> list[str]:
-    options = ["--host", host, "--port", str(port), "--max-model-len", str(length), "--served-model-name", _MODEL]
-    return [str(environment.python.parent / "vllm"), "serve", str(folder.resolve()), *options]
-
-
-def _first_cores(count: int) -> list[int]:
-    return sorted(os.sched_getaffinity(0))[:count] if hasattr(os, "sched_getaffinity") else list(range(count))
 
 
 def _check_port(host: str, port: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,9 +18,32 @@ from sparsedeploy.runtimes.machine import Machine
 SPECIFICATION_FILE = "runtime.yaml"
 REQUIREMENTS_FILE = "requirements.txt"
 WORKER_FILE = "worker.py"
+SERVER_FILE = "server.py"
 AFTER_INSTALL_FILE = "after_install.py"
 
 Version = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A runtime's own HTTP server, which ``server.py`` beside the specification starts.
+
+    Attributes:
+        health: path that answers once the server is ready.
+        path: where requests are posted; ``request`` is an example of a body, as JSON.
+        imports: modules that it needs beyond the runtime's own; ``extra`` installs them
+            (``runtime install NAME --with EXTRA``).
+        arguments: what the engine's own server is called with besides.
+        environment: variables that it gets beyond the runtime's own.
+    """
+
+    health: str
+    path: str
+    request: str
+    imports: tuple[str, ...] = ()
+    extra: str | None = None
+    arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,6 +66,8 @@ class Runtime:
         own_environment: whether it has one; else it runs in the Python that runs sparsedeploy.
         max_batch: sequences that it can run at once.
         fixed_shapes: whether a loaded model takes no longer prompt than it was loaded for, even where there is room.
+        takes_dtype: whether it computes in a type of the user's choice, whatever the artifact was exported in.
+        server: its own HTTP server; None where it has none.
         profile: whether its worker answers ``profile``, the time of every operator.
         tools: commands of which one must be there to build it, and what to install else.
         built_from: files besides its requirements that it is built from.
@@ -61,6 +88,8 @@ class Runtime:
     max_batch: int = 1
     own_environment: bool = True
     profile: bool = False
+    takes_dtype: bool = False
+    server: Server | None = None
     fixed_shapes: bool = False
     tools: tuple[tuple[tuple[str, ...], str], ...] = ()
     built_from: tuple[Path, ...] = ()
@@ -81,6 +110,10 @@ class Runtime:
     @property
     def worker(self) -> Path:
         return self.folder / WORKER_FILE
+
+    @property
+    def server_program(self) -> Path:
+        return self.folder / SERVER_FILE
 
     @property
     def after_install(self) -> Path | None:
@@ -147,10 +180,19 @@ def _read(folder: Path) -> Runtime:
         own_environment=bool(values.get("own_environment", True)),
         max_batch=int(values.get("max_batch", 1)),
         profile=bool(values.get("profile", False)),
+        takes_dtype=bool(values.get("takes_dtype", False)),
+        server=_server(values.get("server")),
         fixed_shapes=bool(values.get("fixed_shapes", False)),
         tools=tuple((tuple(tool["commands"]), tool["install"]) for tool in values.get("tools", ())),
         built_from=tuple(path for pattern in values.get("built_from", ()) for path in _files(folder, pattern)),
     )
+
+
+def _server(values: Mapping[str, Any] | None) -> Server | None:
+    if values is None:
+        return None
+    lists = {name: tuple(values.get(name, ())) for name in ("imports", "arguments")}
+    return Server(**{**values, **lists})
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:

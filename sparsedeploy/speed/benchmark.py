@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import psutil
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
+from sparsedeploy.options import plain_options
 from sparsedeploy.runtimes.engine import (
     Deployment,
     LoadedModel,
@@ -36,6 +37,7 @@ from sparsedeploy.runtimes.machine import Machine, this_machine
 from sparsedeploy.speed.bandwidth import Bandwidth, measure_bandwidth
 from sparsedeploy.speed.candidates import Candidate, load_contenders
 from sparsedeploy.speed.layer_profile import Profile, profile_deployment
+from sparsedeploy.speed.options import BenchmarkOptions
 from sparsedeploy.speed.rows import (
     FAILED,
     FEW_ROUNDS,
@@ -59,39 +61,13 @@ _SETTLE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class BenchmarkOptions:
-    """What was asked for: enough to run it again.
-
-    Attributes:
-        artifacts: as given, ``FOLDER`` or ``RUNTIME=FOLDER``; the baseline likewise.
-        runtime: of those that name none; None for the one that runs the folder's export target.
-        python: interpreter of an environment of the user's own; None for the managed one.
-        prompt_chunks: prompt length -> prompt tokens that a runtime with fixed shapes runs at once.
-        warmup_rounds: rounds that are run and not counted.
-        seed: of the random prompt tokens.
-        dtype: to compute in, where the runtime is PyTorch; None leaves it to the runtime.
-    """
-
-    artifacts: list[str]
-    baseline: str
-    runtime: str | None
-    python: str | None
-    cores: list[int]
-    prompt_lengths: list[int]
-    prompt_chunks: dict[int, int]
-    batches: list[int]
-    decode_tokens: int
-    rounds: int
-    warmup_rounds: int
-    seed: int
-    dtype: str | None = None
-
-
-@dataclass(frozen=True)
 class BenchmarkResult:
     """Everything that was measured and everything needed to measure it again.
 
     Attributes:
+        artifacts: as given, ``FOLDER`` or ``RUNTIME=FOLDER``.
+        options: as given, with the numbers of cores that were used.
+        prompt_chunks: prompt length -> prompt tokens that a runtime with fixed shapes runs at once.
         machine: processor, flags, cores, governor and memory.
         load_average: the system's of the last minute at the start; None where there is none.
         busy_cores: cores that other processes used in the half second before the start.
@@ -103,7 +79,9 @@ class BenchmarkResult:
         notes: what to bear in mind when reading the figures.
     """
 
+    artifacts: list[str]
     options: BenchmarkOptions
+    prompt_chunks: dict[int, int]
     started: str
     machine: Machine
     load_average: float | None
@@ -130,77 +108,47 @@ class BenchmarkResult:
         values["bandwidth"] = {
             str(cores): {**asdict(one), "best": one.best} for cores, one in sorted(self.bandwidth.items())
         }
-        chunks = self.options.prompt_chunks
-        values["options"]["prompt_chunks"] = {str(length): chunk for length, chunk in chunks.items()}
+        values["options"] = {
+            "artifacts": values.pop("artifacts"),
+            **plain_options(self.options),
+            "prompt_chunks": {str(length): chunk for length, chunk in values.pop("prompt_chunks").items()},
+        }
         return values
 
 
-def benchmark(
-    artifacts: Sequence[str | Path],
-    baseline: str | Path,
-    *,
-    runtime: str | None = None,
-    python: str | None = None,
-    cores: Sequence[int] | None = None,
-    prompt_lengths: Sequence[int] = (64,),
-    batches: Sequence[int] = (1,),
-    decode_tokens: int = 64,
-    rounds: int = 10,
-    warmup_rounds: int = 2,
-    chunk: int | None = None,
-    seed: int = 0,
-    profile: bool = False,
-    dtype: str | None = None,
-    timeout: float = 600.0,
-) -> BenchmarkResult:
+def benchmark(artifacts: Sequence[str | Path], options: BenchmarkOptions) -> BenchmarkResult:
     """Measure prefill, decode and both together against a dense baseline, in every combination of the settings.
 
     Args:
         artifacts: folders to compare with the baseline, each ``FOLDER`` or ``RUNTIME=FOLDER``: exported ones, or plain
             checkpoints for a runtime that loads those.
-        baseline: the dense model's folder, likewise; it may be on another runtime.
-        runtime: of the folders that name none; by default the one that runs their export target.
-        python: interpreter of an environment of the user's own that has the runtime.
-        cores: numbers of threads to use; by default all that this process may use.
-        batches: numbers of copies of the prompt that are run at once, where the runtime can.
-        chunk: prompt tokens that are run at once; by default the prompt's length, at most 64.
-        dtype: to compute in, where the runtime is PyTorch; None leaves it to the runtime.
-        profile: also measure the time of every operator, where the runtime tells.
-        timeout: seconds that one step of the runtime may take.
 
     Raises:
         UserError: nothing was started, because the folders cannot be compared (see
             :func:`~sparsedeploy.speed.candidates.load_contenders`), the model cannot take the lengths, another
             option is out of range, or a runtime is not installed.
     """
-    if rounds < 1 or warmup_rounds < 0:
-        raise UserError(f"{rounds} rounds after {warmup_rounds} to warm up", "Give at least 1 and 0.")
-    candidates = load_contenders(artifacts, baseline, runtime)
+    if not options.baseline:
+        raise UserError("there is no baseline", "Name the dense model's folder: --baseline FOLDER.")
+    candidates = load_contenders(artifacts, options.baseline, options.runtime)
     base = candidates[0]
-    lengths = _each_once(prompt_lengths, "prompt length")
+    lengths = _each_once(options.prompt_lengths, "prompt length")
     for candidate in candidates:
         for length in lengths:
-            check_lengths(candidate.artifact, length, decode_tokens)
-    options = BenchmarkOptions(
-        artifacts=[str(one) for one in artifacts],
-        baseline=str(baseline),
-        runtime=runtime,
-        python=python,
-        cores=[check_cores(one) for one in _each_once(cores, "number of cores")] if cores else [check_cores(None)],
-        prompt_lengths=lengths,
-        prompt_chunks={length: chunk_for(length, chunk) for length in lengths},
-        batches=_check_batches(batches, candidates),
-        decode_tokens=decode_tokens,
-        rounds=rounds,
-        warmup_rounds=warmup_rounds,
-        seed=seed,
-        dtype=dtype,
+            check_lengths(candidate.artifact, length, options.decode_tokens)
+    cores = _each_once(options.cores, "number of cores") if options.cores else [None]
+    options = replace(
+        options,
+        cores=tuple(check_cores(one) for one in cores),
+        prompt_lengths=tuple(lengths),
+        batches=tuple(_check_batches(options.batches, candidates)),
     )
+    chunks = {length: chunk_for(length, options.chunk) for length in lengths}
     deployments = {
-        one.name: Deployment(one.folder, one.artifact, require(one.runtime.name, python)) for one in candidates
+        one.name: Deployment(one.folder, one.artifact, require(one.runtime.name, options.python)) for one in candidates
     }
     for one in candidates:
-        check_dtype(dtype, one.runtime)
+        check_dtype(options.computes_in, one.runtime)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     busy_cores = psutil.cpu_percent(interval=0.5) / 100 * (psutil.cpu_count() or 1)
@@ -213,15 +161,17 @@ def benchmark(
         progress.note(f"measure memory bandwidth with {count} thread{'s' if count > 1 else ''}")
         bandwidth[count] = measure_bandwidth(count)
         for length in lengths:
-            for setting, outcomes in _measure(candidates, deployments, count, length, options, timeout, samples, facts):
+            for setting, outcomes in _measure(candidates, deployments, count, length, options, chunks, samples, facts):
                 rows.extend(
                     make_row(one, base, setting, samples, outcomes[one.name], bandwidth[count]) for one in candidates
                 )
                 judged = judge_noise(setting, samples)
                 noise.extend([judged] if judged is not None else [])
-    profiles = _profiles(candidates, deployments, options, timeout) if profile else []
+    profiles = _profiles(candidates, deployments, options, chunks) if options.profile else []
     return BenchmarkResult(
+        artifacts=[str(one) for one in artifacts],
         options=options,
+        prompt_chunks=chunks,
         started=started,
         machine=this_machine(),
         load_average=load_average,
@@ -249,15 +199,12 @@ def _check_batches(batches: Sequence[int], candidates: Sequence[Candidate]) -> l
     """The batch sizes, smallest first.
 
     Raises:
-        UserError: one below 1, or above what any of the runtimes can.
+        UserError: one above what any of the runtimes can.
     """
     asked = _each_once(batches, "batch size")
     most = max(one.runtime.max_batch for one in candidates)
-    if asked[0] < 1 or asked[-1] > most:
-        raise UserError(
-            f"a batch of {asked[0] if asked[0] < 1 else asked[-1]} was asked for, these runtimes run 1 to {most}",
-            "Use another --batch.",
-        )
+    if asked[-1] > most:
+        raise UserError(f"a batch of {asked[-1]} was asked for, these runtimes run 1 to {most}", "Use another --batch.")
     return asked
 
 
@@ -267,7 +214,7 @@ def _measure(
     cores: int,
     length: int,
     options: BenchmarkOptions,
-    timeout: float,
+    chunks: dict[int, int],
     samples: list[Sample],
     facts: dict[str, dict[str, Any]],
 ) -> Iterator[tuple[Setting, dict[str, Outcome]]]:
@@ -287,10 +234,10 @@ def _measure(
                         prompt_length=length,
                         new_tokens=options.decode_tokens,
                         cores=cores,
-                        chunk=options.prompt_chunks[length],
+                        chunk=chunks[length],
                         batch=max([batch for batch in options.batches if batch <= one.runtime.max_batch], default=1),
-                        dtype=options.dtype,
-                        timeout=timeout,
+                        dtype=options.computes_in,
+                        timeout=options.timeout,
                     )
                 )
             except Exception as error:  # whatever a runtime does, the others' results are kept
@@ -360,7 +307,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _profiles(
-    candidates: Sequence[Candidate], deployments: dict[str, Deployment], options: BenchmarkOptions, timeout: float
+    candidates: Sequence[Candidate],
+    deployments: dict[str, Deployment],
+    options: BenchmarkOptions,
+    chunks: dict[int, int],
 ) -> list[Profile]:
     """At the first number of cores and prompt length."""
     cores, length = options.cores[0], options.prompt_lengths[0]
@@ -368,11 +318,11 @@ def _profiles(
         "cores": cores,
         "prompt_length": length,
         "new_tokens": options.decode_tokens,
-        "chunk": options.prompt_chunks[length],
+        "chunk": chunks[length],
         "seed": options.seed,
     }
     return [
-        profile_deployment(one.name, deployments[one.name], phase, timeout=timeout, **asked)
+        profile_deployment(one.name, deployments[one.name], phase, timeout=options.timeout, **asked)
         for one in progress.track(candidates, "time by operator")
         for phase in ("prefill", "decode")
     ]

@@ -20,14 +20,15 @@ from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.plan import check_sparsity
 from sparsedeploy.quality.evaluate import evaluate
-from sparsedeploy.quality.tasks import TaskOptions
+from sparsedeploy.quality.options import EvalOptions, TaskOptions, TextOptions
 from sparsedeploy.reference import reference_model
 from sparsedeploy.reporting.report import FORMAT, html_report, layer_sparsity
 from sparsedeploy.runtimes.environments import install
 from sparsedeploy.speed.benchmark import benchmark
+from sparsedeploy.speed.options import BenchmarkOptions
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.version import __version__
-from sparsedeploy.workflows.options import DemoOptions, PruneOptions
+from sparsedeploy.workflows.options import DemoOptions, PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 
 TARGET = "deepsparse"
@@ -52,7 +53,9 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
         raise UserError("a sparsity is given twice", "Give each once.")
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file", "Name a folder.")
-    tasks = TaskOptions(options.tasks) if options.tasks else None
+    measured_on = EvalOptions(
+        text=TextOptions((_DATA,), split=_SPLIT, max_windows=_WINDOWS), tasks=TaskOptions(options.tasks)
+    )
     progress.note("1/5  reference model")
     dense = reference_model(options.preset)
     progress.note(f"2/5  prune to {', '.join(f'{s:.0%}' for s in options.sparsities)} ({options.method})")
@@ -60,23 +63,22 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
     for sparsity in options.sparsities:
         name = f"sparse-{100 * sparsity:g}"
         checkpoints[name] = _pruned(dense, output / "checkpoints" / name, sparsity, options)
-    progress.note(f"3/5  perplexity on held-out text{' and tasks' if tasks else ''}")
-    quality = {
-        name: evaluate(folder, _DATA, tasks=tasks, split=_SPLIT, max_windows=_WINDOWS)
-        for name, folder in checkpoints.items()
-    }
+    progress.note(f"3/5  perplexity on held-out text{' and tasks' if options.tasks else ''}")
+    quality = {name: evaluate(folder, measured_on) for name, folder in checkpoints.items()}
     progress.note("4/5  export")
     artifacts = {name: _exported(folder, output / "artifacts" / name) for name, folder in checkpoints.items()}
     progress.note("5/5  speed in DeepSparse")
     install(TARGET, python=options.python)
     measured = benchmark(
         [folder for name, folder in artifacts.items() if name != "dense"],
-        artifacts["dense"],
-        cores=None if options.cores is None else [options.cores],
-        prompt_lengths=[options.prompt_length],
-        decode_tokens=options.decode_tokens,
-        rounds=options.rounds,
-        profile=options.profile,
+        BenchmarkOptions(
+            baseline=str(artifacts["dense"]),
+            cores=() if options.cores is None else (options.cores,),
+            prompt_lengths=(options.prompt_length,),
+            decode_tokens=options.decode_tokens,
+            rounds=options.rounds,
+            profile=options.profile,
+        ),
     )
     sparsity_of = dict(zip(list(checkpoints)[1:], options.sparsities, strict=True))
     steps = {
@@ -118,7 +120,7 @@ def _pruned(dense: Path, folder: Path, sparsity: float, options: DemoOptions) ->
     asked = PruneOptions(
         sparsity=sparsity, method=options.method, allocation=options.allocation, calibration=calibration
     )
-    prune(str(dense), folder, asked, resume=True, overwrite=True)
+    prune(str(dense), folder, asked, RunOptions(resume=True, overwrite=True))
     return folder
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparsedeploy.calibration.options import CalibrationOptions
+from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.options import Options, described, option, plain_options, seed_option
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.recovery.options import DataOptions
@@ -14,6 +15,14 @@ from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES
 
 _TARGET = ("sparsity", "pattern", "pattern_options")
 _SPREAD = ("allocation", "allocation_options")
+
+
+@dataclass(frozen=True)
+class RunOptions(LoadOptions):
+    """What only matters at the run: how models are loaded, and what happens to a folder that is there already."""
+
+    resume: bool = option(False, "Continue an interrupted run of this command; the result is identical.")
+    overwrite: bool = option(False, "Replace the output if it exists.")
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class DemoOptions(Options):
     """What the demo does."""
 
     sparsities: tuple[float, ...] = option(
-        (0.5, 0.7, 0.9), "Repeat for several [default: 0.5, 0.7, 0.9].", flag="--sparsity", short="-s"
+        (0.5, 0.7, 0.9), "Fractions of decoder-linear weights to remove.", flag="--sparsity", short="-s"
     )
     method: str = option("sparsegpt", "How weights are chosen: {choices}.", short="-m", choices=PRUNERS.names)
     allocation: str = option(

@@ -24,6 +24,7 @@ from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import LayerSource, StreamedLayers
 from sparsedeploy.models.loading import load_config, load_model, resolve_device, resolve_model
 from sparsedeploy.models.low_rank import refuse_unmerged
+from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.options import build_options
@@ -208,22 +209,15 @@ def measures_text(
     return (prunes and reads) or (choice is not None and choice.needs_data)
 
 
-def plan_model(
-    source: str,
-    options: PruneOptions,
-    *,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
-) -> SparsityPlan:
+def plan_model(source: str, options: PruneOptions, load: LoadOptions = LoadOptions()) -> SparsityPlan:
     """Make the plan that :func:`prune` would follow, without pruning.
 
     Raises:
         UserError: any input that cannot be used.
     """
-    on = resolve_device(device)
-    prepared = prepare(source, replace(options, plan=None), prunes=False, trust_remote_code=trust_remote_code)
-    return choose_plan(model_to_measure(prepared, on, dtype), prepared)
+    device = resolve_device(load.device)
+    prepared = prepare(source, replace(options, plan=None), prunes=False, trust_remote_code=load.trust_remote_code)
+    return choose_plan(model_to_measure(prepared, device, load.torch_dtype), prepared)
 
 
 def resolve_pattern(sparsity: float | None, pattern: str) -> tuple[float, NM | MixedNM | None]:

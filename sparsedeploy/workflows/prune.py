@@ -22,7 +22,7 @@ from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.processes import Processes, local_device, process_group
 from sparsedeploy.pruning.layers import losses_of, prune_layers
 from sparsedeploy.version import __version__
-from sparsedeploy.workflows.options import PruneOptions, request_of
+from sparsedeploy.workflows.options import PruneOptions, RunOptions, request_of
 from sparsedeploy.workflows.plan import Prepared, choose_plan, model_to_measure, prepare
 
 
@@ -30,47 +30,37 @@ def prune(
     source: str,
     output: Path,
     options: PruneOptions,
-    *,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
+    run: RunOptions = RunOptions(),
 ) -> Manifest:
     """Prune a model folder or hub id into ``output`` and return the new checkpoint's manifest.
 
     Memory holds the embeddings, one decoder layer and the activations of the calibration text; never the whole model.
 
-    Args:
-        resume: go on with a run of the same request that was interrupted; the result is identical, byte for byte.
-
     Raises:
         UserError: any input that cannot be used; ``output`` then does not exist or is as it was.
     """
     use_huge_pages()
-    on = local_device(resolve_device(device))
+    device = local_device(resolve_device(run.device))
     read = (source, options.calibration.data)
-    with process_group(on) as processes, ExitStack() as stack:
+    with process_group(device) as processes, ExitStack() as stack:
         if processes.main:
-            stack.enter_context(claim(output, overwrite=overwrite, resume=resume, inputs=read))
-        return _prune(source, output, options, on, dtype, resume, overwrite, trust_remote_code, processes)
+            stack.enter_context(claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read))
+        return _prune(source, output, options, run, device, processes)
 
 
 def _prune(
     source: str,
     output: Path,
     options: PruneOptions,
+    run: RunOptions,
     device: torch.device,
-    dtype: torch.dtype | None,
-    resume: bool,
-    overwrite: bool,
-    trust_remote_code: bool,
     processes: Processes,
 ) -> Manifest:
     """:func:`prune` on one of possibly several processes; the first one writes."""
-    prepared = prepare(source, options, trust_remote_code=trust_remote_code)
+    dtype, trust = run.torch_dtype, run.trust_remote_code
+    prepared = prepare(source, options, trust_remote_code=trust)
     folder, calibration = prepared.folder, prepared.calibration
-    layers = StreamedLayers(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    layers = StreamedLayers(folder, device=device, dtype=dtype, trust_remote_code=trust)
     slices = stored_slices(layers.model, layers.files)
     if options.plan is not None:
         options.plan.check_modules([shape for layer in model_layers(layers) for shape in layer])
@@ -85,7 +75,7 @@ def _prune(
     }
     place: AbstractContextManager[Journal | None] = nullcontext()
     if processes.main:
-        place = journalled_folder(output, request, resume=resume, overwrite=overwrite)
+        place = journalled_folder(output, request, resume=run.resume, overwrite=run.overwrite)
     with place as journal:
         state = (journal.folder, journal.plan, journal.finished) if journal else (Path(), None, 0)
         making, known, finished = processes.broadcast_object(state)

@@ -23,7 +23,7 @@ from sparsedeploy.plan import ModuleTarget, SparsityPlan
 from sparsedeploy.processes import refuse_several
 from sparsedeploy.pruning.sparsegpt import check_block
 from sparsedeploy.runtimes import llmcompressor
-from sparsedeploy.workflows.options import PruneOptions, request_of
+from sparsedeploy.workflows.options import PruneOptions, RunOptions, request_of
 from sparsedeploy.workflows.plan import choose_plan, model_to_measure, prepare
 
 ENGINE = "llmcompressor"
@@ -33,10 +33,8 @@ def prune_with_llmcompressor(
     source: str,
     output: Path,
     options: PruneOptions,
+    run: RunOptions = RunOptions(),
     *,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
     python: str | None = None,
 ) -> Manifest:
     """:func:`sparsedeploy.workflows.prune.prune` with llm-compressor as the pruner; returns the checkpoint's manifest.
@@ -50,24 +48,22 @@ def prune_with_llmcompressor(
         UserError: a method that llm-compressor cannot replay, no environment, or what ``prune`` refuses.
     """
     refuse_several("--engine llmcompressor")
-    with claim(output, overwrite=overwrite, inputs=(source, options.calibration.data)):
-        return _prune(source, output, options, device, dtype, overwrite, python)
+    with claim(output, overwrite=run.overwrite, inputs=(source, options.calibration.data)):
+        return _prune(source, output, options, run, python)
 
 
 def _prune(
     source: str,
     output: Path,
     options: PruneOptions,
-    device: str,
-    dtype: torch.dtype | None,
-    overwrite: bool,
+    run: RunOptions,
     python: str | None,
 ) -> Manifest:
     llmcompressor.check_method(options.method)
     where = llmcompressor.environment(python)
     prepared = prepare(source, options, calibrates=True)
     assert prepared.calibration is not None
-    on = resolve_device(device)
+    on, dtype = resolve_device(run.device), run.torch_dtype
     layers = StreamedLayers(prepared.folder, device=on, dtype=dtype)
     if options.plan is not None:
         plan = options.plan
@@ -87,13 +83,13 @@ def _prune(
             recipe,
             plan,
             prepared.calibration.tokens,
-            dtype="auto" if dtype is None else str(dtype).removeprefix("torch."),
-            device=device,
+            dtype=run.dtype,
+            device=run.device,
         )
     engine = EngineRecord(ENGINE, facts["versions"], surplus_zeros(plan, weights))
     request = request_of(options, reads_text=True)
     provenance = Provenance(source, plan, options.method, method_options, prepared.described, request, engine=engine)
-    with new_folder(output, overwrite=overwrite) as staging:
+    with new_folder(output, overwrite=run.overwrite) as staging:
         check_free_space(staging, layers.files.size)
         slices = stored_slices(layers.model, layers.files)
         writer = TensorWriter(layers.files, staging, plan.targets, slices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +35,11 @@ from sparsedeploy.recovery.state import RunState
 from sparsedeploy.recovery.training import TrainingOptions
 from sparsedeploy.registry import RECOVERIES, Method
 from sparsedeploy.version import __version__
-from sparsedeploy.workflows.options import PruneOptions, RecoverOptions, recovery_request, request_of
+from sparsedeploy.workflows.options import PruneOptions, RecoverOptions, RunOptions, recovery_request, request_of
 from sparsedeploy.workflows.plan import choose_plan, prepare
 
 # What may change when a run that diverged is resumed.
 _CHANGEABLE = ("learning_rate", "clip")
-
-
-@dataclass(frozen=True)
-class _RunContext:
-    """Arguments of both entries that only matter at the run."""
-
-    device: torch.device
-    dtype: torch.dtype | None
-    resume: bool
-    overwrite: bool
-    trust_remote_code: bool
 
 
 def prune_and_recover(
@@ -58,26 +47,17 @@ def prune_and_recover(
     output: Path,
     prune: PruneOptions,
     recover: RecoverOptions,
-    *,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
+    run: RunOptions = RunOptions(),
 ) -> Manifest:
-    """Make a sparse checkpoint of a dense model and win its quality back; returns the manifest.
-
-    Args:
-        resume: go on with the same run after a kill; on one machine the result is the same, bit for bit.
+    """Make a sparse checkpoint of a dense model and recover its quality; returns the manifest.
 
     Raises:
         UserError: any input that cannot be used, or training that diverges; ``output`` then does not exist.
     """
     refuse_several("the training of a recovery")
     method = RECOVERIES.get(recover.method)
-    run = _RunContext(resolve_device(device), dtype, resume, overwrite, trust_remote_code)
     read = (source, prune.calibration.data, *_train_data(recover))
-    with claim(output, overwrite=overwrite, resume=resume, inputs=read):
+    with claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read):
         return _from_dense(source, output, prune, recover, method, run)
 
 
@@ -85,14 +65,10 @@ def recover_checkpoint(
     checkpoint: Path,
     output: Path,
     recover: RecoverOptions,
+    run: RunOptions = RunOptions(),
     *,
     dense: str | None = None,
     calibration: Mapping[str, Any] | None = None,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
 ) -> Manifest:
     """Recover a pruned checkpoint into ``output``; returns the new manifest.
 
@@ -108,11 +84,10 @@ def recover_checkpoint(
         UserError: no manifest, masks that do not match the weights, a dense model that is missing or another one.
     """
     refuse_several("the training of a recovery")
-    run = _RunContext(resolve_device(device), dtype, resume, overwrite, trust_remote_code)
     read: list[str | Path] = [checkpoint, *_train_data(recover)]
     read += [dense] if dense else []
     read += [calibration["data"]] if calibration and "data" in calibration else []
-    with claim(output, overwrite=overwrite, resume=resume, inputs=read):
+    with claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read):
         return _from_checkpoint(checkpoint, output, recover, dense, calibration, run)
 
 
@@ -126,7 +101,7 @@ def _from_checkpoint(
     recover: RecoverOptions,
     dense: str | None,
     calibration: Mapping[str, Any] | None,
-    run: _RunContext,
+    run: RunOptions,
 ) -> Manifest:
     method = RECOVERIES.get(recover.method)
     manifest = load_manifest(checkpoint)
@@ -199,7 +174,7 @@ def _from_dense(
     prune: PruneOptions,
     recover: RecoverOptions,
     method: Method[Any],
-    run: _RunContext,
+    run: RunOptions,
 ) -> Manifest:
     options, training = _options(method, recover)
     own_allocation = method.traits.get("allocation")
@@ -223,11 +198,11 @@ def _from_dense(
     data = _training_data(folder, prepared.config, recover, method, run)
     request = {**prepared.request(), **_request(recover, options, training, data, run)}
     state = RunState(output, request, resume=run.resume) if method.traits["trains"] else None
-    model = load_model(folder, dtype=run.dtype, device=run.device, trust_remote_code=run.trust_remote_code)
+    model = _loaded(folder, run)
     job = RecoveryJob(
         model=model,
         dense=lambda: StreamedLayers(
-            folder, device=run.device, dtype=_dtype_of(model), trust_remote_code=run.trust_remote_code
+            folder, device=_device_of(model), dtype=_dtype_of(model), trust_remote_code=run.trust_remote_code
         ),
         sparsity=choice.sparsity if choice else prune.plan.sparsity if prune.plan else 0.0,
         pattern=choice.pattern if choice else None,
@@ -282,7 +257,7 @@ def _from_pruned(
     manifest: Manifest,
     recover: RecoverOptions,
     method: Method[Any],
-    run: _RunContext,
+    run: RunOptions,
 ) -> Manifest:
     options, training = _options(method, recover)
     plan = manifest.plan
@@ -290,7 +265,7 @@ def _from_pruned(
     masks = load_masks(folder / MASKS, {target.name: target.columns for target in plan.targets})
     data = _training_data(folder, config, recover, method, run)
     request = {"model_sha256": model_sha256(folder), **_request(recover, options, training, data, run)}
-    model = load_model(folder, dtype=run.dtype, device=run.device, trust_remote_code=run.trust_remote_code)
+    model = _loaded(folder, run)
     job = RecoveryJob(
         model=model,
         dense=lambda: model,
@@ -343,7 +318,7 @@ def _options(method: Method[Any], recover: RecoverOptions) -> tuple[Any, Trainin
 
 
 def _training_data(
-    folder: Path, config: Any, recover: RecoverOptions, method: Method[Any], run: _RunContext
+    folder: Path, config: Any, recover: RecoverOptions, method: Method[Any], run: RunOptions
 ) -> TrainingData | None:
     if recover.data is None or not method.traits["trains"]:
         return None
@@ -356,7 +331,7 @@ def _training_data(
 
 
 def _request(
-    recover: RecoverOptions, options: Any, training: TrainingOptions, data: TrainingData | None, run: _RunContext
+    recover: RecoverOptions, options: Any, training: TrainingOptions, data: TrainingData | None, run: RunOptions
 ) -> dict[str, Any]:
     return {
         "recover": recover.method,
@@ -364,8 +339,8 @@ def _request(
         "training": {key: value for key, value in asdict(training).items() if key not in _CHANGEABLE},
         "training_data": data.describe() if data else None,
         "seed": recover.seed,
-        "dtype": str(run.dtype),
-        "device": run.device.type,
+        "dtype": str(run.torch_dtype),
+        "device": resolve_device(run.device).type,
         "torch": torch.__version__,
         "sparsedeploy": __version__,
     }
@@ -402,7 +377,7 @@ def _write(
     calibration: CalibrationRecord | None,
     request: dict[str, dict[str, Any]],
     recovery: RecoveryRecord,
-    run: _RunContext,
+    run: RunOptions,
 ) -> Manifest:
     with _kept(job):
         manifest = write_checkpoint(
@@ -430,3 +405,12 @@ def _write(
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _loaded(folder: Path, run: RunOptions) -> nn.Module:
+    device = resolve_device(run.device)
+    return load_model(folder, dtype=run.torch_dtype, device=device, trust_remote_code=run.trust_remote_code)

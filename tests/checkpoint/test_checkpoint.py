@@ -12,7 +12,7 @@ from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.checkpoint.inspection import inspect_checkpoint
 from sparsedeploy.checkpoint.masks import FILE, load_masks
 from sparsedeploy.errors import UserError
-from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.options import PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 from tests.small_models import FAMILIES, save_model
 
@@ -29,7 +29,7 @@ def text(tmp_path: Path) -> str:
 def run(source: Path, output: Path, text: str, **options: object) -> dict:
     options = {"sparsity": 0.6, **options}
     calibration = CalibrationOptions(data=text, sequences=4, length=32, batch_size=2)
-    return prune(str(source), output, PruneOptions(calibration=calibration, **options), device="cpu")
+    return prune(str(source), output, PruneOptions(calibration=calibration, **options), RunOptions(device="cpu"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -88,7 +88,7 @@ def test_two_runs_give_identical_bytes_on_any_batch_size(tmp_path: Path, text: s
         output = tmp_path / f"sparse{batch_size}"
         calibration = CalibrationOptions(data=text, sequences=4, length=32, batch_size=batch_size)
         options = PruneOptions(sparsity=0.5, method="sparsegpt", allocation="owl", calibration=calibration)
-        prune(str(source), output, options, device="cpu")
+        prune(str(source), output, options, RunOptions(device="cpu"))
         contents.append({path.name: path.read_bytes() for path in output.iterdir()})
     assert contents[0] == contents[1]
 

@@ -185,7 +185,7 @@ def test_a_plan_for_another_model(cli: Cli, model: Path, text: Path) -> None:
 
 
 def test_eval(cli: Cli, model: Path, text: Path) -> None:
-    refused(cli("eval", model, "-d", text, "-c", 500), "context 500 is outside [2, 128]", model.parent)
+    refused(cli("eval", model, "-d", text, "--context", 500), "context 500 is outside [2, 128]", model.parent)
     refused(cli("eval", model, "-d", "nowhere"), "no text at 'nowhere'", model.parent)
     tensors = load_file(model / "model.safetensors")
     tensors["lm_head.weight"][:] = torch.nan

@@ -24,7 +24,7 @@ def test_prune_inspect_eval(cli: Cli, model: Path, text: Path) -> None:
     assert "1.mlp.down_proj" in shown.out
     assert "the folder matches its manifest" in shown.out
     assert json.loads(cli("inspect", output, "--json", "--quiet").out)["problems"] == []
-    scored = cli("eval", output, "-d", text, "-c", 64, "--json", "--quiet")
+    scored = cli("eval", output, "-d", text, "--context", 64, "--json", "--quiet")
     assert json.loads(scored.out)["context"] == 64
 
 

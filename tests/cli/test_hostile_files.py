@@ -212,7 +212,7 @@ def test_a_damaged_model_is_refused(
     monkeypatch.chdir(text.parent)
     make, message = damage
     make(model)
-    refused(cli("eval", model, "-d", text, "-c", 32), message, model.parent)
+    refused(cli("eval", model, "-d", text, "--context", 32), message, model.parent)
     refused(prune(cli, model, text, "-s", 0.5), message, model.parent)
     assert not Path("unpickled").exists()
 
@@ -223,7 +223,7 @@ def test_a_tokenizer_of_another_model_is_refused(cli: Cli, model: Path, text: Pa
         tensors[name] = tensors[name][:100].contiguous()
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     config(vocab_size=100)(model)
-    for outcome in (cli("eval", model, "-d", text, "-c", 32), prune(cli, model, text, "-s", 0.5)):
+    for outcome in (cli("eval", model, "-d", text, "--context", 32), prune(cli, model, text, "-s", 0.5)):
         refused(outcome, "the model has 100: they do not belong together", model.parent)
 
 
@@ -234,7 +234,7 @@ def test_code_of_a_tokenizer_is_not_run(cli: Cli, model: Path, text: Path, monke
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "Own", "auto_map": auto_map}))
     (model / "code.py").write_text("open('ran', 'w')\nclass Own: pass\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
-    assert cli("eval", model, "-d", text, "-c", 32).code in (0, 2)
+    assert cli("eval", model, "-d", text, "--context", 32).code in (0, 2)
     assert not Path("ran").exists()
 
 

@@ -17,7 +17,8 @@ from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import Environment
-from sparsedeploy.runtimes.llamacpp import OFFER, build_of
+from sparsedeploy.runtimes.llamacpp import build_of, offer
+from sparsedeploy.runtimes.options import EngineOptions, ServeOptions
 from sparsedeploy.runtimes.serving import serve
 from sparsedeploy.targets.llamacpp import LlamacppOptions, export_llamacpp
 from tests.formats.test_transformers import save_sparse_model
@@ -105,10 +106,10 @@ def test_programs_of_the_build_take_the_backend(llama: Path, runtime: Environmen
     device = {**own, "SPARSEDEPLOY_LLAMACPP": "device"}
     for more, variables in (
         ((), {}),
-        (("--verbosity", "4", *OFFER), own),
-        (OFFER, device),
-        (("--load-mode", "none", *OFFER), own),
-        (("--load-mode", "none", *OFFER), device),
+        (("--verbosity", "4", *offer()), own),
+        (offer(), device),
+        (("--load-mode", "none", *offer()), own),
+        (("--load-mode", "none", *offer()), device),
     ):
         done = subprocess.run(
             [*command, *more], env={**os.environ, **variables}, capture_output=True, check=True, timeout=120
@@ -122,7 +123,7 @@ def test_programs_of_the_build_take_the_backend(llama: Path, runtime: Environmen
 
 def test_server_answers_and_streams(llama: Path, runtime: Environment, tmp_path: Path) -> None:
     export_llamacpp(llama, tmp_path / "out", LlamacppOptions(quantize="q8_0"))
-    with serve(tmp_path / "out", port=8765, length=128, cores=1) as served:
+    with serve(tmp_path / "out", ServeOptions(port=8765, length=128), EngineOptions(cores=1)) as served:
         body = {"model": "model", "prompt": "Once upon", "max_tokens": 8, "temperature": 0}
         whole = json.loads(post(served.url, body))["choices"][0]["text"]
         lines = post(served.url, {**body, "stream": True}).splitlines()

@@ -17,7 +17,7 @@ from sparsedeploy.models.loading import load_model
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.pruning.layers import prune_model
 from sparsedeploy.workflows import plan as planning
-from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.options import PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 
 SMALL = {
@@ -95,7 +95,9 @@ def test_streamed_as_in_memory_and_written_back(
 ) -> None:
     family(name).save_pretrained(tmp_path / "dense")
     monkeypatch.setattr(planning, "calibration_set", lambda *args, **more: CalibrationSet(tokens(), "given", 0))
-    prune(str(tmp_path / "dense"), tmp_path / "out", PruneOptions(sparsity=0.5, method=method), device="cpu")
+    prune(
+        str(tmp_path / "dense"), tmp_path / "out", PruneOptions(sparsity=0.5, method=method), RunOptions(device="cpu")
+    )
     assert inspect_checkpoint(tmp_path / "out").problems == []
     model = load_model(tmp_path / "dense")
     plan = allocate(model, None, 0.5, None, "uniform", ALLOCATORS.get("uniform").make_options())

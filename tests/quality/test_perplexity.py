@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.quality.evaluate import evaluate
+from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.quality.perplexity import perplexity, text_windows, windows_of
 from tests.small_models import byte_tokenizer, random_model, save_model
 
@@ -27,7 +29,9 @@ def test_equals_the_mean_over_windows_of_the_mean_cross_entropy() -> None:
 def test_a_random_model_is_as_good_as_guessing(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some words to score, " * 40)
-    result = evaluate(save_model(tmp_path / "m"), str(text), context=32, device="cpu")
+    result = evaluate(
+        save_model(tmp_path / "m"), EvalOptions(TextOptions((str(text),)), context=32), LoadOptions(device="cpu")
+    )
     assert 200 < result["perplexity"] < 350  # 259 tokens
     assert result["windows"] == len(text.read_text()) // 32
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("lm_eval")
 
-from sparsedeploy.cli.eval import _named_texts
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.loading import load_model
 from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.quality import tasks as adapter
-from sparsedeploy.quality.evaluate import evaluate
-from sparsedeploy.quality.tasks import PAPER_TASKS, SAMPLE_TASKS, TaskOptions, load_tasks
+from sparsedeploy.quality.evaluate import evaluate, named_texts
+from sparsedeploy.quality.options import EvalOptions, TaskOptions
+from sparsedeploy.quality.tasks import PAPER_TASKS, SAMPLE_TASKS, load_tasks
 from tests.cli.conftest import Outcome, cli  # noqa: F401 - a fixture
 from tests.small_models import save_model
 
@@ -75,7 +75,7 @@ def test_equals_a_direct_computation_at_any_batch_size(random_llama: Path, tmp_p
     accuracy = sum(right) / len(right)
     assert 0 < accuracy < 1
     for batch_size in (1, 4):
-        result = evaluate(random_llama, None, tasks=TaskOptions(("mine",), (folder,)), batch_size=batch_size)
+        result = evaluate(random_llama, EvalOptions(tasks=TaskOptions(("mine",), (folder,)), batch_size=batch_size))
         assert result["tasks"]["mine"]["acc"] == pytest.approx(accuracy)
         # The standard error of a proportion, from the sample.
         error = math.sqrt(accuracy * (1 - accuracy) / (len(rows) - 1))
@@ -92,23 +92,23 @@ def test_limit_examples_and_means_over_tasks(random_llama: Path, tmp_path: Path)
     write_task(tmp_path / "own", "one", rows)
     folder = write_task(tmp_path / "own", "two", [{**row, "answer": 1} for row in rows])
     options = TaskOptions(("one", "two"), (folder,), limit=4, fewshot=2)
-    result = evaluate(random_llama, None, tasks=options)
+    result = evaluate(random_llama, EvalOptions(tasks=options))
     assert result["harness"]["documents"] == {"one": 4, "two": 4}
     assert result["harness"]["fewshot"] == {"one": 2, "two": 2}
     accuracies = [result["tasks"][name]["acc"] for name in ("one", "two")]
     assert result["task_means"] == {"acc": pytest.approx(sum(accuracies) / 2)}
-    again = evaluate(random_llama, None, tasks=options)
+    again = evaluate(random_llama, EvalOptions(tasks=options))
     assert again["tasks"] == result["tasks"]
 
 
 def test_long_prompts_are_cut_and_counted_and_long_answers_refused(random_llama: Path, tmp_path: Path) -> None:
     rows = [{"question": "long " * 40, "choices": [" a", " b"], "answer": 0}] * 2
     folder = write_task(tmp_path / "own", "long", rows)
-    result = evaluate(random_llama, None, tasks=TaskOptions(("long",), (folder,)))
+    result = evaluate(random_llama, EvalOptions(tasks=TaskOptions(("long",), (folder,))))
     assert result["harness"]["cut_prompts"] == 4
     write_task(folder, "longer", [{"question": "q", "choices": [" a" * 100, " b"], "answer": 0}])
     with pytest.raises(UserError, match="answer of 200 tokens is longer than the context of 128"):
-        evaluate(random_llama, None, tasks=TaskOptions(("longer",), (folder,)))
+        evaluate(random_llama, EvalOptions(tasks=TaskOptions(("longer",), (folder,))))
 
 
 def test_a_diverged_model_has_no_score(random_llama: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_diverged_model_has_no_score(random_llama: Path, tmp_path: Path) -> No
     tensors["model.norm.weight"][:] = 1e30
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="a score is not finite: the model has diverged"):
-        evaluate(broken, None, tasks=TaskOptions(("python_lines",), limit=2))
+        evaluate(broken, EvalOptions(tasks=TaskOptions(("python_lines",), limit=2)))
 
 
 def test_the_shipped_task_has_one_right_answer_each_evenly_placed() -> None:
@@ -133,7 +133,9 @@ def test_tasks_and_several_texts_in_one_file(cli: Cli, random_llama: Path, tmp_p
         (tmp_path / f"{name}.txt").write_text(f"some words of {name}. " * 40)
     output = tmp_path / "quality.json"
     texts = ("-d", f"first={tmp_path / 'a.txt'}", "-d", tmp_path / "b.txt")
-    outcome = cli("eval", random_llama, *texts, "-t", "python_lines", "--limit", 4, "-c", 64, "-o", output, "--quiet")
+    outcome = cli(
+        "eval", random_llama, *texts, "--tasks", "python_lines", "--limit", 4, "--context", 64, "-o", output, "--quiet"
+    )
     assert outcome.code == 0, outcome.err
     assert outcome.err == ""
     assert "python_lines" in outcome.out
@@ -150,23 +152,22 @@ def test_tasks_and_several_texts_in_one_file(cli: Cli, random_llama: Path, tmp_p
 def test_names_of_texts(tmp_path: Path) -> None:
     odd = tmp_path / "a=b.txt"
     odd.write_text("x")
-    assert _named_texts(["c4", "wiki=w.txt", str(odd)]) == {"c4": "c4", "wiki": "w.txt", str(odd): str(odd)}
+    assert named_texts(["c4", "wiki=w.txt", str(odd)]) == {"c4": "c4", "wiki": "w.txt", str(odd): str(odd)}
     with pytest.raises(UserError, match="text 'wiki' is given twice"):
-        _named_texts(["wiki=a", "wiki=b"])
+        named_texts(["wiki=a", "wiki=b"])
 
 
 def test_bad_input(random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_task(tmp_path / "own", "mine", [{"question": "q", "choices": [" a", " b"], "answer": 0}])
     for bad, message in (
-        ({"names": ()}, "no task is named"),
-        ({"limit": 0}, "a limit of 0"),
-        ({"fewshot": -1}, "-1 examples are too few"),
+        ({"limit": 0}, "limit is 0"),
+        ({"fewshot": -1}, "fewshot is -1"),
         ({"folders": (tmp_path / "nowhere",)}, "no folder of tasks"),
     ):
         with pytest.raises(UserError, match=message):
             TaskOptions(**{"names": ("mine",), **bad})
     with pytest.raises(UserError, match="nothing to measure"):
-        evaluate(random_llama, None)
+        evaluate(random_llama, EvalOptions())
     (folder / "mine.jsonl").unlink()
     with pytest.raises(UserError, match=r"task 'mine' names mine\.jsonl, which is not in"):
         load_tasks(TaskOptions(("mine",), (folder,)))
@@ -236,7 +237,7 @@ def test_the_papers_tasks_run_on_rows_of_their_form(random_llama: Path, monkeypa
     monkeypatch.setattr(datasets, "load_dataset", local)
     # The tasks' own folders are enough: the whole index takes ten seconds to read.
     folders = tuple(Path(lm_eval.tasks.__file__).parent / folder for folder in FOLDERS)
-    result = evaluate(random_llama, None, tasks=TaskOptions(("papers",), folders, limit=2))
+    result = evaluate(random_llama, EvalOptions(tasks=TaskOptions(("papers",), folders, limit=2)))
     assert tuple(result["tasks"]) == PAPER_TASKS
     for metrics in result["tasks"].values():
         assert 0 <= metrics["acc"] <= 1

@@ -11,9 +11,10 @@ from sparsedeploy.reporting.benchmark_page import repeat_command
 from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import load_runtime
 from sparsedeploy.speed.bandwidth import Bandwidth
-from sparsedeploy.speed.benchmark import BenchmarkOptions, BenchmarkResult
+from sparsedeploy.speed.benchmark import BenchmarkResult
 from sparsedeploy.speed.candidates import Candidate
 from sparsedeploy.speed.layer_profile import Profile, by_kind, by_part
+from sparsedeploy.speed.options import BenchmarkOptions
 from sparsedeploy.speed.rows import MEASURED, Outcome, Sample, Setting, judge_noise, make_row
 from tests.runtimes.artifacts import describe
 
@@ -45,21 +46,18 @@ def bench_result(rounds: int = 6, batches: tuple[int, ...] = (1,)) -> dict[str, 
             judged = judge_noise(setting, samples)
             noise += [judged] if judged else []
     options = BenchmarkOptions(
-        artifacts=["sparse-50", "sparse-80"],
         baseline="dense",
-        runtime=None,
-        python=None,
-        cores=[1],
-        prompt_lengths=[8, 32],
-        prompt_chunks={8: 8, 32: 32},
-        batches=list(batches),
+        cores=(1,),
+        prompt_lengths=(8, 32),
+        batches=batches,
         decode_tokens=4,
         rounds=rounds,
         warmup_rounds=1,
-        seed=0,
     )
     return BenchmarkResult(
+        artifacts=["sparse-50", "sparse-80"],
         options=options,
+        prompt_chunks={8: 8, 32: 32},
         started="2026-01-01T00:00:00+0000",
         machine=this_machine(),
         load_average=0.1,

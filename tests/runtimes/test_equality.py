@@ -108,7 +108,7 @@ def test_weights_beside_the_graph(tmp_path: Path) -> None:
 def test_text_of_the_command_equals_transformers(llama: Exported) -> None:
     app = typer.Typer()
     app.command()(generate_command)
-    arguments = [str(llama.folder), "def main(", "-n", "24", "-c", "1"]
+    arguments = [str(llama.folder), "def main(", "--max-new-tokens", "24", "-c", "1"]
     plain = CliRunner().invoke(app, arguments, catch_exceptions=False)
     printed = json.loads(CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout)
     prompt = torch.tensor([printed["prompt_tokens"]])

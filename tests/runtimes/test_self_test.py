@@ -26,6 +26,7 @@ from sparsedeploy.artifacts.known_answer import (
 from sparsedeploy.errors import UserError
 from sparsedeploy.resources import cache_home
 from sparsedeploy.runtimes.engine import find_deployment, load, open_model
+from sparsedeploy.runtimes.options import EngineOptions, ServeOptions
 from sparsedeploy.runtimes.self_test import _lengths
 from sparsedeploy.runtimes.serving import serve
 from sparsedeploy.runtimes.specification import load_runtime
@@ -86,7 +87,10 @@ def test_deepsparse_with_one_wrong_weight(verdicts: Path, tmp_path: Path) -> Non
     ):
         pass
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="wrongly on this machine"), serve(wrong, length=80, cores=1, port=0):
+    with (
+        pytest.raises(UserError, match="wrongly on this machine"),
+        serve(wrong, ServeOptions(length=80, port=0), EngineOptions(cores=1)),
+    ):
         pass
 
 

@@ -18,6 +18,7 @@ from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.environments import Environment
 from sparsedeploy.runtimes.installation import process_environment
+from sparsedeploy.runtimes.options import EngineOptions, ServeOptions
 from sparsedeploy.runtimes.serving import serve
 from tests.runtimes.artifacts import describe, write_folder
 from tests.runtimes.exported import Exported, export_small
@@ -61,7 +62,7 @@ def test_a_request_gets_the_text_of_transformers(llama: Exported, port: int) -> 
     ids = byte_tokenizer()(PROMPT, return_tensors="pt")["input_ids"]
     settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": 257, "pad_token_id": 258}
     expected = llama.model.generate(ids, **settings)[0, ids.shape[1] :]
-    with serve(llama.folder, port=port, length=64, cores=1) as served:
+    with serve(llama.folder, ServeOptions(port=port, length=64), EngineOptions(cores=1)) as served:
         body = json.dumps({"sequences": PROMPT, "max_new_tokens": NEW_TOKENS, "do_sample": False}).encode()
         request = urllib.request.Request(served.url, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=120) as reply:
@@ -85,7 +86,7 @@ def test_a_server_that_dies_shows_its_last_words(llama: Exported, port: int, tmp
         pytest.raises(
             UserError, match=r"the deepsparse server ended with exit code 1 during its start: .*Error"
         ) as caught,
-        serve(folder, port=port, length=64, cores=1),
+        serve(folder, ServeOptions(port=port, length=64), EngineOptions(cores=1)),
     ):
         pass
     log = Path(str(caught.value).rsplit("log: ", 1)[1].rstrip("."))
@@ -106,7 +107,7 @@ def test_a_signal_to_the_command_ends_the_engines_server_too(
         assert cli.stdout is not None
         assert cli.stdout.readline().startswith("deepsparse answers at")
         started = psutil.Process(cli.pid).children(recursive=True)
-        assert any("deepsparse.server" in " ".join(process.cmdline()) for process in started)
+        assert any("deepsparse/server.py" in " ".join(process.cmdline()) for process in started)
         cli.send_signal(number)
     assert cli.returncode == code
     wait_until(lambda: all(has_ended(process) for process in started))
@@ -125,7 +126,7 @@ def test_port_in_use(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with (
             pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*Use another --port"),
-            serve(folder, port=port, length=32),
+            serve(folder, ServeOptions(port=port, length=32)),
         ):
             pass
 
@@ -134,12 +135,15 @@ def test_what_cannot_be_served(tmp_path: Path, port: int, monkeypatch: pytest.Mo
     folder = write_folder(tmp_path / "artifact", describe())
     with (
         pytest.raises(UserError, match="65 tokens does not fit the model's 64 positions"),
-        serve(folder, port=port, length=65),
+        serve(folder, ServeOptions(port=port, length=65)),
     ):
         pass
     monkeypatch.setenv("SPARSEDEPLOY_HOME", str(tmp_path / "home"))
-    with pytest.raises(UserError, match="runtime install deepsparse"), serve(folder, port=port, length=32):
+    with (
+        pytest.raises(UserError, match="runtime install deepsparse"),
+        serve(folder, ServeOptions(port=port, length=32)),
+    ):
         pass
     (tmp_path / "plain").mkdir()
-    with pytest.raises(UserError, match="not an exported artifact"), serve(tmp_path / "plain", port=port):
+    with pytest.raises(UserError, match="not an exported artifact"), serve(tmp_path / "plain", ServeOptions(port=port)):
         pass

@@ -13,6 +13,7 @@ from sparsedeploy.reporting.benchmark_page import benchmark_page
 from sparsedeploy.runtimes.engine import Timing, WorkerModel
 from sparsedeploy.speed.benchmark import benchmark
 from sparsedeploy.speed.byte_limit import decode_limit
+from sparsedeploy.speed.options import BenchmarkOptions
 from sparsedeploy.speed.rows import Setting
 from tests.runtimes.exported import export_small
 
@@ -28,7 +29,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_result_holds_every_sample_and_follows_from_them(folders: list[Path]) -> None:
     dense, half, most = folders
     result = benchmark(
-        [half, most], dense, cores=[1], prompt_lengths=[10], decode_tokens=3, rounds=3, warmup_rounds=1, chunk=4
+        [half, most],
+        BenchmarkOptions(
+            baseline=str(dense),
+            cores=(1,),
+            prompt_lengths=(10,),
+            decode_tokens=3,
+            rounds=3,
+            warmup_rounds=1,
+            chunk=4,
+        ),
     )
     names = ["llama-0", "llama-50", "llama-80"]
     assert [row.name for row in result.rows] == names
@@ -68,7 +78,7 @@ def test_result_holds_every_sample_and_follows_from_them(folders: list[Path]) ->
     ]
     assert base.phase("total").ms.median == pytest.approx(1e3 * statistics.median(whole))
     assert base.read_ms == pytest.approx(base.weight_bytes / result.bandwidth[1].best / 1e6)
-    assert (result.options.cores, result.options.prompt_chunks, result.bandwidth[1].threads) == ([1], {10: 4}, 1)
+    assert (result.options.cores, result.prompt_chunks, result.bandwidth[1].threads) == ((1,), {10: 4}, 1)
     assert result.runtime["llama-80"]["versions"]["deepsparse"] == "1.8.0"
     assert any("3 rounds are too few" in note for note in result.notes)
 
@@ -86,7 +96,10 @@ def test_one_that_crashes_in_the_middle(folders: list[Path], monkeypatch: pytest
 
     monkeypatch.setattr(WorkerModel, "measure", measure_or_die)
     result = benchmark(
-        folders[1:], folders[0], cores=[1], prompt_lengths=[8], decode_tokens=2, rounds=5, warmup_rounds=0
+        folders[1:],
+        BenchmarkOptions(
+            baseline=str(folders[0]), cores=(1,), prompt_lengths=(8,), decode_tokens=2, rounds=5, warmup_rounds=0
+        ),
     )
     status = {row.name: (row.status, row.reason) for row in result.rows}
     assert status["llama-50"][0] == "failed"
@@ -103,13 +116,15 @@ def test_profile_is_by_layer(folders: list[Path]) -> None:
     """The engine's times beside the zeros that were put into each layer."""
     result = benchmark(
         [folders[2]],
-        folders[0],
-        cores=[1],
-        prompt_lengths=[8],
-        decode_tokens=2,
-        rounds=1,
-        warmup_rounds=0,
-        profile=True,
+        BenchmarkOptions(
+            baseline=str(folders[0]),
+            cores=(1,),
+            prompt_lengths=(8,),
+            decode_tokens=2,
+            rounds=1,
+            warmup_rounds=0,
+            profile=True,
+        ),
     )
     assert [(one.name, one.phase, one.reason) for one in result.profiles] == [
         ("llama-0", "prefill", None),

@@ -26,7 +26,7 @@ from sparsedeploy.runtimes.environments import Environment
 from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.targets.vllm import VllmOptions, export_vllm
-from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.options import PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 from sparsedeploy.workflows.prune_by_llmcompressor import mask_from_zeros, prune_with_llmcompressor
 from tests.small_models import save_model
@@ -71,7 +71,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chec
     def make(case: str) -> Checkpoint:
         if case not in made:
             folder = tmp_path_factory.mktemp("pruned") / "model"
-            manifest = prune(str(reference_model("tiny")), folder, CASES[case], device="cpu")
+            manifest = prune(str(reference_model("tiny")), folder, CASES[case], RunOptions(device="cpu"))
             plan = manifest.plan
             masks = load_masks(folder / FILE, {target.name: target.columns for target in plan.targets})
             made[case] = Checkpoint(folder, plan, masks)
@@ -136,7 +136,9 @@ def test_the_exported_script_replays_alone_and_refuses_another_model(
 def test_the_engine_writes_a_sound_checkpoint(
     case: str, environment: Environment, checkpoint: Callable[[str], Checkpoint], tmp_path: Path
 ) -> None:
-    manifest = prune_with_llmcompressor(str(reference_model("tiny")), tmp_path / "out", CASES[case], device="cpu")
+    manifest = prune_with_llmcompressor(
+        str(reference_model("tiny")), tmp_path / "out", CASES[case], RunOptions(device="cpu")
+    )
     ours = load_manifest(checkpoint(case).folder)
     assert inspect_checkpoint(tmp_path / "out").problems == []
     assert manifest.engine.versions["llmcompressor"] == llmcompressor.pinned_version()
@@ -211,7 +213,9 @@ def small(tmp_path: Path) -> tuple[Path, Path, CalibrationOptions]:
     text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
     calibration = CalibrationOptions(data=str(text), sequences=2, length=32)
     dense = save_model(tmp_path / "dense")
-    prune(str(dense), tmp_path / "sparse", PruneOptions(sparsity=0.5, calibration=calibration), device="cpu")
+    prune(
+        str(dense), tmp_path / "sparse", PruneOptions(sparsity=0.5, calibration=calibration), RunOptions(device="cpu")
+    )
     return dense, tmp_path / "sparse", calibration
 
 
@@ -261,7 +265,12 @@ def test_what_cannot_be_replayed_or_quantised_is_refused(
 ) -> None:
     dense, sparse, calibration = small
     by_size = tmp_path / "magnitude"
-    prune(str(dense), by_size, PruneOptions(sparsity=0.5, method="magnitude", calibration=calibration), device="cpu")
+    prune(
+        str(dense),
+        by_size,
+        PruneOptions(sparsity=0.5, method="magnitude", calibration=calibration),
+        RunOptions(device="cpu"),
+    )
     for folder, target, quantize, message in (
         (dense, "llmcompressor", None, "has no sparsity.json. Give a folder that sparsedeploy prune wrote"),
         (dense, "vllm", "w8a8", "has no sparsity.json. Give a folder that sparsedeploy prune wrote"),

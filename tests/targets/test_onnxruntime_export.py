@@ -21,6 +21,7 @@ from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import Environment, check, require
 from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.speed.benchmark import benchmark
+from sparsedeploy.speed.options import BenchmarkOptions
 from sparsedeploy.targets.onnxruntime import stage_for_transformers_4
 from sparsedeploy.targets.registry import export_checkpoint
 from tests.small_models import byte_tokenizer, save_model
@@ -109,7 +110,7 @@ def test_folder_is_optimums(runtime: Environment, tmp_path: Path) -> None:
 
     app = typer.Typer()
     app.command()(generate_command)
-    arguments = [str(tmp_path / "out"), "def main(", "-n", "8", "-c", "1", "--json"]
+    arguments = [str(tmp_path / "out"), "def main(", "--max-new-tokens", "8", "-c", "1", "--json"]
     printed = json.loads(CliRunner().invoke(app, arguments, catch_exceptions=False).stdout)
     assert printed["prompt_tokens"] + printed["tokens"] == expected
 
@@ -123,13 +124,15 @@ def test_benchmark_runs_it(tmp_path: Path) -> None:
         export_checkpoint(tmp_path / name, "onnxruntime", tmp_path / f"{name}-out")
     result = benchmark(
         [tmp_path / "other-out"],
-        tmp_path / "dense-out",
-        runtime="onnxruntime",
-        cores=[1],
-        prompt_lengths=[8],
-        decode_tokens=2,
-        rounds=1,
-        warmup_rounds=0,
+        BenchmarkOptions(
+            baseline=str(tmp_path / "dense-out"),
+            runtime="onnxruntime",
+            cores=(1,),
+            prompt_lengths=(8,),
+            decode_tokens=2,
+            rounds=1,
+            warmup_rounds=0,
+        ),
     )
     assert result.options.runtime == "onnxruntime"
     assert all(row.phase("decode").ms.median > 0 for row in result.rows)

@@ -16,7 +16,7 @@ from sparsedeploy.reference import reference_model
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.targets.vllm import VllmOptions, export_vllm
-from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.options import PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 
 TEXT = CalibrationOptions(data="stdlib", sequences=4, length=96)
@@ -30,7 +30,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         except UserError as error:
             pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("pruned") / "model"
-    prune(str(reference_model("tiny")), folder, PruneOptions(sparsity=0.5, calibration=TEXT), device="cpu")
+    prune(str(reference_model("tiny")), folder, PruneOptions(sparsity=0.5, calibration=TEXT), RunOptions(device="cpu"))
     return folder
 
 

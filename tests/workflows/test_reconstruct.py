@@ -9,7 +9,7 @@ from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.checkpoint.masks import FILE as MASKS
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.loading import load_model
-from sparsedeploy.workflows.options import PruneOptions, RecoverOptions
+from sparsedeploy.workflows.options import PruneOptions, RecoverOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 from sparsedeploy.workflows.recover import prune_and_recover
 from tests.small_models import save_model
@@ -31,7 +31,7 @@ def test_magnitudes_mask_gets_better_weights(tmp_path: Path, source: str, calibr
     runs = {}
     for name, reconstruct in (("plain", False), ("fitted", True)):
         asked = PruneOptions(pattern="2:4", method="magnitude", reconstruct=reconstruct, calibration=calibration)
-        runs[name] = prune(source, tmp_path / name, asked, device="cpu")
+        runs[name] = prune(source, tmp_path / name, asked, RunOptions(device="cpu"))
     assert runs["fitted"].request["prune"]["reconstruct"] is True
     assert runs["plain"].calibration is None
     assert runs["fitted"].calibration is not None
@@ -49,5 +49,5 @@ def test_magnitudes_mask_gets_better_weights(tmp_path: Path, source: str, calibr
 def test_a_recovery_that_prunes_itself_refuses_it(tmp_path: Path, source: str, calibration: CalibrationOptions) -> None:
     asked = PruneOptions(sparsity=0.5, method="wanda", reconstruct=True, calibration=calibration)
     with pytest.raises(UserError, match="sparselo prunes in its own way"):
-        prune_and_recover(source, tmp_path / "out", asked, RecoverOptions(method="sparselo"), device="cpu")
+        prune_and_recover(source, tmp_path / "out", asked, RecoverOptions(method="sparselo"), RunOptions(device="cpu"))
     assert not (tmp_path / "out").exists()

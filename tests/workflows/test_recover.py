@@ -22,7 +22,7 @@ from sparsedeploy.models.low_rank import LowRankLinear, load_adapter
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.recovery.options import DataOptions
 from sparsedeploy.recovery.state import RunState
-from sparsedeploy.workflows.options import PruneOptions, RecoverOptions
+from sparsedeploy.workflows.options import PruneOptions, RecoverOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 from sparsedeploy.workflows.recover import prune_and_recover, recover_checkpoint
 from tests.small_models import save_model
@@ -177,8 +177,10 @@ def test_killed_and_resumed_writes_the_same_files(
             prune_and_recover(run[0], tmp_path / "out", *run[1:])
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"cannot resume: .*seed"):
-        prune_and_recover(run[0], tmp_path / "out", run[1], dataclasses.replace(run[2], seed=1), resume=True)
-    resumed = prune_and_recover(run[0], tmp_path / "out", *run[1:], resume=True)
+        prune_and_recover(
+            run[0], tmp_path / "out", run[1], dataclasses.replace(run[2], seed=1), RunOptions(resume=True)
+        )
+    resumed = prune_and_recover(run[0], tmp_path / "out", *run[1:], RunOptions(resume=True))
     assert resumed.files["model.safetensors"] == whole.files["model.safetensors"]
     assert resumed.files[MASKS] == whole.files[MASKS]
     assert not list(tmp_path.glob(".*"))

@@ -21,7 +21,7 @@ from sparsedeploy.models.loading import load_config, load_model
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.pruning.layers import prune_model
 from sparsedeploy.registry import ALLOCATORS, PRUNERS
-from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.options import PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 from tests.small_models import FAMILIES, save_model
 
@@ -49,7 +49,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_same_masks_and_weights_as_in_memory(family: str, dtype: torch.dtype, tmp_path: Path, text: str) -> None:
     source = save_model(tmp_path / "dense", family, dtype=dtype)
     asked = options(text)
-    prune(str(source), tmp_path / "streamed", asked, device="cpu")
+    prune(str(source), tmp_path / "streamed", asked, RunOptions(device="cpu"))
     config = load_config(source)
     tokens = calibration_set(source, config, asked.calibration).tokens
     model = load_model(source)
@@ -84,7 +84,7 @@ import os, signal, sys
 from pathlib import Path
 from sparsedeploy.checkpoint import journal, tensor_writer
 from sparsedeploy.calibration.options import CalibrationOptions
-from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.options import PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 
 source, output, text, where, count, resume = sys.argv[1:]
@@ -101,7 +101,7 @@ def write(self, *args):
 setattr(owner, name, write)
 calibration = CalibrationOptions(data=text, sequences=3, length=32)
 options = PruneOptions(sparsity=0.6, method="sparsegpt", allocation="owl", calibration=calibration)
-prune(source, Path(output), options, device="cpu", resume=resume == "resume")
+prune(source, Path(output), options, RunOptions(device="cpu", resume=resume == "resume"))
 """
 
 
@@ -125,10 +125,10 @@ def killed(
 def test_a_killed_run_resumes_to_identical_bytes(where: str, count: int, tmp_path: Path, text: str) -> None:
     source = save_model(tmp_path / "dense", dtype=torch.bfloat16)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    prune(str(source), whole, options(text), device="cpu")
+    prune(str(source), whole, options(text), RunOptions(device="cpu"))
     assert killed(source, resumed, text, where, count) == -signal.SIGKILL
     assert not resumed.exists()
-    prune(str(source), resumed, options(text), device="cpu", resume=True)
+    prune(str(source), resumed, options(text), RunOptions(device="cpu", resume=True))
     assert contents(resumed) == contents(whole)
     assert not list(tmp_path.glob(".*"))
 
@@ -140,20 +140,20 @@ def test_a_changed_request_refuses_to_resume_and_says_which(tmp_path: Path, text
     before = contents(tmp_path / ".out.partial")
     changed = options(text, method_options={"block": 64})
     with pytest.raises(UserError, match=r"cannot resume: method_options changed .*'block': 128.*'block': 64"):
-        prune(str(source), output, changed, device="cpu", resume=True)
+        prune(str(source), output, changed, RunOptions(device="cpu", resume=True))
     calibration = CalibrationOptions(data=text, sequences=3, length=32, seed=1)
     with pytest.raises(UserError, match="cannot resume: calibration changed"):
-        prune(str(source), output, options(text, calibration=calibration), device="cpu", resume=True)
+        prune(str(source), output, options(text, calibration=calibration), RunOptions(device="cpu", resume=True))
     other = save_model(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="cannot resume: model_sha256 changed"):
-        prune(str(other), output, options(text), device="cpu", resume=True)
+        prune(str(other), output, options(text), RunOptions(device="cpu", resume=True))
     assert contents(tmp_path / ".out.partial") == before
-    prune(str(source), output, options(text), device="cpu", resume=True)
+    prune(str(source), output, options(text), RunOptions(device="cpu", resume=True))
 
 
 def test_resume_without_an_interrupted_run_starts_one(tmp_path: Path, text: str) -> None:
     source = save_model(tmp_path / "dense")
-    prune(str(source), tmp_path / "out", options(text), device="cpu", resume=True)
+    prune(str(source), tmp_path / "out", options(text), RunOptions(device="cpu", resume=True))
     assert (tmp_path / "out" / "sparsity.json").is_file()
     assert not (tmp_path / "out" / JOURNAL).exists()
 
@@ -187,5 +187,5 @@ def test_broken_folders_are_refused(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(UserError, match=r"up_proj\.weight has type I8, which cannot be pruned"):
-        prune(str(source), tmp_path / "out", PruneOptions(sparsity=0.5, method="magnitude"), device="cpu")
+        prune(str(source), tmp_path / "out", PruneOptions(sparsity=0.5, method="magnitude"), RunOptions(device="cpu"))
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]

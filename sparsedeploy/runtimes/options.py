@@ -1,0 +1,53 @@
+"""How an engine is started, and what it is asked for: the options of ``generate`` and ``serve``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsedeploy.models.options import DTYPE_HELP, Dtype
+from sparsedeploy.options import Options, option, seed_option
+
+
+@dataclass(frozen=True)
+class RuntimeOptions(Options):
+    """Where a model runs.
+
+    Attributes:
+        runtime: None for the one that runs the folder's export target.
+        python: None for the managed environment.
+    """
+
+    runtime: str | None = option(None, "Engine to run on [default: the one that the folder was exported for].")
+    python: str | None = option(None, "Interpreter of an environment of your own that has the runtime.")
+    dtype: Dtype = option("auto", f"With the torch runtime only. {DTYPE_HELP}")
+    timeout: float = option(600.0, "Seconds that loading, or one step after it, may take.", above=0)
+
+    @property
+    def computes_in(self) -> str | None:
+        """The name of the type to compute in; None leaves it to the runtime."""
+        return None if self.dtype == "auto" else self.dtype
+
+
+@dataclass(frozen=True)
+class EngineOptions(RuntimeOptions):
+    """How one engine is started."""
+
+    cores: int | None = option(None, "Cores to use [default: all].", short="-c", at_least=1)
+
+
+@dataclass(frozen=True)
+class GenerateOptions(Options):
+    """What text is generated."""
+
+    max_new_tokens: int = option(64, "Maximum number of tokens to generate.", at_least=1)
+    temperature: float = option(0.0, "Sampling temperature; 0 is greedy decoding.", at_least=0)
+    seed: int = seed_option("Seed of the sampling.", only_with="temperature")
+
+
+@dataclass(frozen=True)
+class ServeOptions(Options):
+    """Where a server listens, and for what lengths."""
+
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(8000, "Port to listen on.", at_least=0, at_most=65535)
+    length: int = option(512, "Maximum number of tokens of a prompt and its answer together.", at_least=2)

@@ -1,0 +1,52 @@
+"""Flags over all commands: a short one means one thing everywhere, and every option has its help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+from typer.main import get_command
+
+from sparsedeploy.cli.main import app
+from sparsedeploy.options import described
+from sparsedeploy.registry import TARGETS
+from sparsedeploy.targets.options import ExportOptions
+
+
+def commands(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command with its name, groups' own included."""
+    yield path, group
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, f"{path} {name}".strip())
+
+
+COMMANDS = dict(commands(get_command(app)))
+
+
+def test_a_short_flag_means_one_thing_everywhere() -> None:
+    meanings: dict[str, set[str]] = {}
+    for command in COMMANDS.values():
+        for parameter in command.params:
+            long = [flag for flag in parameter.opts if flag.startswith("--")]
+            for flag in parameter.opts:
+                if flag.startswith("-") and not flag.startswith("--"):
+                    meanings.setdefault(flag, set()).update(long)
+    assert {"-c", "-d", "-m", "-n", "-o", "-s", "-t"} <= meanings.keys()
+    assert {flag: names for flag, names in meanings.items() if len(names) != 1} == {}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_flags_of_a_command_differ_and_are_explained(name: str) -> None:
+    flags = [flag for parameter in COMMANDS[name].params for flag in parameter.opts if flag.startswith("-")]
+    assert len(flags) == len(set(flags))
+    unexplained = [p.name for p in COMMANDS[name].params if p.name != "help" and not getattr(p, "help", None)]
+    assert not unexplained
+
+
+def test_help_of_quantize_names_the_schemes_of_every_target() -> None:
+    text = next(item for item in described(ExportOptions) if item.name == "quantize").facts.help
+    for target in TARGETS:
+        for item in described(target.options):
+            if item.name == "quantize":
+                assert f"{target.name}: {', '.join(get_args(item.arms[0]))}" in text
