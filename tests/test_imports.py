@@ -24,7 +24,7 @@ FLOORS = (
     ("checkpoint",),
     ("models", "reference"),
     ("formats",),
-    ("plan", "masks", "processes"),
+    ("plan", "masks", "grid", "processes"),
     ("registry", "folders", "reading", "resources", "linear_algebra", "memory"),
     ("options", "paths"),
     ("errors", "progress", "version"),

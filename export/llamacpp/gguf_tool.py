@@ -1,4 +1,4 @@
-"""GGUF files, in sparsedeploy's own Python, by llama.cpp's converter: ``gguf_tool.py convert|zeros SOURCE ...``.
+"""GGUF files, in sparsedeploy's own Python, by llama.cpp's converter: ``gguf_tool.py convert|zeros|layout SOURCE ...``.
 
 ``convert SOURCE CHECKPOINT OUTPUT TYPE`` runs llama.cpp's ``convert_hf_to_gguf.py`` from its sources. It knows a
 tokenizer by the hash of what it makes of a text; one that it does not know is described by how it splits text, where
@@ -126,8 +126,30 @@ def zeros(source: Path, before: str, after: str) -> dict[str, Any]:
     return result
 
 
+def layout(source: Path, *names: str) -> list[list[dict[str, Any]]]:
+    """Of each file, where its tensors lie: name, shape ``[..., rows, columns]``, type, first byte and bytes."""
+    sys.path.insert(0, str(source / "gguf-py"))
+    from gguf import GGUFReader
+
+    return [
+        [
+            {
+                "name": tensor.name,
+                "shape": [int(size) for size in reversed(tensor.shape)],
+                "kind": tensor.tensor_type.name,
+                "start": int(tensor.data_offset),
+                "size": int(tensor.n_bytes),
+            }
+            for tensor in GGUFReader(name).tensors
+        ]
+        for name in names
+    ]
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "convert":
         convert(Path(sys.argv[2]), *sys.argv[3:])
+    elif sys.argv[1] == "layout":
+        print(json.dumps(layout(Path(sys.argv[2]), *sys.argv[3:])))
     else:
         print(json.dumps(zeros(Path(sys.argv[2]), *sys.argv[3:])))

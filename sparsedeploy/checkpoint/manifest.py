@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.grid import Grid
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.reading import Fields, contained, read_object
 from sparsedeploy.version import __version__
@@ -133,6 +134,7 @@ class Manifest:
         method: the pruner; ``options`` its options.
         calibration: None when no text was read.
         modules: by full name.
+        quantization: what the kept weights are rounded to; None where they are not.
         dtype: the type that the model was computed in; None where it is not known. Masks may differ between types.
         files: SHA-256 by name.
         sparsedeploy: the version that wrote it.
@@ -148,6 +150,7 @@ class Manifest:
     versions: dict[str, str]
     engine: EngineRecord | None = None
     recovery: RecoveryRecord | None = None
+    quantization: Grid | None = None
     dtype: str | None = None
     files: dict[str, str] = field(default_factory=dict)
     sparsedeploy: str = __version__
@@ -173,7 +176,11 @@ class Manifest:
             "modules": {name: module.to_json() for name, module in self.modules.items()},
             "versions": self.versions,
         }
-        for name, part in (("engine", self.engine), ("recovery", self.recovery)):
+        for name, part in (
+            ("engine", self.engine),
+            ("recovery", self.recovery),
+            ("quantization", self.quantization),
+        ):
             if part is not None:
                 values[name] = asdict(part)
         return {**values, "files": self.files}
@@ -203,6 +210,7 @@ class Manifest:
             versions=_texts(fields, "versions"),
             engine=_optional(fields, "engine", EngineRecord),
             recovery=_recovery(fields),
+            quantization=_optional(fields, "quantization", Grid),
             dtype=fields.text("dtype", None),
             files=_texts(fields, "files"),
             sparsedeploy=fields.text("sparsedeploy"),

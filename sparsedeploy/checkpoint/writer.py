@@ -28,8 +28,10 @@ from sparsedeploy.checkpoint.manifest import (
     SourceModel,
 )
 from sparsedeploy.checkpoint.recipe import recipe_yaml
+from sparsedeploy.checkpoint.scales import FILE as SCALES
 from sparsedeploy.checkpoint.tensor_writer import TensorWriter
 from sparsedeploy.folders import JOURNAL, new_folder, write_json, write_text
+from sparsedeploy.grid import Grid
 from sparsedeploy.masks import apply_mask
 from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
@@ -41,7 +43,7 @@ from sparsedeploy.models.weight_files import note_left_out, small_files
 from sparsedeploy.plan import SparsityPlan
 
 # Written anew.
-_OURS = (MANIFEST, RECIPE, mask_file.FILE)
+_OURS = (MANIFEST, RECIPE, mask_file.FILE, SCALES)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Provenance:
         recovery: what recovered quality after pruning, or None.
         engine: the program that pruned; None for this one.
         dtype: the type that the model was computed in; masks may differ between types.
+        grid: what the kept weights are rounded to, or None.
     """
 
     source_name: str
@@ -67,6 +70,7 @@ class Provenance:
     recovery: RecoveryRecord | None = None
     engine: EngineRecord | None = None
     dtype: str | None = None
+    grid: Grid | None = None
 
 
 def write_checkpoint(
@@ -142,6 +146,7 @@ def complete(
         engine=provenance.engine,
         dtype=provenance.dtype,
         recovery=provenance.recovery,
+        quantization=provenance.grid,
         files={
             path.relative_to(staging).as_posix(): file_sha256(path)
             for path in sorted(staging.rglob("*"))

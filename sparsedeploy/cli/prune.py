@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sparsedeploy.checkpoint.manifest import Manifest
 
 OWN_ENGINE = "sparsedeploy"
+_ROUNDING = ("quantize", "quantize_group")
 _PLANNED = ("sparsity", "pattern", "pattern_options", "allocation", "allocation_options")
 
 
@@ -58,7 +60,7 @@ def prune_command(
 
     given = given.over(load_recipe(recipe).sections if recipe else {})
     run = given.build("run", RunOptions)
-    options, recovery = _take_options(given, plan, engine)
+    options, recovery = _take_options(given, plan, engine, model)
     if engine != OWN_ENGINE:
         manifest = _prune_elsewhere(engine, model, output, options, recovery, run)
     elif recovery is None:
@@ -71,36 +73,57 @@ def prune_command(
     if recovery is not None:
         print_recovery(output, manifest)
         return
+    rounded = f", int{manifest.quantization.bits}" if manifest.quantization else ""
     console.print(
         f"{output}: {manifest.achieved:.2%} of {len(manifest.modules)} modules' weights are zero "
-        f"({manifest.method}, {manifest.plan.allocation}, {manifest.plan.pattern})"
+        f"({manifest.method}, {manifest.plan.allocation}, {manifest.plan.pattern}{rounded})"
     )
-    console.print(f"next: sparsedeploy export {output} --target deepsparse -o ARTIFACT", soft_wrap=True)
+    target = "llamacpp" if manifest.quantization else "deepsparse"
+    console.print(f"next: sparsedeploy export {output} --target {target} -o ARTIFACT", soft_wrap=True)
 
 
-def _take_options(given: Given, plan: Path | None, engine: str) -> tuple[PruneOptions, RecoverOptions | None]:
+def _values(given: Given, section: str) -> dict[str, Any]:
+    """A section's values, without taking them."""
+    return {name: given.value(section, name) for name in given.names(section)}
+
+
+def _take_options(
+    given: Given, plan: Path | None, engine: str, model: str
+) -> tuple[PruneOptions, RecoverOptions | None]:
     """What was asked for; every typed flag must count.
 
     Raises:
         UserError: naming a flag that has no effect.
     """
+    from sparsedeploy.calibration.text import recorded_options
     from sparsedeploy.plan import SparsityPlan
     from sparsedeploy.workflows.plan import measures_text, resolve_allocation
+    from sparsedeploy.workflows.prune import pruned_before
 
     ready = SparsityPlan.load(plan) if plan else None
-    options = PruneOptions(**given.take("prune", without=_PLANNED if ready else ()), plan=ready)
-    calibration = CalibrationOptions(**{name: given.value("calibration", name) for name in given.names("calibration")})
+    before = pruned_before(model, PruneOptions(**_values(given, "prune"), plan=ready))
+    decided: Iterable[str] = _PLANNED if ready else ()
+    why_not = "the plan decides it"
+    if before is not None:
+        decided = [name for name in given.names("prune") if name not in _ROUNDING]
+        why_not = "the checkpoint's plan decides it"
+    elif given.value("prune", "quantize") is None and given.value("prune", "quantize_group") is not None:
+        decided, why_not = ["quantize_group"], "there is no --quantize"
+    options = PruneOptions(**given.take("prune", without=decided), plan=ready)
+    calibration = CalibrationOptions(**_values(given, "calibration"))
+    if before is not None and before.calibration is not None and given.value("calibration", "data") is None:
+        calibration = replace(recorded_options(before), **_values(given, "calibration"))
     recovery, calibrates, allocation = None, engine != OWN_ENGINE, "uniform"
-    why = {"prune": "the plan decides it", "recover": "there is no --recover", "train": "there is no --recover"}
+    why = {"prune": why_not, "recover": "there is no --recover", "train": "there is no --recover"}
     if given.value("recover", "method") is not None:
         recovery, method = take_recovery(given, calibration.seed)
         calibrates = calibrates or method.traits["calibrates"]
         allocation = method.traits.get("allocation", allocation)
         why |= {"recover": f"{method.name} does not train", "train": f"{method.name} does not train"}
-    choice = None if ready else resolve_allocation(options, allocation)
+    choice = None if ready or before else resolve_allocation(options, allocation)
     if (
         calibrates
-        or measures_text(choice, options.method, reconstruct=options.reconstruct)
+        or measures_text(choice, options.method, reconstruct=options.reconstruct or options.grid is not None)
         or (choice is not None and choice.searches)
     ):
         given.take("calibration")
@@ -126,8 +149,9 @@ def _prune_elsewhere(
         raise UserError("--recover does not go with --engine", f"Prune first, then: sparsedeploy recover {output}.")
     if run.resume:
         raise UserError("a run of --engine llmcompressor cannot be resumed", "Leave --resume out.")
-    if options.reconstruct:
-        raise UserError("--engine llmcompressor has no --reconstruct", f"Use --engine {OWN_ENGINE}.")
+    for flag, asked in (("--reconstruct", options.reconstruct), ("--quantize", options.quantize)):
+        if asked:
+            raise UserError(f"--engine llmcompressor has no {flag}", f"Use --engine {OWN_ENGINE}.")
     if run.trust_remote_code:
         raise UserError("--engine llmcompressor does not run a model's own code", f"Use --engine {OWN_ENGINE}.")
     return prune_with_llmcompressor(model, output, options, run)
@@ -145,5 +169,6 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
         "pattern": manifest.plan.pattern,
         "calibration": values["calibration"],
         "source": values["source"],
+        "quantization": values.get("quantization"),
         "recovery": values.get("recovery"),
     }

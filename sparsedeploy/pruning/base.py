@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-
-from sparsedeploy.calibration.statistics import InputStatistics
-from sparsedeploy.plan import ModuleTarget
 
 
 @dataclass(frozen=True)
@@ -20,12 +16,15 @@ class Pruned:
         mask: bool ``[rows, columns]``, True where kept; exactly ``target.zeros`` entries are False.
         weight: ``[rows, columns]`` in the module's dtype, zero wherever the mask is False.
         loss: the pruner's own reconstruction error, when it has one.
+        scales: float16 ``[rows, groups]`` of kept weights that are codes of a :class:`~sparsedeploy.grid.Grid`.
     """
 
     mask: torch.Tensor
     weight: torch.Tensor
     loss: float | None = None
+    scales: torch.Tensor | None = None
 
 
+# A method whose trait ``rounds`` is true also takes ``grid`` and then rounds what it keeps.
 # (weight [rows, columns], statistics of the module's input or None, target, options) -> Pruned
-Pruner = Callable[[torch.Tensor, InputStatistics | None, ModuleTarget, Any], Pruned]
+Pruner = Callable[..., Pruned]

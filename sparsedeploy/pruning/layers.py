@@ -13,6 +13,7 @@ from sparsedeploy import progress
 from sparsedeploy.calibration.driver import LayerContext, LayerDriver, iterate_weights
 from sparsedeploy.calibration.statistics import InputStatistics, Kind
 from sparsedeploy.errors import UserError
+from sparsedeploy.grid import Grid
 from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
 from sparsedeploy.models.linear_views import PrunableLinear, assign_weight
@@ -20,6 +21,7 @@ from sparsedeploy.plan import ModuleShape, ModuleTarget, SparsityPlan
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
 from sparsedeploy.pruning.base import Pruned, Pruner
 from sparsedeploy.pruning.least_squares import reconstructed, shared_hessian
+from sparsedeploy.pruning.sweep import DAMPING, rounded, shared_factor
 from sparsedeploy.registry import PRUNERS, Method
 
 
@@ -50,6 +52,8 @@ def prune_layers(
     stored: dict[str, torch.dtype] | None = None,
     finished: int = 0,
     reconstruct: bool = False,
+    grid: Grid | None = None,
+    masks: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[PrunedLayer]:
     """Prune in place, each layer on the inputs that the pruned layers before it give, and yield what was done.
 
@@ -61,20 +65,22 @@ def prune_layers(
             layers that follow see the stored values.
         finished: layers before this one are pruned already and only run.
         reconstruct: give each mask its least-squares weights, whatever the method left.
+        grid: what kept weights are rounded to.
+        masks: of a model that is pruned already: nothing is chosen, and its weights are only rounded.
 
     Raises:
         UserError: a plan for other modules, no tokens for a method that needs them, or weights or activations that
             are not finite.
     """
     pruner = PRUNERS.get(method)
-    needs: Kind = "hessian" if reconstruct else pruner.traits["needs"]
+    needs: Kind = "hessian" if reconstruct or grid else pruner.traits["needs"]
     stack = source.stack
     plan.check_modules([ModuleShape(name, m.out_features, m.in_features) for name, m in stack.all_linears().items()])
     targets = plan.by_name
     if needs == "none":
         layers = iterate_weights(source, finished=finished)
     elif tokens is None:
-        what = "--reconstruct" if reconstruct else method
+        what = "--reconstruct" if reconstruct else "--quantize" if grid else method
         raise UserError(f"{what} measures calibration text and none was given", "Add --data.")
     else:
         driver = LayerDriver(source, tokens, batch_size=batch_size, accumulate=accumulate, processes=processes)
@@ -87,7 +93,13 @@ def prune_layers(
             for name, linear in layer.linears.items():
                 if owners[name] == processes.index:
                     statistics = layer.statistics.get(name)
-                    modules[name] = prune_linear(pruner, linear, statistics, targets[name], options, reconstruct)
+                    if masks is None:
+                        found = prune_linear(pruner, linear, statistics, targets[name], options, reconstruct, grid)
+                    else:
+                        assert grid is not None and statistics is not None  # noqa: PT018
+                        mask = masks[name].to(linear.weight.device)
+                        found = rounded(Pruned(mask, linear.weight.data), None, statistics, targets[name], grid)
+                    modules[name] = found
                     del statistics
                     _replace(linear, modules[name].weight, stored[name] if stored else None)
                 _release(layer.statistics, name)
@@ -108,15 +120,23 @@ def prune_linear(
     statistics: InputStatistics | None,
     target: ModuleTarget,
     options: Any,
-    reconstruct: bool,
+    reconstruct: bool = False,
+    grid: Grid | None = None,
 ) -> Pruned:
     """A method's result for one linear, which is not changed."""
     weight = linear.weight.data
-    if not reconstruct:
-        return pruner.function(weight, statistics, target, options)
-    assert statistics is not None
-    hessian = shared_hessian(statistics)  # first: a method may consume the sums
-    return reconstructed(pruner.function(weight, statistics, target, options), weight, hessian, target.name)
+    if not reconstruct and grid is not None and pruner.traits.get("rounds", False):
+        return pruner.function(weight, statistics, target, options, grid)
+    # These come first: a method may consume the sums.
+    hessian = shared_hessian(statistics) if reconstruct and statistics else None
+    if grid is not None and statistics is not None:
+        shared_factor(statistics, DAMPING, target.name, last_use=False)
+    pruned = pruner.function(weight, statistics, target, options)
+    if hessian is not None:
+        pruned = reconstructed(pruned, weight, hessian, target.name)
+    if grid is not None and statistics is not None:
+        pruned = rounded(pruned, weight, statistics, target, grid)
+    return pruned
 
 
 def assign(layer: LayerContext, count: int) -> dict[str, int]:
@@ -164,7 +184,9 @@ def _shared(pruned: Pruned | None, weight: torch.Tensor, owner: int, processes: 
     values = pruned.weight.contiguous() if pruned else torch.empty_like(weight)
     processes.broadcast(mask, owner)
     processes.broadcast(values, owner)
-    return Pruned(mask.bool(), values, processes.broadcast_object(pruned.loss if pruned else None, owner))
+    scales = pruned.scales.cpu() if pruned and pruned.scales is not None else None
+    loss, scales = processes.broadcast_object((pruned.loss if pruned else None, scales), owner)
+    return Pruned(mask.bool(), values, loss, scales)
 
 
 def prune_model(
@@ -176,12 +198,13 @@ def prune_model(
     batch_size: int | None = None,
     *,
     reconstruct: bool = False,
+    grid: Grid | None = None,
 ) -> dict[str, Pruned]:
     """Prune a model in place, layer by layer, each on the inputs that the pruned layers before it give.
 
     Args:
         tokens: calibration sequences int64 ``[sequences, length]``; None for methods that need none.
-        reconstruct: see :func:`prune_layers`.
+        reconstruct, grid: see :func:`prune_layers`.
 
     Returns:
         By module name; masks are on the CPU, weights are those of the model.
@@ -191,7 +214,8 @@ def prune_model(
     """
     result: dict[str, Pruned] = {}
     source = ResidentLayers(model)
-    for layer in prune_layers(source, tokens, plan, method, options, batch_size=batch_size, reconstruct=reconstruct):
+    extra: dict[str, Any] = {"batch_size": batch_size, "reconstruct": reconstruct, "grid": grid}
+    for layer in prune_layers(source, tokens, plan, method, options, **extra):
         result.update({name: replace(pruned, mask=pruned.mask.cpu()) for name, pruned in layer.modules.items()})
     return result
 

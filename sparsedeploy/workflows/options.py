@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from sparsedeploy.calibration.options import CalibrationOptions
+from sparsedeploy.grid import KINDS, Grid
 from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.options import Options, described, option, plain_options, seed_option
 from sparsedeploy.plan import SparsityPlan
@@ -67,8 +68,19 @@ class PruneOptions(Options):
         None, "For a mixed pattern, such as strength=1, n_max=4, rule=marginal.", flag="--pattern-option"
     )
     reconstruct: bool = option(False, "Give each mask its least-squares weights: better at high sparsity.")
+    quantize: Literal["int8", "int4"] | None = option(
+        None, "Round the kept weights in the sweep that prunes, so that the columns to come make up for both."
+    )
+    quantize_group: Literal["32", "64", "128"] = option(
+        "32", "Columns that share a scale of --quantize; GGUF files have 32.", only_with="quantize"
+    )
     plan: SparsityPlan | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+
+    @property
+    def grid(self) -> Grid | None:
+        """What kept weights are rounded to; None leaves them as they are."""
+        return None if self.quantize is None else Grid(KINDS[self.quantize], int(self.quantize_group))
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,11 @@ def request_of(
     if reads_text:
         request["calibration"] = _section(prune.calibration)
     return request if recover is None else {**request, **recovery_request(recover)}
+
+
+def rounding_of(prune: PruneOptions) -> dict[str, Any]:
+    """The part of a pruning request that is about rounding."""
+    return {"quantize": prune.quantize, "quantize_group": prune.quantize_group}
 
 
 def recovery_request(recover: RecoverOptions) -> dict[str, dict[str, Any]]:

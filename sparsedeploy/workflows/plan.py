@@ -125,6 +125,7 @@ class Prepared:
             "method": self.options.method,
             "method_options": asdict(self.pruner_options),
             "reconstruct": self.options.reconstruct,
+            "quantize": asdict(grid) if (grid := self.options.grid) else None,
             "calibration": asdict(described) if (described := self.described) else None,
         }
 
@@ -191,7 +192,8 @@ def prepare(
             "the plan was made for another model (its hash differs)", "Make it again: sparsedeploy allocate."
         )
     calibration = None
-    if calibrates or measures_text(choice, options.method, prunes=prunes, reconstruct=options.reconstruct):
+    fits = options.reconstruct or options.grid is not None
+    if calibrates or measures_text(choice, options.method, prunes=prunes, reconstruct=fits):
         calibration = calibration_set(folder, config, options.calibration, trust_remote_code=trust_remote_code)
     return Prepared(options, folder, config, sha256, choice, pruner_options, calibration, trust_remote_code)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from sparsedeploy.allocation import model_layers
 from sparsedeploy.checkpoint.journal import Journal, journalled_folder
-from sparsedeploy.checkpoint.manifest import Manifest
+from sparsedeploy.checkpoint.manifest import MANIFEST, Manifest, load_manifest
+from sparsedeploy.checkpoint.masks import FILE as MASKS
+from sparsedeploy.checkpoint.masks import load_masks
 from sparsedeploy.checkpoint.tensor_writer import TensorWriter
 from sparsedeploy.checkpoint.writer import Provenance, complete
+from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_free_space, claim
 from sparsedeploy.memory import use_huge_pages
 from sparsedeploy.models.layers import StreamedLayers
@@ -22,7 +25,7 @@ from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.processes import Processes, local_device, process_group
 from sparsedeploy.pruning.layers import losses_of, prune_layers
 from sparsedeploy.version import __version__
-from sparsedeploy.workflows.options import PruneOptions, RunOptions, request_of
+from sparsedeploy.workflows.options import PruneOptions, RunOptions, request_of, rounding_of
 from sparsedeploy.workflows.plan import Prepared, choose_plan, model_to_measure, prepare
 
 
@@ -34,6 +37,8 @@ def prune(
 ) -> Manifest:
     """Prune a model folder or hub id into ``output`` and return the new checkpoint's manifest.
 
+    A pruned checkpoint with ``quantize`` and without a target keeps its masks, and its weights are rounded.
+
     Memory holds the embeddings, one decoder layer and the activations of the calibration text; never the whole model.
 
     Raises:
@@ -42,10 +47,24 @@ def prune(
     use_huge_pages()
     device = local_device(resolve_device(run.device))
     read = (source, options.calibration.data)
+    before = pruned_before(source, options)
+    if before is not None:
+        options = replace(options, plan=replace(before.plan, model_sha256=None))
     with process_group(device) as processes, ExitStack() as stack:
         if processes.main:
             stack.enter_context(claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read))
-        return _prune(source, output, options, run, device, processes)
+        return _prune(source, output, options, run, device, processes, before)
+
+
+def pruned_before(source: str, options: PruneOptions) -> Manifest | None:
+    """The manifest of a checkpoint whose weights are only to be rounded: nothing was asked for but --quantize."""
+    asks = options.sparsity is not None or options.pattern != PruneOptions.pattern or options.plan is not None
+    if options.quantize is None or asks or not (Path(source) / MANIFEST).exists():
+        return None
+    manifest = load_manifest(Path(source))
+    if manifest.quantization is not None:
+        raise UserError(f"{source} is quantised already", "Quantise the checkpoint before it.")
+    return manifest
 
 
 def _prune(
@@ -55,6 +74,7 @@ def _prune(
     run: RunOptions,
     device: torch.device,
     processes: Processes,
+    before: Manifest | None,
 ) -> Manifest:
     """:func:`prune` on one of possibly several processes; the first one writes."""
     dtype, trust = run.torch_dtype, run.trust_remote_code
@@ -85,7 +105,7 @@ def _prune(
             plan = options.plan
         else:
             plan = _shared_plan(prepared, device, dtype, layers, processes)
-        writer = TensorWriter(layers.files, making, plan.targets, slices)
+        writer = TensorWriter(layers.files, making, plan.targets, slices, options.grid)
         if journal is not None and journal.plan is None:
             check_free_space(journal.folder, layers.files.size)
             writer.create()
@@ -104,10 +124,12 @@ def _prune(
             stored={target.name: slices[target.name][0].tensor.dtype for target in plan.targets},
             finished=finished,
             reconstruct=options.reconstruct,
+            grid=options.grid,
+            masks=load_masks(folder / MASKS, {t.name: t.columns for t in plan.targets}) if before else None,
         ):
             if journal is not None:
                 for name, module in pruned.modules.items():
-                    writer.put(name, module.weight, module.mask)
+                    writer.put(name, module.weight, module.mask, module.scales)
                 writer.sync()
                 journal.record_layer(pruned.index, losses_of(pruned.modules))
         manifest = None
@@ -120,7 +142,21 @@ def _prune(
                 prepared.described,
                 request_of(options, reads_text=calibration is not None),
                 dtype=str(layers.dtype).removeprefix("torch."),
+                grid=options.grid,
             )
+            if before is not None:
+                asked = {**before.request.get("prune", {}), **rounding_of(options)}
+                provenance = replace(
+                    provenance,
+                    source_name=before.source.name,
+                    plan=before.plan,
+                    method=before.method,
+                    options=before.options,
+                    calibration=before.calibration or prepared.described,
+                    request={**before.request, "prune": asked},
+                    recovery=before.recovery,
+                    engine=before.engine,
+                )
             manifest = complete(folder, journal.folder, slices, provenance, journal.losses)
         written = processes.broadcast_object(manifest)
         assert written is not None, "the first process writes"

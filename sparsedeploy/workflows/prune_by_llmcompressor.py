@@ -21,7 +21,7 @@ from sparsedeploy.models.loading import resolve_device
 from sparsedeploy.models.stored_names import stored_slices
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
 from sparsedeploy.processes import refuse_several
-from sparsedeploy.pruning.sparsegpt import check_block
+from sparsedeploy.pruning.sweep import check_block
 from sparsedeploy.runtimes import llmcompressor
 from sparsedeploy.workflows.options import PruneOptions, RunOptions, request_of
 from sparsedeploy.workflows.plan import choose_plan, model_to_measure, prepare

@@ -55,6 +55,11 @@ def prune_and_recover(
         UserError: any input that cannot be used, or training that diverges; ``output`` then does not exist.
     """
     refuse_several("the training of a recovery")
+    if prune.quantize is not None:
+        raise UserError(
+            "recovery moves the weights that --quantize rounds",
+            f"Leave --quantize out, then: sparsedeploy prune {output} --quantize {prune.quantize} -o QUANTIZED.",
+        )
     method = RECOVERIES.get(recover.method)
     read = (source, prune.calibration.data, *_train_data(recover))
     with claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read):

@@ -12,8 +12,8 @@ from sparsedeploy.plan import NM, ModuleTarget
 from sparsedeploy.pruning import PRUNERS, Pruned
 from sparsedeploy.pruning.least_squares import conjugate_gradients, reconstruct, reconstructed, scale_hessian
 from sparsedeploy.pruning.selection import keep_all_but_smallest
-from sparsedeploy.pruning.sparsegpt import hessian_factor
-from sparsedeploy.pruning.sparsegpt import solve as sparsegpt_solve
+from sparsedeploy.pruning.sweep import hessian_factor
+from sparsedeploy.pruning.sweep import solve as sparsegpt_solve
 
 ROWS, COLUMNS = 48, 128
 
@@ -79,7 +79,7 @@ def test_never_worse_than_sparsegpt_on_its_own_mask(seed: int, pattern: NM | Non
     w, x = weight(seed), inputs(seed)
     hessian = 2 * x.T @ x
     factor, dead = hessian_factor(hessian, 0.01, "m")
-    theirs, mask, loss = sparsegpt_solve(w, factor, dead, target_of(64, pattern), 32)
+    theirs, mask, loss, _ = sparsegpt_solve(w, factor, dead, target_of(64, pattern), 32)
     scaled = scale_hessian(hessian)
     errors = [reconstruct(w, mask, scaled, start=theirs, iterations=count)[1] for count in range(12)]
     assert errors[0] == pytest.approx(loss, rel=1e-6)

@@ -7,7 +7,8 @@ from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.errors import UserError
 from sparsedeploy.plan import NM, ModuleTarget
 from sparsedeploy.pruning.selection import keep_all_but_smallest
-from sparsedeploy.pruning.sparsegpt import SparseGPTOptions, hessian_factor, solve
+from sparsedeploy.pruning.sparsegpt import SparseGPTOptions
+from sparsedeploy.pruning.sweep import hessian_factor, solve
 from sparsedeploy.registry import PRUNERS
 
 ROWS, COLUMNS, BLOCK = 48, 128, 32
@@ -47,7 +48,7 @@ def test_loss_is_the_damped_output_error(columns: int, pattern: NM | None, zeros
     hessian[:, list(dead)] = 0
     factor, found = hessian_factor(hessian, 0.01, "m")
     assert found.nonzero().flatten().tolist() == list(dead)
-    new, mask, loss = solve(w, factor, found, target_of(zeros, columns, pattern), BLOCK)
+    new, mask, loss, _ = solve(w, factor, found, target_of(zeros, columns, pattern), BLOCK)
     for index in dead:
         hessian[index, index] = 1
         assert not new[:, index].any()
@@ -63,7 +64,7 @@ def test_every_block_gets_its_share_within_one_weight() -> None:
     w, hessian = problem(1)
     factor, dead = hessian_factor(hessian, 0.01, "m")
     zeros = 77
-    _, mask, _ = solve(w, factor, dead, target_of(zeros), BLOCK)
+    _, mask, _, _ = solve(w, factor, dead, target_of(zeros), BLOCK)
     share = ROWS * BLOCK * zeros / COLUMNS
     for start in range(0, COLUMNS, BLOCK):
         assert abs(int((~mask[:, start : start + BLOCK]).sum()) - share) < 1
@@ -74,7 +75,7 @@ def test_beats_wanda_on_the_same_hessian(zeros: int) -> None:
     for seed in range(10):
         w, hessian = problem(seed)
         factor, dead = hessian_factor(hessian, 0.01, "m")
-        _, _, loss = solve(w, factor, dead, target_of(zeros), BLOCK)
+        _, _, loss, _ = solve(w, factor, dead, target_of(zeros), BLOCK)
         mask = keep_all_but_smallest(w.abs() * hessian.diagonal().sqrt(), zeros)
         change = w * ~mask
         assert loss < 0.5 * torch.trace(change @ damped(hessian) @ change.T).item()
@@ -83,7 +84,7 @@ def test_beats_wanda_on_the_same_hessian(zeros: int) -> None:
 def test_nothing_pruned_changes_nothing() -> None:
     w, hessian = problem(2)
     factor, dead = hessian_factor(hessian, 0.01, "m")
-    new, mask, loss = solve(w, factor, dead, target_of(0), BLOCK)
+    new, mask, loss, _ = solve(w, factor, dead, target_of(0), BLOCK)
     assert torch.equal(new, w)
     assert mask.all()
     assert loss == 0
@@ -110,7 +111,7 @@ def test_the_answer_is_the_papers_sweep_over_the_inverse() -> None:
     w, hessian = problem(3)
     factor, dead = hessian_factor(hessian, 0.01, "m")
     zeros = 80
-    new, mask, loss = solve(w, factor, dead, target_of(zeros), BLOCK)
+    new, mask, loss, _ = solve(w, factor, dead, target_of(zeros), BLOCK)
     u = torch.linalg.cholesky(torch.linalg.inv(damped(hessian)), upper=True)
     expected, errors = w.clone(), torch.zeros_like(w)
     for start in range(0, COLUMNS, BLOCK):

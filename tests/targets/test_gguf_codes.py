@@ -1,0 +1,76 @@
+"""Codes in a GGUF file, read back by the gguf package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparsedeploy.grid import Grid
+from sparsedeploy.targets.gguf_codes import TYPES, layouts, place_codes
+
+gguf = pytest.importorskip("gguf")
+
+
+def write(path: Path, tensors: dict[str, np.ndarray], kind: str | None) -> None:  # type: ignore[type-arg]
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, values in tensors.items():
+        if kind is None:
+            writer.add_tensor(name, values)
+        else:
+            quantization = gguf.GGMLQuantizationType[kind]
+            data = gguf.quants.quantize(values, quantization)
+            writer.add_tensor(name, data, raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def described(path: Path) -> list[dict[str, object]]:
+    return [
+        {
+            "name": t.name,
+            "shape": [int(size) for size in reversed(t.shape)],
+            "kind": t.tensor_type.name,
+            "start": int(t.data_offset),
+            "size": int(t.n_bytes),
+        }
+        for t in gguf.GGUFReader(path).tensors
+    ]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_are_found_again_after_renaming_and_reordering(tmp_path: Path, bits: int, stored: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    grid = Grid(bits)
+    low, high = grid.ends
+    weights, scales, exact = {}, {}, {}
+    for name, rows in (("q", 6), ("up", 9)):
+        codes = torch.randint(low, high + 1, (rows, 64), generator=generator)
+        codes[torch.rand(rows, 64, generator=generator) < 0.5] = 0
+        scales[name] = (torch.rand(rows, 2, generator=generator) - 0.5).half() / 16
+        spread = scales[name].float().repeat_interleave(32, dim=1)
+        weights[name] = (codes * spread).to(stored)
+        exact[name] = (codes * spread).numpy()
+    order = torch.randperm(6, generator=generator)
+    in_file = {
+        "blk.0.attn_q.weight": weights["q"][order].float().numpy(),
+        "blk.0.ffn_up.weight": weights["up"].float().numpy(),
+        "output.weight": np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32),
+    }
+    write(tmp_path / "exact.gguf", in_file, None)
+    write(tmp_path / "final.gguf", in_file, TYPES[bits])
+    before, after = (layouts(described(tmp_path / name)) for name in ("exact.gguf", "final.gguf"))  # type: ignore[arg-type]
+    untouched = gguf.GGUFReader(tmp_path / "final.gguf").tensors[2].data.copy()
+    written = place_codes(tmp_path / "exact.gguf", tmp_path / "final.gguf", before, after, weights, scales, grid)
+    assert written == 2
+    found = {
+        t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(tmp_path / "final.gguf").tensors
+    }
+    assert np.array_equal(found["blk.0.attn_q.weight"], exact["q"][order.numpy()])
+    assert np.array_equal(found["blk.0.ffn_up.weight"], exact["up"])
+    assert np.array_equal(gguf.GGUFReader(tmp_path / "final.gguf").tensors[2].data, untouched)
