@@ -22,10 +22,15 @@ def apply_mask(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def follows_n_of_m(mask: torch.Tensor, n: int, m: int) -> bool:
     """Whether every group of ``m`` consecutive columns keeps at most ``n`` weights."""
+    return broken_groups(mask, n, m) == 0
+
+
+def broken_groups(mask: torch.Tensor, n: int, m: int) -> int:
+    """The groups of ``m`` consecutive columns that keep more than ``n`` weights; all where ``m`` divides no row."""
     rows, columns = mask.shape
     if columns % m:
-        return False
-    return bool((mask.reshape(rows, columns // m, m).sum(dim=-1) <= n).all())
+        return rows * -(-columns // m)
+    return int((mask.reshape(rows, columns // m, m).sum(dim=-1) > n).sum())
 
 
 def pack_bits(bits: torch.Tensor) -> torch.Tensor:

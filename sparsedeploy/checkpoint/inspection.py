@@ -10,8 +10,9 @@ import torch
 from sparsedeploy import progress
 from sparsedeploy.checkpoint import masks as mask_file
 from sparsedeploy.checkpoint.manifest import Manifest, ModuleRecord, load_manifest
+from sparsedeploy.checkpoint.sizes import Matrix, measure
 from sparsedeploy.linear_algebra import all_finite
-from sparsedeploy.masks import follows_n_of_m
+from sparsedeploy.masks import broken_groups
 from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.models.stored_names import StoredSlice, read_linear
 from sparsedeploy.models.tensor_files import TensorFiles
@@ -27,7 +28,10 @@ class ModuleFindings:
         masked: weights that the mask prunes.
         zeros: weights that are zero in the file: the masked ones, and those that were zero or became so.
         row_sparsity: histogram of the rows' sparsity in ten bins of width 0.1.
-        follows: whether the pattern holds in every group; None for unstructured modules.
+        broken: groups that keep more weights than the pattern allows; None for unstructured modules, and all of them
+            where the width is no multiple of the group.
+        loss: the pruner's own reconstruction error, when it has one.
+        matrix: what the sizes of formats depend on.
     """
 
     name: str
@@ -37,7 +41,19 @@ class ModuleFindings:
     zeros: int
     row_sparsity: list[int]
     pattern: NM | None
-    follows: bool | None
+    broken: int | None
+    loss: float | None
+    matrix: Matrix
+
+    @property
+    def layer(self) -> int:
+        """The decoder layer that its name says."""
+        return next((int(part) for part in self.name.split(".") if part.isdigit()), 0)
+
+    @property
+    def follows(self) -> bool | None:
+        """Whether the pattern holds in every group; None for unstructured modules."""
+        return None if self.broken is None else self.broken == 0
 
     @property
     def sparsity(self) -> float:
@@ -63,6 +79,15 @@ class Inspection:
         return sum(m.masked for m in self.modules) / sum(m.rows * m.columns for m in self.modules)
 
     @property
+    def losses(self) -> dict[int, float]:
+        """Decoder layer -> the sum of its modules' reconstruction errors, the largest first; empty without any."""
+        sums: dict[int, float] = {}
+        for module in self.modules:
+            if module.loss is not None:
+                sums[module.layer] = sums.get(module.layer, 0.0) + module.loss
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+    @property
     def zeros(self) -> float:
         """The part of all modules' weights that is zero in the file."""
         return sum(m.zeros for m in self.modules) / sum(m.rows * m.columns for m in self.modules)
@@ -76,7 +101,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     """
     manifest = load_manifest(folder)
     result = Inspection(manifest)
-    _check_files(folder, manifest, result.problems)
+    check_files(folder, manifest, result.problems)
     plan = manifest.plan
     result.problems.extend(_plan_problems(plan, manifest))
     masks = mask_file.load_masks(folder / mask_file.FILE, {t.name: t.columns for t in plan.targets})
@@ -91,7 +116,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         if weight.shape != mask.shape:
             result.problems.append(f"{target.name}: weight {tuple(weight.shape)}, mask {tuple(mask.shape)}")
             continue
-        finding = _examine(target.name, weight, mask, target.pattern)
+        finding = _examine(target.name, weight, mask, target.pattern, manifest.modules[target.name].loss)
         result.modules.append(finding)
         if not all_finite(weight):
             result.problems.append(f"{target.name}: NaN or infinite values")
@@ -100,7 +125,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         if int((weight[~mask] != 0).sum()):
             result.problems.append(f"{target.name}: weights that its mask prunes are not zero")
         if finding.follows is False:
-            result.problems.append(f"{target.name}: not every group follows {target.pattern}")
+            result.problems.append(f"{target.name}: {finding.broken} groups do not follow {target.pattern}")
     return result
 
 
@@ -116,7 +141,9 @@ def _read_module(files: TensorFiles, module: ModuleRecord) -> torch.Tensor:
     return read_linear(files, slices, module.columns)
 
 
-def _examine(name: str, weight: torch.Tensor, mask: torch.Tensor, pattern: NM | None) -> ModuleFindings:
+def _examine(
+    name: str, weight: torch.Tensor, mask: torch.Tensor, pattern: NM | None, loss: float | None
+) -> ModuleFindings:
     rows, columns = mask.shape
     pruned_per_row = columns - mask.sum(dim=1)
     bins = (pruned_per_row * 10 // columns).clamp(max=9)
@@ -128,11 +155,14 @@ def _examine(name: str, weight: torch.Tensor, mask: torch.Tensor, pattern: NM | 
         zeros=int((weight == 0).sum()),
         row_sparsity=torch.bincount(bins, minlength=10).tolist(),
         pattern=pattern,
-        follows=None if pattern is None else follows_n_of_m(mask, pattern.n, pattern.m),
+        broken=None if pattern is None else broken_groups(mask, pattern.n, pattern.m),
+        loss=loss,
+        matrix=measure(mask),
     )
 
 
-def _check_files(folder: Path, manifest: Manifest, problems: list[str]) -> None:
+def check_files(folder: Path, manifest: Manifest, problems: list[str]) -> None:
+    """Add what is missing, stray or changed since the manifest was written."""
     needed = [mask_file.FILE, "config.json", *(path.name for path in weight_files(folder))]
     problems.extend(f"file {name} is not listed" for name in needed if name not in manifest.files)
     problems.extend(f"file {name} holds weights and does not belong to the model" for name in stray_weights(folder))

@@ -26,7 +26,8 @@ def load_masks(path: Path, columns: dict[str, int]) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             little = (file.metadata() or {}).get("bit_order") == BIT_ORDER["bit_order"]
-            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            held = set(file.keys())
+            packed = {name: file.get_tensor(name) for name in columns if name in held}
     except Exception as error:
         raise UserError(f"the masks in {path} cannot be read ({error})", "Prune the model again.") from error
     if missing := [name for name in columns if name not in packed]:

@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from sparsedeploy.cli.common import JsonOption, console, print_json
+from sparsedeploy.cli.flags import refuse_typed
 from sparsedeploy.errors import UserError
 
 if TYPE_CHECKING:
-    from sparsedeploy.checkpoint.inspection import Inspection, ModuleFindings
     from sparsedeploy.plan import SparsityPlan
-
-_LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 def inspect_command(
+    context: typer.Context,
     subjects: Annotated[
         list[Path], typer.Argument(metavar="PATH...", help="Pruned folders or plan files; several are compared.")
     ],
-    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the plans into this .png.")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="Compare one folder with this one: configuration, tensors, zeros and masks."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the plans into this .svg or .png.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="Also draw the mask of one matrix into this .svg or .png.")
+    ] = None,
+    module: Annotated[
+        str | None,
+        typer.Option("--module", help="With --mask: the matrix, by the end of its name [default: what lost most]."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what was pruned and verify the folder against its manifest; show plans, several side by side."""
+    """Show what was pruned, which layers lost most and what each format would take; verify the folder against its
+    manifest; compare two folders, or several plans side by side."""
+    if mask is None:
+        refuse_typed(context, ("module",), "there is no --mask")
+    if against is not None:
+        refuse_typed(context, ("plot", "mask"), "--against compares two folders")
+        _compare(subjects, against, as_json)
+        return
+    single = len(subjects) == 1 and subjects[0].is_dir()
+    if mask is not None:
+        if not single:
+            raise UserError("--mask draws a matrix of one pruned folder", "Name one folder, or leave --mask out.")
+        _draw_mask(subjects[0], mask, module)
     plans = _plans(subjects)
     if plot is not None:
         from sparsedeploy.reporting.plan_plot import save_plot
 
         save_plot(plans, plot)
-    if len(subjects) == 1 and subjects[0].is_dir():
+    if single:
         _inspect_checkpoint(subjects[0], as_json)
     elif as_json:
         print_json({label: plan.to_dict() for label, plan in plans.items()})
@@ -65,12 +84,14 @@ def _plans(subjects: list[Path]) -> dict[str, SparsityPlan]:
 
 def _inspect_checkpoint(checkpoint: Path, as_json: bool) -> None:
     from sparsedeploy.checkpoint.inspection import inspect_checkpoint
+    from sparsedeploy.reporting.inspection_tables import inspection_parts, inspection_values
 
     result = inspect_checkpoint(checkpoint)
     if as_json:
-        print_json(_as_dict(result))
+        print_json(inspection_values(result))
     else:
-        _print(checkpoint, result)
+        for part in inspection_parts(checkpoint, result):
+            console.print(part, soft_wrap=isinstance(part, str))
     if result.problems:
         raise UserError(
             f"{checkpoint} differs from its manifest: {result.problems[0]}"
@@ -79,57 +100,44 @@ def _inspect_checkpoint(checkpoint: Path, as_json: bool) -> None:
         )
 
 
-def _print(checkpoint: Path, result: Inspection) -> None:
-    plan = result.manifest.plan
-    table = Table(title=f"{checkpoint}: {result.manifest.method}, {plan.allocation}, {plan.pattern}")
-    for heading in ("module", "shape", "masked", "planned", "zero", "pattern", "rows 0..1"):
-        table.add_column(heading, justify="right" if heading in ("masked", "planned", "zero") else "left", no_wrap=True)
-    parts = zip(*(module.name.split(".") for module in result.modules), strict=False)
-    common = "".join(f"{group[0]}." for group in itertools.takewhile(lambda group: len(set(group)) == 1, parts))
-    console.print(f"modules of {common}" if common else "modules")
-    planned = {target.name: target.sparsity for target in plan.targets}
-    for module in result.modules:
-        table.add_row(
-            module.name.removeprefix(common),
-            f"{module.rows} x {module.columns}",
-            f"{module.sparsity:.4f}",
-            f"{planned[module.name]:.4f}",
-            f"{module.zeros / (module.rows * module.columns):.4f}",
-            _pattern(module),
-            _histogram(module.row_sparsity),
-        )
-    console.print(table)
-    console.print(
-        f"global sparsity {result.sparsity:.5f} (masked weights), asked {plan.sparsity:.5f}, over "
-        f"{len(result.modules)} modules; {result.zeros:.5f} of the weights are zero in the file",
-        soft_wrap=True,
-    )
-    if not result.problems:
-        console.print("the folder matches its manifest: files, masks, pruned weights and patterns")
-    for problem in result.problems:
-        console.print(f"problem: {problem}", markup=False)
+def _compare(subjects: list[Path], against: Path, as_json: bool) -> None:
+    from sparsedeploy.checkpoint.comparison import compare_folders
+    from sparsedeploy.reporting.inspection_tables import difference_parts, difference_values
+
+    if len(subjects) != 1 or not subjects[0].is_dir() or not against.is_dir():
+        raise UserError("--against compares one model folder with another", "Name two folders: inspect A --against B.")
+    found = compare_folders(subjects[0], against)
+    if as_json:
+        print_json(difference_values(found))
+        return
+    for part in difference_parts(subjects[0], against, found):
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
-def _pattern(module: ModuleFindings) -> str:
-    if module.pattern is None:
-        return "-"
-    return f"{module.pattern} {'ok' if module.follows else 'BROKEN'}"
+def _draw_mask(checkpoint: Path, picture: Path, wanted: str | None) -> None:
+    """Draw one module's mask.
 
+    Raises:
+        UserError: no such module, or several, or a picture that cannot be written.
+    """
+    from sparsedeploy.checkpoint import masks as mask_file
+    from sparsedeploy.checkpoint.manifest import load_manifest
+    from sparsedeploy.reporting.mask_picture import mask_charts
+    from sparsedeploy.reporting.pictures import check_picture, save_picture
 
-def _histogram(counts: list[int]) -> str:
-    most = max(counts)
-    return "".join(_LEVELS[-(-count * (len(_LEVELS) - 1) // most)] for count in counts)
-
-
-def _as_dict(result: Inspection) -> dict[str, object]:
-    modules = [
-        {**asdict(module), "pattern": str(module.pattern) if module.pattern else None, "sparsity": module.sparsity}
-        for module in result.modules
-    ]
-    return {
-        "sparsity": result.sparsity,
-        "zeros": result.zeros,
-        "modules": modules,
-        "problems": result.problems,
-        "plan": result.manifest.plan.to_dict(),
-    }
+    check_picture(picture)
+    manifest = load_manifest(checkpoint)
+    modules = manifest.modules
+    if wanted is None:
+        name = max(modules, key=lambda one: modules[one].loss or 0.0)
+    else:
+        found = [one for one in modules if one == wanted or one.endswith(f".{wanted}")]
+        if len(found) != 1:
+            some = f"{len(found)} do, such as {found[1]}" if found else f"such as {next(iter(modules))}"
+            raise UserError(
+                f"{'no module ends' if not found else 'not one module alone ends'} in '{wanted}'",
+                f"Give more of its name: {some}.",
+            )
+        name = found[0]
+    mask = mask_file.load_masks(checkpoint / mask_file.FILE, {name: modules[name].columns})[name]
+    save_picture(mask_charts(name, mask, manifest.plan.by_name[name].pattern), picture)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sparsedeploy.errors import UserError
-from sparsedeploy.folders import write_bytes, write_text
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
-from sparsedeploy.reporting.charts import Chart, Series, heat_map, line_chart, svg_file
+from sparsedeploy.reporting.charts import Chart, Series, heat_map, line_chart
+from sparsedeploy.reporting.pictures import save_picture
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _BAR_CELLS, _FEWEST_CELLS = 40, 4
@@ -95,25 +94,13 @@ def save_plot(plans: Mapping[str, SparsityPlan], path: Path) -> None:
     """Draw the plans: sparsity by layer, and a heat map of the modules of each plan that varies within layers.
 
     Raises:
-        UserError: another ending than ``.svg`` or ``.png``, no renderer for PNG, or the file cannot be written.
+        UserError: see :func:`save_picture`.
     """
-    kind = path.suffix.lower()
-    if kind not in (".svg", ".png"):
-        raise UserError(f"plot {path} is neither .svg nor .png", "Name it, for example, plan.svg.")
-    picture = svg_file(_charts(plans))
-    if kind == ".svg":
-        write_text(path, picture)
-        return
-    try:
-        import resvg_py
-    except ImportError as error:
-        raise UserError(
-            "PNG plots need resvg", "Install it: pip install 'sparsedeploy[plot]'; or name the file .svg."
-        ) from error
-    write_bytes(path, bytes(resvg_py.svg_to_bytes(svg_string=picture, zoom=2)))
+    save_picture(plan_charts(plans), path)
 
 
-def _charts(plans: Mapping[str, SparsityPlan]) -> list[Chart]:
+def plan_charts(plans: Mapping[str, SparsityPlan]) -> list[Chart]:
+    """Sparsity by layer, and a heat map of the modules of each plan that varies within layers."""
     profiles = {label: profile(plan) for label, plan in plans.items()}
     lines = [Series(label, list(enumerate(one.layers))) for label, one in profiles.items()]
     targets = sorted({plan.sparsity for plan in plans.values()})
