@@ -16,6 +16,7 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.checkpoint import masks as mask_file
+from sparsedeploy.checkpoint.card import CARD, EVALUATION, checkpoint_card, kept_names, read_base
 from sparsedeploy.checkpoint.manifest import (
     MANIFEST,
     RECIPE,
@@ -42,8 +43,8 @@ from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.models.weight_files import note_left_out, small_files
 from sparsedeploy.plan import SparsityPlan
 
-# Written anew.
-_OURS = (MANIFEST, RECIPE, mask_file.FILE, SCALES)
+# Written anew, or of another model.
+_OURS = (MANIFEST, RECIPE, mask_file.FILE, SCALES, CARD, EVALUATION)
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,10 @@ def complete(
         files={
             path.relative_to(staging).as_posix(): file_sha256(path)
             for path in sorted(staging.rglob("*"))
-            if path.is_file() and path.name != JOURNAL
+            if path.is_file() and path.name not in (JOURNAL, CARD)
         },
     )
+    write_text(staging / CARD, checkpoint_card(read_base(source, provenance.source_name), manifest))
     write_json(staging / MANIFEST, manifest.to_json())
     return manifest
 
@@ -169,6 +171,9 @@ def _slice_records(slices: tuple[StoredSlice, ...]) -> tuple[SliceRecord, ...]:
 
 def _copy_rest(source: Path, staging: Path) -> None:
     note_left_out(source)
+    for name, kept in kept_names(source).items():
+        progress.note(f"the base model's {name} is kept as {kept}")
+        shutil.copyfile(source / name, staging / kept)
     for path in small_files(source):
         if path.name not in _OURS:
             shutil.copyfile(path, staging / path.name)

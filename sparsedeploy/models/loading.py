@@ -24,6 +24,12 @@ from sparsedeploy.models.low_rank import attach_low_rank, load_adapter
 from sparsedeploy.models.tensor_files import TensorFiles, check_tensor
 from sparsedeploy.reading import SOUND_COPY, read_object
 
+# Of a repository on the hub: the model, what its tokenizer reads, and what says under which terms it may be used.
+_FETCHED = [
+    *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"),
+    *("README*.md", "LICEN?E*", "NOTICE*", "*.masks", "recipe.yaml"),
+]
+
 
 def resolve_model(source: str | Path) -> Path:
     """The local folder of a model: the folder itself, or the snapshot of a hub id (downloaded when needed).
@@ -40,9 +46,7 @@ def resolve_model(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"])
-        )
+        return Path(snapshot_download(text, allow_patterns=_FETCHED))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsedeploy.artifacts.card import write_artifact_card
 from sparsedeploy.artifacts.description import Artifact
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import claim
+from sparsedeploy.models.loading import resolve_model
 from sparsedeploy.options import described
 from sparsedeploy.registry import TARGETS
 
@@ -47,4 +49,8 @@ def export_checkpoint(
     chosen = method.make_options(options)
     read = (checkpoint, *(value for value in (options or {}).values() if isinstance(value, str)))
     with claim(output, overwrite=overwrite, inputs=read):
-        return method.function(checkpoint, output, chosen, trust_remote_code=trust_remote_code, overwrite=overwrite)
+        artifact: Artifact = method.function(
+            checkpoint, output, chosen, trust_remote_code=trust_remote_code, overwrite=overwrite
+        )
+        write_artifact_card(output, artifact, resolve_model(checkpoint), str(checkpoint))
+        return artifact

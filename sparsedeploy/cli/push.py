@@ -1,0 +1,31 @@
+"""``sparsedeploy push``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsedeploy.cli.common import JsonOption, console, print_json
+from sparsedeploy.cli.flags import Given, Section, takes
+from sparsedeploy.workflows.options import PushOptions
+
+
+@takes(Section("push", PushOptions))
+def push_command(
+    folder: Annotated[Path, typer.Argument(help="Folder that prune, recover or export wrote.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the hub: OWNER/NAME. It is made when it is not there.")],
+    given: Given,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify a folder and send it to the Hugging Face hub (or the one that HF_ENDPOINT names) as one commit."""
+    from sparsedeploy.workflows.push import push
+
+    pushed = push(folder, repo, PushOptions(**given.take("push")))
+    if as_json:
+        print_json(asdict(pushed))
+        return
+    console.print(f"{pushed.files} files, {pushed.bytes / 1e6:,.1f} MB: {pushed.url}", soft_wrap=True)
+    console.print(f'load it: AutoModelForCausalLM.from_pretrained("{pushed.repo}")', soft_wrap=True)
