@@ -1,0 +1,60 @@
+"""``sparsedeploy deploy``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from sparsedeploy.cli.common import DenseModelArgument, JsonOption, console, print_json
+from sparsedeploy.cli.flags import Given, Section, takes
+from sparsedeploy.workflows.options import CalibrationOptions, DeployOptions
+
+
+@takes(
+    Section("deploy", DeployOptions),
+    Section("calibration", CalibrationOptions, "Calibration text"),
+)
+def deploy_command(
+    model: DenseModelArgument,
+    given: Given,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for checkpoint, artifact and report; resumed if it is there.")
+    ] = Path("deployed"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done, with rough times.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """From a model to an artifact that is ready to serve: find the highest sparsity whose perplexity stays within a
+    bound, export it in the fastest format that does too, and measure it against the dense model. Stopped, the same
+    command goes on."""
+    from sparsedeploy.workflows.deploy import deploy, plan, prepare, sentence
+    from sparsedeploy.workflows.deploy_plan import shown_time
+
+    calibration = CalibrationOptions(**given.take("calibration"))
+    options = DeployOptions(**given.take("deploy"), calibration=calibration)
+    if dry_run:
+        steps = plan(prepare(model, output, options))
+        if as_json:
+            print_json(
+                [{"step": one.name, "what": one.what, "seconds": one.seconds, "done": one.done} for one in steps]
+            )
+            return
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        for header in ("step", "what", "about"):
+            table.add_column(header, justify="right" if header == "about" else "left")
+        for one in steps:
+            table.add_row(one.name, one.what, "done" if one.done else shown_time(one.seconds))
+        console.print(table)
+        left = sum(one.seconds or 0 for one in steps if not one.done)
+        console.print(f"about {shown_time(left)} in all, within a factor of two or three; nothing was written")
+        return
+    result = deploy(model, output, options, command=shlex.join(["sparsedeploy", *sys.argv[1:]]))
+    if as_json:
+        print_json(result)
+        return
+    console.print(sentence(result), soft_wrap=True)
+    console.print(f"report: {output / 'report.html'} and {output / 'report.json'}", soft_wrap=True)

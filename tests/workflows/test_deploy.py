@@ -1,0 +1,167 @@
+"""``deploy`` on the tiny reference model and the real DeepSparse: interrupted, resumed, refused."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sparsedeploy.checkpoint.inspection import inspect_checkpoint
+from sparsedeploy.errors import UserError
+from sparsedeploy.reference import reference_model
+from sparsedeploy.runtimes.environments import Environment
+from sparsedeploy.runtimes.machine import this_machine
+from sparsedeploy.runtimes.specification import load_runtime
+from sparsedeploy.workflows import deploy_plan
+from sparsedeploy.workflows.deploy_plan import choose_aim
+from tests.cli.conftest import Outcome, cli  # noqa: F401 - a fixture
+
+_SEARCH = [
+    *(
+        "--rate",
+        "0.3",
+        "--rate",
+        "0.5",
+        "--rate",
+        "0.7",
+        "--method",
+        "magnitude,wanda",
+        "--allocation",
+        "uniform",
+        "--data",
+        "stdlib",
+    ),
+    *("--samples", "8", "--calibration-length", "64", "--windows", "4", "--context", "64"),
+    *("--rounds", "2", "--prompt-length", "16", "--decode-tokens", "4"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(reference_model("tiny"), tmp_path_factory.mktemp("deploy") / "tiny")
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_interrupted_and_resumed(deepsparse_runtime: Environment, model: Path, tmp_path: Path, cli) -> None:  # noqa: F811
+    """The first run is stopped after its first trial; the same command goes on and repeats nothing."""
+    output = tmp_path / "out"
+    words = ["deploy", str(model), "--for", "deepsparse", "--within", "60%", "-o", str(output), *_SEARCH]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sparsedeploy", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    state = output / "deploy.json"
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if state.exists() and json.loads(state.read_text())["trials"]:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "What is done is kept: the same command goes on." in said
+    before = json.loads(state.read_text())
+    assert before["trials"]
+    assert before["result"] is None
+    steps = cli(*words, "--dry-run")
+    assert steps.code == 0, steps.err
+    assert "done" in steps.out
+    outcome = cli(*words)
+    assert outcome.code == 0, outcome.err
+    after = json.loads(state.read_text())
+    assert after["trials"][: len(before["trials"])] == before["trials"]  # the times too: nothing was done again
+    result = after["result"]
+    line = next(line for line in outcome.out.splitlines() if "x decode over the dense model" in line)
+    assert re.search(
+        r"\d\.\d\dx decode .*perplexity [+-]\d+\.\d %.*\d\.\d\d of the size; serve it with: sparsedeploy", line
+    )
+    # What was chosen is within the bound, by its own figures, and is a sound checkpoint with a card that has them.
+    chosen = result["chosen"]
+    assert chosen["perplexity"] <= 1.6 * result["dense"]["perplexity"]
+    checkpoint = Path(chosen["checkpoint"])
+    assert inspect_checkpoint(checkpoint).problems == []
+    assert "| base model | this model | change |" in (checkpoint / "README.md").read_text()
+    assert [path.name for path in (output / "checkpoints").iterdir()] == [checkpoint.name]
+    assert {trial["method"] for trial in result["trials"]} == {"magnitude", "wanda"}
+    report = (output / "report.html").read_text()
+    assert "Rates that were tried" in report
+    assert "decode over the dense model" in report
+    # Everything is done: the third time says so at once and measures nothing.
+    assert json.loads(cli(*words, "--json").out) == result
+    other = cli(*words[:-1], "5")
+    assert other.code == 2
+    assert "was asked for differently (decode_tokens)" in other.err
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_a_bound_that_nothing_meets(deepsparse_runtime: Environment, model: Path, tmp_path: Path, cli) -> None:  # noqa: F811
+    outcome = cli("deploy", model, "--for", "deepsparse", "--within", "0.001%", "-o", tmp_path / "out", *_SEARCH)
+    assert outcome.code == 2
+    assert "no rate from 30% to 70% stays within 0.001%; the nearest is 30% with" in outcome.err
+    assert "Allow more (--within)" in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("error: ")
+
+
+def refused(outcome: Outcome, message: str) -> None:
+    assert outcome.code == 2, outcome.err
+    assert message in outcome.err
+    assert outcome.changed == []
+
+
+def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path, cli) -> None:  # noqa: F811
+    words = ("deploy", model, "-o", tmp_path / "out", *_SEARCH, "--dry-run", "--for", "onnxruntime")
+    outcome = cli(*words)
+    assert (outcome.code, outcome.changed) == (0, []), outcome.err
+    for word in ("50%, magnitude, uniform", "50%, wanda, uniform", "the best pair at up to 1 more of 30%, 50%, 70%"):
+        assert word in outcome.out
+    steps = json.loads(cli(*words, "--json").out)
+    assert [step["step"] for step in steps] == ["runtime", "dense", "try", "try", "try", "export", "bench"]
+    assert all(step["seconds"] is None or step["seconds"] > 0 for step in steps)
+
+
+def test_refusals(model: Path, tmp_path: Path, cli) -> None:  # noqa: F811
+    text = tmp_path / "text.txt"
+    text.write_text("some words " * 100)
+    base = ("deploy", model, "-o", tmp_path / "out", "--for", "deepsparse")
+    refused(cli(*base, "--data", text), "has no split of its own to judge quality on. Name another text")
+    refused(cli(*base, "--data", text, "--held-out", text), "has no split of its own")
+    refused(cli(*base, "--data", "stdlib", "--within", "a lot"), "the bound is 'a lot'")
+    refused(cli(*base, "--data", "stdlib", "--rate", "1.5"), "1.5")
+    refused(cli(*base, "--data", "stdlib", "--method", "nothing"), "unknown pruning method 'nothing'")
+    refused(cli("deploy", model, "--for", "toaster", "--data", "stdlib"), "unknown target 'toaster'. Use cpu, llamacpp")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    refused(cli("deploy", model, "-o", tmp_path / "mine", "--for", "deepsparse", "--data", "stdlib"), "other files")
+    refused(cli("deploy", model, "-o", text, "--for", "deepsparse", "--data", "stdlib"), "is a file")
+
+
+def test_a_target_that_this_machine_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another machine than this one: what the specifications say about it decides."""
+    arm = replace(this_machine(), machine="aarch64", system="Linux", flags=())
+    monkeypatch.setattr(deploy_plan, "this_machine", lambda: arm)
+    with pytest.raises(UserError, match=r"cannot run deepsparse: .* runs on x86_64, this is aarch64\. It can run"):
+        choose_aim("deepsparse")
+    windows = replace(arm, machine="AMD64", system="Windows")
+    monkeypatch.setattr(deploy_plan, "this_machine", lambda: windows)
+    with pytest.raises(UserError, match=r"no sparse runtime for CPUs runs here \(llama\.cpp runs on Linux"):
+        choose_aim("cpu")
+
+
+def test_cpu_prefers_what_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache folder in which only DeepSparse stands as complete."""
+    monkeypatch.setenv("SPARSEDEPLOY_HOME", str(tmp_path))
+    runtime = load_runtime("deepsparse")
+    if (reason := runtime.why_not_here(this_machine())) is not None:
+        pytest.skip(reason)
+    home = tmp_path / "runtimes" / "deepsparse"
+    (home / "env" / "bin").mkdir(parents=True)
+    (home / "env" / "bin" / "python").symlink_to(sys.executable)
+    (home / "complete.json").write_text(json.dumps({"requirements_sha256": runtime.requirements_sha256}))
+    assert choose_aim("cpu").name == "deepsparse"
