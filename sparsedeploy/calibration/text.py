@@ -19,10 +19,20 @@ from sparsedeploy.models.tokenizer import check_tokens, load_tokenizer
 def calibration_set(
     folder: Path, config: Any, options: CalibrationOptions, *, trust_remote_code: bool = False
 ) -> CalibrationSet:
+    """:func:`draw_sequences` with the tokenizer of a model's folder.
+
+    Raises:
+        UserError: see there; also no tokenizer.
+    """
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return draw_sequences(tokenizer, config, options)
+
+
+def draw_sequences(tokenizer: Any, config: Any, options: CalibrationOptions) -> CalibrationSet:
     """Read, tokenise and sample the calibration text.
 
     Raises:
-        UserError: no tokenizer, no text or too little, or sequences longer than the model's positions.
+        UserError: no text or too little, or sequences longer than the model's positions.
     """
     positions = getattr(config, "max_position_embeddings", None)
     length = options.length or default_length(config)
@@ -30,7 +40,6 @@ def calibration_set(
         raise UserError(
             f"calibration length {length} exceeds the model's {positions} positions", "Lower --calibration-length."
         )
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     documents = load_documents(options.data, field=options.field)
     drawn = sample_tokens(
         documents,
