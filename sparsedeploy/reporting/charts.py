@@ -12,6 +12,8 @@ from html import escape
 
 _WIDTH, _HEIGHT = 640, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 92, 24, 14, 52
+# Where a picture drawn by someone else may lie, beside the charts of this module.
+BOX_LEFT, BOX_WIDTH = _LEFT, _WIDTH - _LEFT - _RIGHT
 _COLOURS = 6
 # Of a letter, on average, at the size that it has on a narrow screen.
 _LETTER = 9.0
@@ -34,6 +36,10 @@ class Chart:
     names: Sequence[str]
     title: str
     height: int = _HEIGHT
+
+    def _repr_svg_(self) -> str:
+        """The picture as a notebook shows it."""
+        return svg_file([self])
 
     def __html__(self) -> str:
         """The picture, and below it the key in HTML, which wraps and keeps its size on a narrow screen."""
@@ -201,8 +207,8 @@ def pareto_front(discs: Sequence[Disc], lower_is_better: bool = True) -> list[Di
     return sorted(best, key=lambda disc: disc.x)
 
 
-def heat_map(rows: Mapping[str, Sequence[float | None]], *, title: str, x_label: str) -> Chart:
-    """Rows of cells from 0 (light) to 1 (dark), None left empty; the value is in each cell's hover text."""
+def heat_map(rows: Mapping[str, Sequence[float | None]], *, title: str, x_label: str, darkest: float = 1.0) -> Chart:
+    """Rows of cells from 0 (light) to ``darkest``, None left empty; the value is in each cell's hover text."""
     columns = max(len(values) for values in rows.values())
     bottom = _TOP + _CELL * len(rows)
     width = (_WIDTH - _LEFT - _RIGHT) / columns
@@ -221,8 +227,8 @@ def heat_map(rows: Mapping[str, Sequence[float | None]], *, title: str, x_label:
             if value is not None:
                 parts.append(
                     f'<rect class="bar c0" x="{_LEFT + at * width:.1f}" y="{top}" width="{width:.1f}" '
-                    f'height="{_CELL - 1}" fill-opacity="{min(max(value, 0.04), 1):.3f}">'
-                    f"<title>{escape(f'{name}, {at}: {value:.3f}')}</title></rect>"
+                    f'height="{_CELL - 1}" fill-opacity="{min(max(value / darkest, 0.04), 1):.3f}">'
+                    f"<title>{escape(f'{name}, {at}: {_told(value, darkest)}')}</title></rect>"
                 )
     for at in range(0, columns, max(1, columns // 10)):
         parts.append(
@@ -230,6 +236,10 @@ def heat_map(rows: Mapping[str, Sequence[float | None]], *, title: str, x_label:
             f"{at}</text>"
         )
     return Chart(parts, [], title, bottom + 46)
+
+
+def _told(value: float, darkest: float) -> str:
+    return f"{value:.3f}" if darkest == 1.0 else f"{value:.4g}"
 
 
 def svg_file(charts: Sequence[Chart]) -> str:

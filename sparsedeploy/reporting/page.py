@@ -1,4 +1,4 @@
-"""The parts of a self-contained HTML page: no script, no network, light and dark, wide and narrow."""
+"""The parts of a self-contained HTML page: no network, light and dark, wide and narrow, whole without its script."""
 
 from __future__ import annotations
 
@@ -40,12 +40,46 @@ def commands_block(commands: Sequence[str]) -> Markup:
     return _part("commands", commands)
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> Markup:
-    """A table; with ``numbers`` all but the first column are aligned right.
+def table(
+    headers: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True, label: str | None = None
+) -> Markup:
+    """A table; with ``numbers`` all but the first column are aligned right, and a click on a heading sorts it.
 
     A row of a single cell is a heading of the rows after it.
+
+    Args:
+        label: its accessible name.
     """
-    return _part("table", headers, list(rows), "numbers" if numbers else "pairs")
+    return _part("table", headers, list(rows), "numbers" if numbers else "pairs", label or "table")
+
+
+def details(title: str, *content: Markup) -> Markup:
+    """What is shown when it is asked for."""
+    return _part("details", title, Markup("").join(content))
+
+
+def beside(*parts: Markup) -> Markup:
+    """Parts beside each other where there is room."""
+    return _part("beside", parts)
+
+
+def levels(name: str, label: str, parts: Sequence[tuple[str, Markup]]) -> Markup:
+    """Named parts of one kind, below each other; with scripts a slider shows one at a time.
+
+    Args:
+        name: an identifier of its own on the page.
+        label: of the slider.
+    """
+    return _part("levels", name, label, parts)
+
+
+def sample(name: str, pieces: Sequence[tuple[str, bool]], told: str) -> Markup:
+    """A generated text; pieces that differ are marked, and ``told`` says so in words."""
+    return _part("sample", name, pieces, told)
+
+
+def prompt(text: str) -> Markup:
+    return _part("prompt", text)
 
 
 def pairs(values: Mapping[str, Any]) -> Markup:

@@ -2,7 +2,8 @@
 
 ``models`` is a list with, for each model, ``name``, ``sparsity``, ``quality`` (``perplexity`` and, when tasks were run,
 ``tasks``: name -> metrics, each with its ``_stderr``), sizes, ``layer_sparsity``, ``allocation`` and ``commands`` (step
--> command line); ``benchmark`` is the result of ``sparsedeploy bench`` under the same names.
+-> command line), and where they are known ``modules`` (:func:`.levels.module_rows`) and ``samples``
+(:func:`.samples.samples_section`); ``benchmark`` is the result of ``sparsedeploy bench`` under the same names.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from sparsedeploy.reporting.benchmark_page import (
 )
 from sparsedeploy.reporting.benchmark_table import rows_at, setting_title, settings, times
 from sparsedeploy.reporting.charts import Disc, Series, line_chart, scatter_chart
+from sparsedeploy.reporting.levels import levels_section
 from sparsedeploy.reporting.page import commands_block, figure, note, page, pairs, section, table
+from sparsedeploy.reporting.samples import samples_section
 
 FORMAT = 2
 # The first of these that a task has is its score. The pruning papers report acc for their tasks.
@@ -142,7 +145,7 @@ def heading(report: Mapping[str, Any]) -> str:
 
 
 def html_report(report: Mapping[str, Any]) -> str:
-    """The report as one HTML file without scripts or links to anything outside it."""
+    """The report as one HTML file that is whole without its script and needs nothing outside it."""
     measured = report["benchmark"]
     quality = report["models"][0]["quality"]
     summary = section(
@@ -160,11 +163,15 @@ def html_report(report: Mapping[str, Any]) -> str:
     return page(
         report["title"],
         [
+            note(report.get("summary", "")) if report.get("summary") else Markup(""),
             summary,
+            levels_section(report, summary_rows(report)),
+            _trials_section(report),
             *_pareto_sections(report),
             *speed_sections(measured),
             _quality_section(report),
             _tasks_section(report),
+            samples_section(report),
             _layers_section(report),
             *_allocation_sections(report),
             *profile_sections(measured),
@@ -178,6 +185,39 @@ def html_report(report: Mapping[str, Any]) -> str:
                 note("Every figure is in report.json beside this file."),
             ),
         ],
+    )
+
+
+def _trials_section(report: Mapping[str, Any]) -> Markup:
+    """What a search tried, with its bound; empty where nothing was searched."""
+    trials, bound = report.get("trials", []), float(report.get("bound", 0.0))
+    if not trials:
+        return Markup("")
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for one in trials:
+        if one["perplexity"] is not None:
+            lines.setdefault(f"{one['method']}, {one['allocation']}", []).append((one["rate"], one["perplexity"]))
+    series = [Series(name, sorted(points)) for name, points in lines.items()]
+    rates = [one["rate"] for one in trials]
+    series.append(Series("bound", [(min(rates), bound), (max(rates), bound)]))
+    chart = line_chart(
+        series, title="Rates that were tried", x_label="sparsity", y_label="perplexity, log scale", log_y=True
+    )
+    rows = [
+        (
+            f"{one['method']}, {one['allocation']}",
+            f"{one['rate']:.0%}",
+            one["reason"] or f"{one['perplexity']:.3f}",
+            "yes" if one["perplexity"] is not None and one["perplexity"] <= bound else "no",
+            f"{one['seconds']:.0f} s",
+        )
+        for one in trials
+    ]
+    headers = ("method and allocation", "sparsity", "perplexity", "within the bound", "time")
+    return section(
+        "Rates that were tried",
+        figure(chart, f"Perplexity on held-out text in PyTorch; the bound is {bound:.3f}."),
+        table(headers, rows),
     )
 
 

@@ -18,11 +18,16 @@ from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
+from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.plan import check_sparsity
 from sparsedeploy.quality.evaluate import evaluate
 from sparsedeploy.quality.options import EvalOptions, TaskOptions, TextOptions
+from sparsedeploy.quality.perplexity import text_windows
+from sparsedeploy.quality.samples import prompts_of, sample_generations
 from sparsedeploy.reference import reference_model
+from sparsedeploy.reporting.levels import module_rows
 from sparsedeploy.reporting.report import FORMAT, html_report, layer_sparsity
+from sparsedeploy.runtimes.engine import find_deployment
 from sparsedeploy.runtimes.environments import install
 from sparsedeploy.speed.benchmark import benchmark
 from sparsedeploy.speed.options import BenchmarkOptions
@@ -80,6 +85,11 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
             profile=options.profile,
         ),
     )
+    prompts = prompts_of(text_windows(_DATA, load_tokenizer(dense), 64, split=_SPLIT, limit=_WINDOWS))
+    samples = {
+        name: sample_generations(find_deployment(folder), load_tokenizer(dense), prompts, cores=options.cores)
+        for name, folder in artifacts.items()
+    }
     sparsity_of = dict(zip(list(checkpoints)[1:], options.sparsities, strict=True))
     steps = {
         name: _commands(dense, checkpoints[name], artifacts[name], sparsity_of.get(name), options)
@@ -100,6 +110,7 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
             {
                 **_model(name, checkpoints[name], artifacts[name]),
                 "quality": quality[name],
+                "samples": samples[name],
                 "commands": steps[name],
             }
             for name in checkpoints
@@ -152,7 +163,8 @@ def _exported(checkpoint: Path, folder: Path) -> Path:
 
 def _model(name: str, checkpoint: Path, artifact: Path) -> dict[str, Any]:
     exported = load_artifact(artifact)
-    plan = None if name == "dense" else load_manifest(checkpoint).plan.to_dict()
+    manifest = None if name == "dense" else load_manifest(checkpoint)
+    plan = manifest and manifest.plan.to_dict()
     return {
         "name": name,
         "checkpoint": str(checkpoint),
@@ -163,6 +175,7 @@ def _model(name: str, checkpoint: Path, artifact: Path) -> dict[str, Any]:
         "nonzero_weights": exported.sparsity.weights - exported.sparsity.zeros,
         "allocation": plan and plan["allocation"],
         "layer_sparsity": plan and layer_sparsity(plan),
+        "modules": manifest and module_rows(manifest),
     }
 
 

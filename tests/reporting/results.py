@@ -88,6 +88,11 @@ def report(**changes: Any) -> dict[str, Any]:
                 "nonzero_weights": 1000 - zeros,
                 "allocation": None if zeros == 0 else ("uniform", "owl")[at - 1],
                 "layer_sparsity": None if zeros == 0 else rates,
+                "modules": None if zeros == 0 else _modules(zeros),
+                "samples": [
+                    {"prompt": "Once upon <a> time", "tokens": [" there", " was", f" word{at}", " and", " an", " end"]},
+                    {"prompt": "The last one", "tokens": [" is", " the", " same"]},
+                ],
                 "quality": {
                     **{"perplexity": 10.0 + 3 * at, "data": "text", "split": "test", "windows": 4, "context": 64},
                     "tasks": {
@@ -109,12 +114,34 @@ def report(**changes: Any) -> dict[str, Any]:
         "title": "A report",
         "sparsedeploy": "0",
         "command": "sparsedeploy demo",
+        "summary": "2.00x decode over the dense model",
+        "bound": 14.0,
+        "trials": [
+            _trial(0.5, "wanda", 11.0),
+            _trial(0.5, "sparsegpt", 10.5),
+            _trial(0.7, "sparsegpt", 15.0),
+            {**_trial(0.8, "sparsegpt", None), "reason": "the model has diverged"},
+        ],
         "settings": {"method": "wanda", "sparsities": [0.5, 0.8]},
         "models": models,
         "commands": [repeat_command(benchmark)],
         "benchmark": benchmark,
         **changes,
     }
+
+
+def _trial(rate: float, method: str, perplexity: float | None) -> dict[str, Any]:
+    found = {"rate": rate, "method": method, "allocation": "uniform", "perplexity": perplexity}
+    return {**found, "reason": None, "seconds": 12.0}
+
+
+def _modules(zeros: int) -> list[dict[str, Any]]:
+    """Two projections in each layer; the error grows with depth."""
+    return [
+        {"layer": layer, "projection": name, "weights": 1000, "zeros": zeros + 10 * layer, "loss": 0.5 * (1 + layer)}
+        for layer in range(LAYERS)
+        for name in ("q_proj", "up_proj")
+    ]
 
 
 def _profile(name: str, zeros: int, ms: float) -> Profile:
