@@ -94,6 +94,23 @@ def families() -> list[Family]:
 # Beyond the page's own usage: examples that the tests run, after one marker line where they cannot.
 _COMMAND_EXAMPLES = {
     "demo": "<!-- test: skip trains a model: minutes -->\n```bash\nsparsedeploy demo -o demo-output\n```\n",
+    "deploy": """<!-- test: skip installs a runtime and measures for minutes -->
+```bash
+sparsedeploy deploy MODEL --for cpu --within 5% --data my-text.txt --held-out held-out.txt --dry-run
+sparsedeploy deploy MODEL --for cpu --within 5% --data my-text.txt --held-out held-out.txt -o deployed
+```
+
+[A recording](../sample/deploy.txt) of two runs. What it decides:
+
+- **Method and allocation**: each is pruned at the middle rate; the pair with the lowest perplexity on the held-out
+  text goes on.
+- **Rate**: the ladder of `--rate` is halved with that pair until the highest rate within `--within` is known.
+- **Format**: the checkpoint is exported in each format of the target, and its perplexity is measured in the engine
+  itself, so quantisation counts. Of those within the bound the one with the fastest decoding wins, in one benchmark
+  against the dense model in the target's plain format.
+
+Every step is an ordinary command, which the report lists. `deploy.json` in the folder holds what is known so far.
+""",
     "prune": """```bash
 # Magnitude reads no text; 2:4 keeps two of every four weights.
 sparsedeploy prune MODEL -o sparse-2-4 --pattern 2:4 --method magnitude
@@ -116,7 +133,29 @@ sparsedeploy inspect owl.json alpha.json
 sparsedeploy prune MODEL -o sparse --plan owl.json --method magnitude
 ```
 """,
-    "inspect": "```bash\nsparsedeploy inspect pruned\nsparsedeploy inspect pruned --plot rates.png --json\n```\n",
+    "inspect": """```bash
+sparsedeploy inspect pruned
+sparsedeploy inspect pruned --plot rates.png --mask mask.svg --module layers.0.mlp.up_proj
+sparsedeploy inspect pruned --against MODEL
+```
+""",
+    "card": """```bash
+sparsedeploy eval pruned --data held-out.txt --context 128 -o pruned-quality.json
+sparsedeploy eval MODEL --data held-out.txt --context 128 -o dense-quality.json
+sparsedeploy card pruned --eval pruned-quality.json --eval dense-quality.json
+```
+
+`prune` and `recover` write the card without figures, `export` takes the checkpoint's along. The base model's own
+README.md is kept as `README.base.md`, and a card that you edited is never written over without `--overwrite`.
+""",
+    "push": """<!-- test: skip needs a hub -->
+```bash
+sparsedeploy push pruned me/model-70
+HF_ENDPOINT=https://hub.example.org sparsedeploy push artifact me/model-70-onnx --private
+```
+
+Every file is compared with its hash first. Hidden files are not sent.
+""",
     "eval": """```bash
 # Perplexity on two texts and accuracy on a task that needs no download, into one file.
 sparsedeploy eval pruned --data held-out=held-out.txt --data own=my-text.txt --context 128 \\

@@ -10,21 +10,35 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from sparsedeploy.cli.examples import EXAMPLES
 from sparsedeploy.paths import check_file_output, check_output, check_regular, expand
 from sparsedeploy.processes import refuse_several
 
 # The parameters that name what is written, and those of text that is no path.
-_FILES = ("csv", "html", "plot")
+_FILES = ("csv", "html", "plot", "mask")
 _OUTPUT = "output"
 _PLAIN = ("prompt",)
 # The commands whose --output is a folder; the workflows keep that one to themselves (folders.claim).
-_MAKE_FOLDERS = ("prune", "recover", "export", "demo")
+_MAKE_FOLDERS = ("prune", "recover", "export", "demo", "deploy")
 # The only command that several processes can share.
 _SHARED = "prune"
 
 
 class Command(TyperCommand):
-    """A command that refuses paths which cannot be used, and several processes where it cannot share the work."""
+    """A command whose help starts with examples, and that refuses paths which cannot be used, and several processes
+    where it cannot share the work.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The examples, then what typer shows."""
+        at = ctx
+        names: list[str] = []
+        while at.parent is not None:
+            names.insert(0, str(at.info_name))
+            at = at.parent
+        for line in EXAMPLES.get(" ".join(names), ()):
+            print(line)
+        super().format_help(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
         """Check, then run.

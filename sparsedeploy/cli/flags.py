@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from sparsedeploy.cli.completion import offers
 from sparsedeploy.errors import UserError
 from sparsedeploy.options import Described, convert, described, parse_pairs
 
@@ -179,6 +180,7 @@ class _Flag:
             help=self.item.facts.text,
             rich_help_panel=self.panel,
             metavar="|".join(map(str, values)) or _metavar(self.item),
+            autocompletion=offers(self.item.facts.choices or (lambda: values)),
         )
         hint = typing.cast(Any, Annotated)[_typed_as(self.item), option]
         return inspect.Parameter(self.parameter, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=hint)

@@ -12,7 +12,9 @@ from rich.console import Console
 from sparsedeploy import progress
 from sparsedeploy.cli.allocate import allocate_command
 from sparsedeploy.cli.bench import bench_command
+from sparsedeploy.cli.card import card_command
 from sparsedeploy.cli.demo import demo_command
+from sparsedeploy.cli.deploy import deploy_command
 from sparsedeploy.cli.edge import Command
 from sparsedeploy.cli.eval import eval_command
 from sparsedeploy.cli.export import export_command
@@ -20,6 +22,7 @@ from sparsedeploy.cli.generate import generate_command
 from sparsedeploy.cli.inspect import inspect_command
 from sparsedeploy.cli.process import Stop, no_foreign_messages, patient_streams, stoppable
 from sparsedeploy.cli.prune import prune_command
+from sparsedeploy.cli.push import push_command
 from sparsedeploy.cli.recover import recover_command
 from sparsedeploy.cli.runtime import runtime_app
 from sparsedeploy.cli.serve import serve_command
@@ -29,9 +32,7 @@ from sparsedeploy.processes import environment_processes
 from sparsedeploy.registry import ALLOCATORS, PRUNERS, TARGETS
 from sparsedeploy.version import __version__
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
-)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 
 # Typer brings its own copy of click or uses the installed one, by version: take the class from its public names.
@@ -71,16 +72,19 @@ def root(
 
 _START, _MAKE, _CHECK, _SHIP = "Start here", "Prune", "Inspect and evaluate", "Deploy and benchmark"
 app.command("demo", cls=Command, rich_help_panel=_START)(demo_command)
+app.command("deploy", cls=Command, rich_help_panel=_START)(deploy_command)
 app.command("prune", cls=Command, rich_help_panel=_MAKE)(prune_command)
 app.command("recover", cls=Command, rich_help_panel=_MAKE)(recover_command)
 app.command("allocate", cls=Command, rich_help_panel=_MAKE)(allocate_command)
 app.command("inspect", cls=Command, rich_help_panel=_CHECK)(inspect_command)
 app.command("eval", cls=Command, rich_help_panel=_CHECK)(eval_command)
+app.command("card", cls=Command, rich_help_panel=_CHECK)(card_command)
 app.command("export", cls=Command, rich_help_panel=_SHIP)(export_command)
 app.add_typer(runtime_app, name="runtime", rich_help_panel=_SHIP)
 app.command("generate", cls=Command, rich_help_panel=_SHIP)(generate_command)
 app.command("serve", cls=Command, rich_help_panel=_SHIP)(serve_command)
 app.command("bench", cls=Command, rich_help_panel=_SHIP)(bench_command)
+app.command("push", cls=Command, rich_help_panel=_SHIP)(push_command)
 
 
 def main() -> None:

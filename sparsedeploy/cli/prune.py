@@ -16,6 +16,7 @@ from sparsedeploy.cli.common import (
     console,
     print_json,
 )
+from sparsedeploy.cli.completion import complete_recipe
 from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.cli.recover import print_recovery, take_recovery
 from sparsedeploy.errors import UserError
@@ -49,7 +50,12 @@ def prune_command(
     ] = OWN_ENGINE,
     plan: Annotated[Path | None, typer.Option("--plan", help="Use this plan file; no allocation is run.")] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", help="A shipped recipe's name or a YAML file; flags override it.")
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="A shipped recipe's name or a YAML file; flags override it.",
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -8,12 +8,15 @@ import typer
 from rich.table import Table
 
 from sparsedeploy.cli.common import JsonOption, console, print_json
+from sparsedeploy.cli.completion import complete_runtime
 from sparsedeploy.cli.edge import Command
 from sparsedeploy.runtimes import environments
 
 runtime_app = typer.Typer(no_args_is_help=True, help="Engines in environments of their own.")
 
-NameArgument = Annotated[str, typer.Argument(help="Name of the runtime, such as deepsparse.")]
+NameArgument = Annotated[
+    str, typer.Argument(help="Name of the runtime, such as deepsparse.", autocompletion=complete_runtime)
+]
 
 
 @runtime_app.command("list", cls=Command)

@@ -13,6 +13,7 @@ from sparsedeploy.options import Options, described, option, plain_options, seed
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.recovery.options import DataOptions
 from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES
+from sparsedeploy.resources import shipped
 
 _TARGET = ("sparsity", "pattern", "pattern_options")
 _SPREAD = ("allocation", "allocation_options")
@@ -131,6 +132,68 @@ class DemoOptions(Options):
     profile: bool = option(False, "Also measure the time of each layer.")
     cores: int | None = option(None, "Cores to measure on [default: all].", short="-c", at_least=1)
     python: str | None = option(None, "Python for DeepSparse's environment, 3.8 to 3.11.")
+
+
+@dataclass(frozen=True)
+class DeployOptions(Options):
+    """What ``deploy`` searches through and how it judges.
+
+    Attributes:
+        within: growth of perplexity that is allowed, ``5%`` or ``0.05``.
+        held_out: the text to judge on; None takes the test split of the calibration text's set.
+    """
+
+    target: str = option(
+        "cpu",
+        "What to deploy for: {choices}; cpu is the best runtime of this machine.",
+        flag="--for",
+        choices=lambda: ("cpu", "deepsparse", "llamacpp", "onnxruntime", "vllm"),
+    )
+    within: str = option("5%", "Growth of perplexity that is allowed, such as 5%.")
+    rates: tuple[float, ...] = option(
+        (0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+        "Sparsities to choose from; repeat for several [default: 0.3, 0.4 to 0.8].",
+        flag="--rate",
+    )
+    methods: tuple[str, ...] = option(
+        ("wanda", "sparsegpt", "alps"),
+        "Pruning methods to choose from; repeat for several [default: wanda, sparsegpt, alps].",
+        flag="--method",
+        short="-m",
+        choices=PRUNERS.names,
+    )
+    allocations: tuple[str, ...] = option(
+        ("uniform", "lsa"),
+        "Allocations to choose from; repeat for several [default: uniform, lsa].",
+        flag="--allocation",
+        short="-a",
+        choices=ALLOCATORS.names,
+    )
+    held_out: str | None = option(
+        None, "Text to judge quality on [default: the test split of the calibration text's set]."
+    )
+    windows: int = option(32, "Windows of that text.", at_least=1)
+    context: int | None = option(None, "Tokens of a window [default: min(512, positions)].", at_least=2)
+    prompt_length: int = option(128, "Tokens of the benchmark's prompt.", at_least=1)
+    decode_tokens: int = option(32, "Tokens to decode after it.", at_least=1)
+    rounds: int = option(10, "Benchmark rounds.", short="-r", at_least=1)
+    cores: int | None = option(None, "Cores to measure on [default: all].", short="-c", at_least=1)
+    python: str | None = option(None, "Python for the runtime's environment.")
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+
+
+@dataclass(frozen=True)
+class PushOptions(Options):
+    """How a folder is sent to a hub."""
+
+    private: bool = option(False, "Make the repository private, where it is new.")
+    message: str | None = option(None, "Message of the commit.")
+    overwrite: bool = option(False, "Replace what the repository holds, in a new commit.")
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes."""
+    return sorted(path.stem for path in shipped("recipes").glob("*.yaml"))
 
 
 # The sections of a recipe and of a manifest's request.

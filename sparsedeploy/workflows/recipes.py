@@ -23,7 +23,7 @@ from sparsedeploy.reading import read_text
 from sparsedeploy.recovery.training import TrainingOptions
 from sparsedeploy.registry import RECOVERIES
 from sparsedeploy.resources import shipped
-from sparsedeploy.workflows.options import SECTIONS
+from sparsedeploy.workflows.options import SECTIONS, recipe_names
 
 _FORM = "See the shipped recipes for the form."
 _LIMIT = 1 << 20  # bytes
@@ -43,11 +43,6 @@ class Recipe:
     title: str
     source: str
     sections: Mapping[str, Mapping[str, Any]]
-
-
-def recipe_names() -> list[str]:
-    """The shipped recipes."""
-    return sorted(path.stem for path in shipped("recipes").glob("*.yaml"))
 
 
 def load_recipe(name: str) -> Recipe:

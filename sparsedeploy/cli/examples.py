@@ -1,0 +1,62 @@
+"""The examples that each command's help starts with: what people copy."""
+
+from __future__ import annotations
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "demo": ("sparsedeploy demo", "sparsedeploy demo -s 0.5 -s 0.8 --allocation owl -o my-demo"),
+    "deploy": (
+        "sparsedeploy deploy MODEL --for cpu --within 5% -o deployed",
+        "sparsedeploy deploy MODEL --for llamacpp --data train.txt --held-out test.txt --dry-run",
+    ),
+    "prune": (
+        "sparsedeploy prune MODEL -o sparse --sparsity 0.7 --method sparsegpt --allocation lsa --data my-text.txt",
+        "sparsedeploy prune MODEL -o sparse-2-4 --pattern 2:4 --method wanda --data my-text.txt --resume",
+    ),
+    "recover": (
+        "sparsedeploy recover pruned -o recovered --method losa --train-data my-text.txt",
+        "sparsedeploy recover pruned -o recovered --method sparse-lora --train-data my-text.txt --resume",
+    ),
+    "allocate": (
+        "sparsedeploy allocate MODEL -o plan.json --sparsity 0.7 --allocation owl --data my-text.txt",
+        "sparsedeploy allocate MODEL -o plan.json --sparsity 0.7 --allocation alphapruning",
+    ),
+    "inspect": (
+        "sparsedeploy inspect pruned --mask mask.svg",
+        "sparsedeploy inspect pruned --against MODEL",
+    ),
+    "eval": (
+        "sparsedeploy eval pruned --data held-out.txt",
+        "sparsedeploy eval pruned --tasks papers --batch-size 8 -o quality.json",
+    ),
+    "card": (
+        "sparsedeploy card pruned --eval quality.json",
+        "sparsedeploy card pruned --eval pruned.json --eval dense.json",
+    ),
+    "export": (
+        "sparsedeploy export pruned --target llamacpp --quantize q8_0 -o artifact",
+        "sparsedeploy export pruned --target deepsparse -o artifact",
+    ),
+    "runtime list": ("sparsedeploy runtime list", "sparsedeploy runtime list --json"),
+    "runtime install": (
+        "sparsedeploy runtime install llamacpp",
+        "sparsedeploy runtime install deepsparse --with server",
+    ),
+    "runtime check": ("sparsedeploy runtime check llamacpp", "sparsedeploy runtime check deepsparse --json"),
+    "runtime remove": ("sparsedeploy runtime remove vllm", "sparsedeploy runtime remove onnxruntime"),
+    "generate": (
+        'sparsedeploy generate artifact "Once upon a time"',
+        'sparsedeploy generate artifact "def main(" --max-new-tokens 64 --temperature 0.7',
+    ),
+    "serve": (
+        "sparsedeploy serve artifact --port 8000",
+        "sparsedeploy serve artifact --host 0.0.0.0 --port 8000 --length 2048",
+    ),
+    "bench": (
+        "sparsedeploy bench pruned-ds --baseline dense-ds --html speed.html",
+        "sparsedeploy bench --compare old.json new.json --threshold 5%",
+    ),
+    "push": (
+        "sparsedeploy push pruned me/model-70",
+        "sparsedeploy push artifact me/model-70-gguf --private",
+    ),
+}
