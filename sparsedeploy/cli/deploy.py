@@ -34,8 +34,8 @@ def deploy_command(
     from sparsedeploy.workflows.deploy import deploy, plan, prepare, sentence
     from sparsedeploy.workflows.deploy_plan import shown_time
 
-    calibration = CalibrationOptions(**given.take("calibration"))
-    options = DeployOptions(**given.take("deploy"), calibration=calibration)
+    calibration = given.build("calibration", CalibrationOptions)
+    options = replace(given.build("deploy", DeployOptions), calibration=calibration)
     if dry_run:
         steps = plan(prepare(model, output, options))
         if as_json:

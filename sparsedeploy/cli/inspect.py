@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsedeploy.cli.common import JsonOption, console, print_json
-from sparsedeploy.cli.flags import refuse_typed
+from sparsedeploy.cli.flags import Given, takes
 from sparsedeploy.errors import UserError
 
 if TYPE_CHECKING:
     from sparsedeploy.plan import SparsityPlan
 
 
+@takes()
 def inspect_command(
-    context: typer.Context,
+    given: Given,
     subjects: Annotated[
         list[Path], typer.Argument(metavar="PATH...", help="Pruned folders or plan files; several are compared.")
     ],
@@ -37,9 +38,9 @@ def inspect_command(
     """Show what was pruned, which layers lost most and what each format would take; verify the folder against its
     manifest; compare two folders, or several plans side by side."""
     if mask is None:
-        refuse_typed(context, ("module",), "there is no --mask")
+        given.refuse_own(("module",), "there is no --mask")
     if against is not None:
-        refuse_typed(context, ("plot", "mask"), "--against compares two folders")
+        given.refuse_own(("plot", "mask"), "--against compares two folders")
         _compare(subjects, against, as_json)
         return
     single = len(subjects) == 1 and subjects[0].is_dir()

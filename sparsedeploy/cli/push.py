@@ -23,7 +23,7 @@ def push_command(
     """Verify a folder and send it to the Hugging Face hub (or the one that HF_ENDPOINT names) as one commit."""
     from sparsedeploy.workflows.push import push
 
-    pushed = push(folder, repo, PushOptions(**given.take("push")))
+    pushed = push(folder, repo, given.build("push", PushOptions))
     if as_json:
         print_json(asdict(pushed))
         return

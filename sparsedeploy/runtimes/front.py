@@ -64,7 +64,6 @@ class Front:
 
     Args:
         address: to listen on; ``upstream`` is the engine's.
-        alive: whether the engine still runs.
         health: the engine's own path for that.
 
     Raises:
@@ -77,7 +76,6 @@ class Front:
         upstream: tuple[str, int],
         meters: Meters,
         *,
-        alive: Callable[[], bool],
         health: str = HEALTH,
     ) -> None:
         front = self
@@ -85,7 +83,8 @@ class Front:
         class Handler(_Handler):
             owner = front
 
-        self.upstream, self.meters, self.alive = upstream, meters, alive
+        self.upstream, self.meters = upstream, meters
+        self.alive: Callable[[], bool] = lambda: False
         self.health_paths = {HEALTH, health}
         self.ready = self.draining = False
         self._running = 0
@@ -93,8 +92,9 @@ class Front:
         self._server = _Server(address, Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="front", daemon=True)
 
-    def start(self) -> None:
-        """Answer; requests are refused until ``ready`` is set."""
+    def start(self, alive: Callable[[], bool]) -> None:
+        """Answer; requests are refused until ``ready`` is set, and when the engine is not alive."""
+        self.alive = alive
         self._thread.start()
 
     @property
@@ -137,7 +137,8 @@ class Front:
 
     def stop(self) -> None:
         """Close the address; whoever has connected by then is told so first."""
-        self._server.shutdown()
+        if self._thread.is_alive():
+            self._server.shutdown()
         self._server.timeout = 0
         while select.select([self._server], [], [], 0)[0]:
             self._server.handle_request()

@@ -50,4 +50,5 @@ class ServeOptions(Options):
 
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(8000, "Port to listen on.", at_least=0, at_most=65535)
+    drain: float = option(30.0, "Seconds that running requests get to end when the server is stopped.", at_least=0)
     length: int = option(512, "Maximum number of tokens of a prompt and its answer together.", at_least=2)

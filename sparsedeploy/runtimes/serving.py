@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsedeploy import progress
 from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.artifacts.known_answer import PROMPT, STEPS
 from sparsedeploy.errors import UserError
@@ -21,6 +22,7 @@ from sparsedeploy.options import one_of
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.runtimes.engine import Deployment, check_cores, environment_for, prove_once
 from sparsedeploy.runtimes.environments import Environment
+from sparsedeploy.runtimes.front import Front, Meters
 from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.runtimes.options import EngineOptions, ServeOptions
 from sparsedeploy.runtimes.process_group import GuardedProcess
@@ -30,7 +32,7 @@ from sparsedeploy.runtimes.worker import new_log, telling_lines
 
 @dataclass(frozen=True)
 class Served:
-    """A server that answers.
+    """A server that answers, also at ``/metrics`` (Prometheus) and ``/health``.
 
     Attributes:
         url: where to send requests (POST, JSON); ``request`` is an example of a body.
@@ -76,16 +78,18 @@ def serve(
         served = {target for one in map(load_runtime, runtime_names()) if one.server for target in one.targets}
         able = sorted(served & {*TARGETS.names()})
         raise UserError(f"runtime {runtime.name} has no server", f"Export with --target {one_of(able)}.")
-    _check_port(options.host, options.port)
     _check_imports(environment, runtime.server)
     chunk = min(64, max(4, length // 4 // 4 * 4))
     # The engine's own server is not asked for logits: its engine proves itself in the worker, loaded alike.
     prompt_length = max(1, min(PROMPT, length - STEPS))
     sizes = {"prompt_length": prompt_length, "new_tokens": min(STEPS, length - prompt_length)}
     prove_once(Deployment(folder, artifact, environment), **sizes, cores=cores, chunk=chunk, timeout=engine.timeout)
+    meters = Meters(runtime.name, Path(folder).resolve().name)
+    inner = _free_port()
+    front = _front(options, ("127.0.0.1", inner), meters, runtime.server.health)
     scratch = Path(tempfile.mkdtemp(prefix=f"sparsedeploy-serve-{runtime.name}-"))
     log = new_log(f"{runtime.name}-server")
-    asked = {"folder": Path(folder).resolve(), "scratch": scratch, "host": options.host, "port": options.port}
+    asked = {"folder": Path(folder).resolve(), "scratch": scratch, "host": "127.0.0.1", "port": inner}
     asked |= {"length": length, "chunk": chunk, "cores": cores}
     command = [str(environment.python), str(runtime.server_program)]
     command += [word for name, value in asked.items() for word in (f"--{name}", str(value))]
@@ -101,13 +105,18 @@ def serve(
                 stderr=subprocess.STDOUT,
             )
         try:
-            root = f"http://{options.host}:{options.port}"
-            _wait(runtime.name, group.popen, f"{root}{runtime.server.health}", log, engine.timeout)
+            front.start(lambda: group.popen.poll() is None)
+            _wait(runtime.name, group.popen, f"http://127.0.0.1:{inner}{runtime.server.health}", log, engine.timeout)
+            front.ready = True
+            root = f"http://{options.host}:{front.port}"
             yield Served(runtime.name, f"{root}{runtime.server.path}", runtime.server.request, log, group.popen)
         finally:
+            if left := front.drain(options.drain):
+                progress.note(f"{left} requests did not end within {options.drain:g} s")
             group.send(signal.SIGTERM)
             group.end(10)
     finally:
+        front.stop()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -132,14 +141,26 @@ def _check_imports(environment: Environment, server: Server) -> None:
         )
 
 
-def _check_port(host: str, port: int) -> None:
+def _front(options: ServeOptions, upstream: tuple[str, int], meters: Meters, health: str) -> Front:
+    """What clients see, on its address from now on.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    host, port = options.host, options.port
+    try:
+        return Front((host, port), upstream, meters, health=health)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot listen on {host}:{port} ({reason})", "Use another --port or --host.") from error
+
+
+def _free_port() -> int:
+    """A port of this machine for the engine alone."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"cannot listen on {host}:{port} ({reason})", "Use another --port or --host.") from error
+        probe.bind(("127.0.0.1", 0))
+        free: int = probe.getsockname()[1]
+    return free
 
 
 def _wait(name: str, process: subprocess.Popen[bytes], address: str, log: Path, timeout: float) -> None:

@@ -27,10 +27,12 @@ from sparsedeploy.errors import UserError, add_hint
 from sparsedeploy.folders import locked, write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import build_empty, load_config, resolve_model
+from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.plan import check_sparsity
 from sparsedeploy.quality.engine_perplexity import engine_perplexity
 from sparsedeploy.quality.evaluate import evaluate
+from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.quality.samples import prompts_of, sample_generations
 from sparsedeploy.reading import read_object
@@ -39,12 +41,13 @@ from sparsedeploy.reporting.levels import module_rows
 from sparsedeploy.reporting.report import FORMAT, html_report, layer_sparsity
 from sparsedeploy.runtimes.engine import find_deployment
 from sparsedeploy.runtimes.environments import install, status
-from sparsedeploy.speed.benchmark import benchmark
+from sparsedeploy.speed.benchmark import BenchmarkResult, benchmark
+from sparsedeploy.speed.options import BenchmarkOptions
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.version import __version__
 from sparsedeploy.workflows.deploy_plan import Aim, Step, Work, choose_aim, measured_speed
 from sparsedeploy.workflows.deploy_search import Space, Trial, chosen, nearest, next_trial
-from sparsedeploy.workflows.options import DeployOptions, PruneOptions
+from sparsedeploy.workflows.options import DeployOptions, PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 
 STATE = "deploy.json"
@@ -309,7 +312,7 @@ def _pruned(prepared: Prepared, trial: Trial) -> Path:
             allocation=trial.allocation,
             calibration=prepared.options.calibration,
         )
-        prune(prepared.source, folder, asked, resume=True)
+        prune(prepared.source, folder, asked, RunOptions(resume=True))
     return folder
 
 
@@ -371,16 +374,16 @@ def _baseline(prepared: Prepared) -> str:
     return str(folder)
 
 
-def _bench(prepared: Prepared, baseline: str, folders: Iterable[Path]) -> Any:
+def _bench(prepared: Prepared, baseline: str, folders: Iterable[Path]) -> BenchmarkResult:
     options = prepared.options
-    return benchmark(
-        list(map(str, folders)),
-        baseline,
-        cores=None if options.cores is None else [options.cores],
-        prompt_lengths=[options.prompt_length],
+    asked = BenchmarkOptions(
+        baseline=baseline,
+        cores=() if options.cores is None else (options.cores,),
+        prompt_lengths=(options.prompt_length,),
         decode_tokens=options.decode_tokens,
         rounds=options.rounds,
     )
+    return benchmark(list(map(str, folders)), asked)
 
 
 def _result(
@@ -540,15 +543,9 @@ def _export_line(prepared: Prepared, checkpoint: Path, folder: Path, name: str) 
 
 
 def _quality(prepared: Prepared, folder: Path) -> dict[str, Any]:
-    return evaluate(
-        folder,
-        prepared.held_out,
-        split=_SPLIT,
-        field=prepared.options.calibration.field,
-        context=prepared.context,
-        max_windows=prepared.options.windows,
-        dtype=torch.float32,
-    )
+    field, limit = prepared.options.calibration.field, prepared.options.windows
+    text = TextOptions((f"held-out={prepared.held_out}",), split=_SPLIT, field=field, max_windows=limit)
+    return evaluate(folder, EvalOptions(text, context=prepared.context), LoadOptions(dtype="float32"))
 
 
 def _quality_of(state: _State, checkpoint: Path) -> dict[str, Any] | None:

@@ -70,8 +70,8 @@ def engine() -> Iterator[ThreadingHTTPServer]:
 @pytest.fixture
 def front(engine: ThreadingHTTPServer) -> Iterator[Front]:
     upstream = ("127.0.0.1", engine.server_address[1])
-    front = Front(("127.0.0.1", 0), upstream, Meters("toy", "model"), alive=lambda: True, health="/v2/ready")
-    front.start()
+    front = Front(("127.0.0.1", 0), upstream, Meters("toy", "model"), health="/v2/ready")
+    front.start(lambda: True)
     assert get(front, "/health") == (503, b'{"error": {"message": "the engine starts", "code": 503}}')
     front.ready = True
     yield front
@@ -183,15 +183,15 @@ def test_an_engine_that_is_gone_or_cuts_off(engine: ThreadingHTTPServer, front: 
 def test_health_follows_the_engine(engine: ThreadingHTTPServer) -> None:
     alive = True
     upstream = ("127.0.0.1", engine.server_address[1])
-    front = Front(("127.0.0.1", 0), upstream, Meters("toy", "model"), alive=lambda: alive)
+    front = Front(("127.0.0.1", 0), upstream, Meters("toy", "model"))
     front.ready = True
-    front.start()
+    front.start(lambda: alive)
     try:
         assert get(front, "/health") == (200, b'{"status": "ok"}')
         alive = False
         assert get(front, "/health")[0] == 503
         with pytest.raises(OSError, match="in use"):
-            Front(("127.0.0.1", front.port), upstream, Meters("toy", "model"), alive=lambda: True)
+            Front(("127.0.0.1", front.port), upstream, Meters("toy", "model"))
     finally:
         front.stop()
 
