@@ -31,7 +31,7 @@ def deploy_command(
 ) -> None:
     """From a model to an artifact that is ready to serve: find the highest sparsity whose perplexity stays within a
     bound, export it in the fastest format that does too, and measure it against the dense model. Stopped, the same
-    command goes on."""
+    command goes on; another target in the same folder takes the search over."""
     from sparsedeploy.workflows.deploy import deploy, plan, prepare, sentence
     from sparsedeploy.workflows.deploy_plan import shown_time
 
@@ -58,4 +58,4 @@ def deploy_command(
         print_json(result)
         return
     console.print(sentence(result), soft_wrap=True)
-    console.print(f"report: {output / 'report.html'} and {output / 'report.json'}", soft_wrap=True)
+    console.print(f"report: {result['report']}", soft_wrap=True)

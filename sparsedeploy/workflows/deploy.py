@@ -1,7 +1,8 @@
 """The job ``deploy``: from a model to an artifact whose quality, size and speed were measured, in one command.
 
-``OUTPUT/deploy.json`` holds what is known after each step, so the same command goes on where it was stopped. Trials are
-ordinary checkpoints in ``OUTPUT/checkpoints``, of which only the best so far is kept.
+``OUTPUT/deploy.json`` holds what is known after each step, so the same command goes on where it was stopped, and
+another target in the same folder takes the search over. Trials are ordinary checkpoints in ``OUTPUT/checkpoints``, of
+which only the best so far is kept.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ STATE = "deploy.json"
 _FORMAT = 1
 _SPLIT = "test"
 _NAMED = ("stdlib", "c4")
+# The options that decide the search, and those of the benchmark.
+_SEARCH = ("within", "rates", "methods", "allocations", "held_out", "windows", "context")
+_MEASURING = ("prompt_length", "decode_tokens", "rounds", "cores")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Prepared:
     Attributes:
         held_out: the text that quality is judged on; ``context`` and ``windows`` its windows.
         within: the growth of perplexity that is allowed, as a part.
-        request: what the state file must agree with.
+        request: what decides the search; the state file must agree with it.
+        measuring: what decides the benchmark.
     """
 
     source: str
@@ -75,6 +80,7 @@ class Prepared:
     context: int
     within: float
     request: dict[str, Any]
+    measuring: dict[str, Any]
 
 
 def deploy(
@@ -126,17 +132,17 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
     request = {
         "model_sha256": model_sha256(folder),
         "sparsedeploy": __version__,
-        "target": aim.name,
-        "options": _plain(replace(options, python=None)),
+        "options": {name: _plain(getattr(options, name)) for name in _SEARCH},
         "calibration": _plain(options.calibration),
     }
     _check_output(output, request)
-    return Prepared(source, folder, output, aim, options, held_out, context, within, request)
+    measuring = {name: getattr(options, name) for name in _MEASURING}
+    return Prepared(source, folder, output, aim, options, held_out, context, within, request, measuring)
 
 
 def plan(prepared: Prepared) -> list[Step]:
     """The steps with rough times; those of an earlier run are marked."""
-    options, state = prepared.options, _State(prepared.output, prepared.request)
+    options, state = prepared.options, _State(prepared)
     model = build_empty(prepared.folder, load_config(prepared.folder), trust_remote_code=False)
     length = options.calibration.length or default_length(model.config)
     work = Work.of(model, options.calibration.sequences * length, options.windows * prepared.context)
@@ -201,16 +207,23 @@ def sentence(result: dict[str, Any]) -> str:
 
 
 class _State:
-    """What is known, in a file that is written anew after each step."""
+    """What is known, in a file that is written anew after each step.
 
-    def __init__(self, output: Path, request: dict[str, Any]) -> None:
-        self._path = output / STATE
-        values = read_object(self._path, fix="Remove the folder.") if self._path.exists() else {}
-        self._request = request
+    Attributes:
+        formats: of this target: name -> folder, perplexity in the engine, and why there is none.
+        result: of this target; None until everything was measured as it is asked for now.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._path = prepared.output / STATE
+        values = read_object(self._path, fix="Name a new folder.") if self._path.exists() else {}
+        self._request, self._target, self._measuring = prepared.request, prepared.aim.name, prepared.measuring
         self.dense: dict[str, Any] | None = values.get("dense")
         self.trials: list[dict[str, Any]] = values.get("trials", [])
-        self.formats: dict[str, dict[str, Any]] = values.get("formats", {})
-        self.result: dict[str, Any] | None = values.get("result")
+        self._targets: dict[str, dict[str, Any]] = values.get("targets", {})
+        known = self._targets.get(self._target, {})
+        self.formats: dict[str, dict[str, Any]] = known.get("formats", {})
+        self.result: dict[str, Any] | None = known.get("result") if known.get("measuring") == self._measuring else None
 
     @property
     def results(self) -> dict[Trial, float]:
@@ -223,13 +236,15 @@ class _State:
         }
 
     def save(self) -> None:
-        values = {"dense": self.dense, "trials": self.trials, "formats": self.formats, "result": self.result}
+        here = {"measuring": self._measuring, "formats": self.formats, "result": self.result}
+        self._targets = {**self._targets, self._target: here}
+        values = {"dense": self.dense, "trials": self.trials, "targets": self._targets}
         write_json(self._path, {"format": _FORMAT, "request": self._request, **values})
 
 
 def _run(prepared: Prepared, command: str) -> dict[str, Any]:
     options, output, aim = prepared.options, prepared.output, prepared.aim
-    state = _State(output, prepared.request)
+    state = _State(prepared)
     if state.result is not None:
         progress.note("everything is done already")
         return state.result
@@ -265,8 +280,8 @@ def _run(prepared: Prepared, command: str) -> dict[str, Any]:
         measured = _bench(prepared, baseline, [output / one["folder"] for one in within.values()]).to_json()
     result = _result(prepared, state, best, within, baseline, measured)
     report = _report(prepared, state, best, within, baseline, measured, result, command)
-    write_json(output / "report.json", report)
-    write_text(output / "report.html", html_report(report))
+    write_json(output / f"report-{aim.name}.json", report)
+    write_text(output / f"report-{aim.name}.html", html_report(report))
     state.result = result
     state.save()
     return result
@@ -345,7 +360,7 @@ def _format(
     prepared: Prepared, checkpoint: Path, best: Trial, name: str, how: Mapping[str, str], windows: torch.Tensor
 ) -> dict[str, Any]:
     """Export in one format and measure its perplexity in the engine; a format that fails is a row with its reason."""
-    folder = prepared.output / "artifacts" / f"sparse-{100 * best.rate:g}-{name}"
+    folder = prepared.output / "artifacts" / prepared.aim.name / f"sparse-{100 * best.rate:g}-{name}"
     row: dict[str, Any] = {"folder": folder.relative_to(prepared.output).as_posix(), "perplexity": None, "reason": None}
     try:
         export_checkpoint(checkpoint, prepared.aim.name, folder, _how(prepared, how), overwrite=True)
@@ -368,7 +383,7 @@ def _baseline(prepared: Prepared) -> str:
     aim = prepared.aim
     if aim.baseline is None:
         return f"{aim.name}={prepared.folder}"
-    folder = prepared.output / "artifacts" / f"dense-{aim.baseline}"
+    folder = prepared.output / "artifacts" / aim.name / f"dense-{aim.baseline}"
     if not folder.is_dir():
         export_checkpoint(prepared.folder, aim.name, folder, dict(aim.formats[aim.baseline]))
     return str(folder)
@@ -433,6 +448,7 @@ def _result(
         "prefill_speedup": alive[name]["prefill"]["speedup"],
         "trials": state.trials,
         "formats": state.formats,
+        "report": str(prepared.output / f"report-{prepared.aim.name}.html"),
         "serves": prepared.aim.serves,
         "run": run,
     }
@@ -492,7 +508,8 @@ def _report(
     prompts = prompts_of(_windows(prepared))
     for model in models:
         model["samples"] = _samples(prepared, Path(model["artifact"]), prompts)
-    settings = {**prepared.request["options"], "target": prepared.aim.name, "held-out text": prepared.held_out}
+    settings = {**prepared.request["options"], **prepared.request["calibration"], **prepared.measuring}
+    settings |= {"target": prepared.aim.name, "held-out text": prepared.held_out}
     return {
         "format": FORMAT,
         "title": f"sparsedeploy deploy {_short(prepared.source)} for {prepared.aim.name}",
@@ -622,9 +639,11 @@ def _same(one: str, two: str) -> bool:
     return Path(one).exists() and Path(two).exists() and Path(one).resolve() == Path(two).resolve()
 
 
-def _plain(options: Any) -> dict[str, Any]:
-    values = {key: value for key, value in asdict(options).items() if key not in ("calibration", "python", "target")}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {key: _plain(item) for key, item in asdict(value).items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _line(words: Iterable[object]) -> str:

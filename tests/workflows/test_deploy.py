@@ -68,7 +68,7 @@ def test_interrupted_and_resumed(deepsparse_runtime: Environment, model: Path, t
     assert "What is done is kept: the same command goes on." in said
     before = json.loads(state.read_text())
     assert before["trials"]
-    assert before["result"] is None
+    assert before["targets"]["deepsparse"]["result"] is None
     steps = cli(*words, "--dry-run")
     assert steps.code == 0, steps.err
     assert "done" in steps.out
@@ -76,7 +76,7 @@ def test_interrupted_and_resumed(deepsparse_runtime: Environment, model: Path, t
     assert outcome.code == 0, outcome.err
     after = json.loads(state.read_text())
     assert after["trials"][: len(before["trials"])] == before["trials"]  # the times too: nothing was done again
-    result = after["result"]
+    result = after["targets"]["deepsparse"]["result"]
     line = next(line for line in outcome.out.splitlines() if "x decode over the dense model" in line)
     assert re.search(
         r"\d\.\d\dx decode .*perplexity [+-]\d+\.\d %.*\d\.\d\d of the size; serve it with: sparsedeploy", line
@@ -89,14 +89,14 @@ def test_interrupted_and_resumed(deepsparse_runtime: Environment, model: Path, t
     assert "| base model | this model | change |" in (checkpoint / "README.md").read_text()
     assert [path.name for path in (output / "checkpoints").iterdir()] == [checkpoint.name]
     assert {trial["method"] for trial in result["trials"]} == {"magnitude", "wanda"}
-    report = (output / "report.html").read_text()
+    report = (output / "report-deepsparse.html").read_text()
     assert "Rates that were tried" in report
     assert "decode over the dense model" in report
     # Everything is done: the third time says so at once and measures nothing.
     assert json.loads(cli(*words, "--json").out) == result
-    other = cli(*words[:-1], "5")
+    other = cli(*words, "--windows", "5")
     assert other.code == 2
-    assert "was asked for differently (decode_tokens)" in other.err
+    assert "was asked for differently (windows)" in other.err
 
 
 @pytest.mark.engine
