@@ -21,7 +21,7 @@ def card_command(
         typer.Option("--overwrite", help="Replace a README.md that was edited or is not ours; it is kept beside it."),
     ] = False,
 ) -> None:
-    """Write a pruned folder's model card (README.md) anew, with measured perplexities."""
+    """Write a pruned folder's model card, with measured perplexities."""
     from sparsedeploy.workflows.card import write_card
 
     path = write_card(folder, evaluations or [], overwrite=overwrite)

@@ -22,8 +22,11 @@ def demo_command(
     ] = Path("demo-output"),
     as_json: JsonOption = False,
 ) -> None:
-    """Everything in one command, with nothing to download: train a small model on Python's own library, prune it,
-    export it, run it in DeepSparse, and report what became faster and what it cost."""
+    """Everything in one command, with nothing to download.
+
+    Trains a small model on Python's own library, prunes it, exports it, runs it in DeepSparse, and reports what became
+    faster and what it cost.
+    """
     from sparsedeploy.reporting.report import heading, summary_table
     from sparsedeploy.workflows.demo import demo
 

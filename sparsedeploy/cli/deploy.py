@@ -29,9 +29,12 @@ def deploy_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done, with rough times.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """From a model to an artifact that is ready to serve: find the highest sparsity whose perplexity stays within a
-    bound, export it in the fastest format that does too, and measure it against the dense model. Stopped, the same
-    command goes on; another target in the same folder takes the search over."""
+    """From a model to a measured artifact, within a bound on quality.
+
+    Finds the highest sparsity whose perplexity stays within the bound, exports it in the fastest format that does too,
+    and measures it against the dense model. Stopped, the same command goes on; another target in the same folder takes
+    the search over.
+    """
     from sparsedeploy.workflows.deploy import deploy, plan, prepare, sentence
     from sparsedeploy.workflows.deploy_plan import shown_time
 

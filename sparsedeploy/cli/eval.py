@@ -31,8 +31,11 @@ def eval_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure perplexity on texts and accuracy on tasks of lm-evaluation-harness. Lower perplexity and higher accuracy
-    are better; compare only figures of one text and one context."""
+    """Measure perplexity on texts and accuracy on tasks.
+
+    The tasks are lm-evaluation-harness's. Lower perplexity and higher accuracy are better; compare only figures of one
+    text and one context.
+    """
     from sparsedeploy.folders import write_json
     from sparsedeploy.quality.evaluate import evaluate
 

@@ -35,8 +35,10 @@ def inspect_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what was pruned, which layers lost most and what each format would take; verify the folder against its
-    manifest; compare two folders, or several plans side by side."""
+    """Show what was pruned and verify it; compare two folders, or several plans.
+
+    For one folder also the layers that lost most, what each format would take, and a picture of a mask.
+    """
     if mask is None:
         given.refuse_own(("module",), "there is no --mask")
     if against is not None:

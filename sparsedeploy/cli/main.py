@@ -53,7 +53,7 @@ _HELP = f"""Prune a Hugging Face causal LM, recover its quality, and ship it to 
 ({", ".join(ALLOCATORS.names())}). The **pattern** is unstructured, or N of every M weights are kept (2:4, 4:8, 2:8).
 A **target** is what a runtime loads ({", ".join(TARGETS.names())}).
 
-sparsedeploy prune MODEL -o SPARSE --sparsity 0.7 && sparsedeploy export SPARSE --target deepsparse -o ARTIFACT
+sparsedeploy deploy MODEL --for cpu --within 5% && sparsedeploy serve ARTIFACT
 """
 
 

@@ -20,7 +20,10 @@ def push_command(
     given: Given,
     as_json: JsonOption = False,
 ) -> None:
-    """Verify a folder and send it to the Hugging Face hub (or the one that HF_ENDPOINT names) as one commit."""
+    """Verify a folder and send it to the Hugging Face hub.
+
+    HF_ENDPOINT names another hub, HF_TOKEN the token.
+    """
     from sparsedeploy.workflows.push import push
 
     pushed = push(folder, repo, given.build("push", PushOptions))
