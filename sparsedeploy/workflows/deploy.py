@@ -125,6 +125,9 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
             f"the text {held_out} has no split of its own to judge quality on",
             "Name another text that calibration does not see: --held-out FILE.",
         )
+    for text in (data, held_out):
+        if _is_file(text) and not Path(text).expanduser().exists():
+            raise UserError(f"no text at '{text}'", "Name a file, a folder, stdlib, c4 or datasets:NAME.")
     aim = choose_aim(options.target)
     folder = resolve_model(source)
     config = load_config(folder)
@@ -245,7 +248,7 @@ class _State:
 def _run(prepared: Prepared, command: str) -> dict[str, Any]:
     options, output, aim = prepared.options, prepared.output, prepared.aim
     state = _State(prepared)
-    if state.result is not None:
+    if state.result is not None and Path(state.result["chosen"]["artifact"]).is_dir():
         progress.note("everything is done already")
         return state.result
     state.save()
@@ -265,7 +268,7 @@ def _run(prepared: Prepared, command: str) -> dict[str, Any]:
     with _step(f"4/5  export {best.rate:.0%} ({best.method}, {best.allocation})"):
         windows = _windows(prepared)
         for name, how in aim.formats.items():
-            if name not in state.formats:
+            if name not in state.formats or not (output / state.formats[name]["folder"]).is_dir():
                 state.formats[name] = _format(prepared, checkpoint, best, name, how, windows)
                 state.save()
         baseline = _baseline(prepared)
@@ -544,7 +547,8 @@ def _commands(prepared: Prepared, best: Trial, result: dict[str, Any]) -> dict[s
     if load_manifest(Path(result["chosen"]["checkpoint"])).calibration is not None:
         words += ["--data", text.data, "--samples", text.sequences, "--seed", text.seed]
         words += ["--calibration-length", text.length] if text.length else []
-    judge = ["--data", prepared.held_out, "--context", prepared.context, "--max-windows", options.windows]
+    judge: list[object] = ["--data", prepared.held_out, "--context", prepared.context]
+    judge += ["--max-windows", options.windows, "--dtype", "float32"]
     return {
         "prune": _line(words),
         "eval": _line(["sparsedeploy", "eval", result["chosen"]["checkpoint"], *judge]),

@@ -130,6 +130,7 @@ def test_refusals(model: Path, tmp_path: Path, cli) -> None:  # noqa: F811
     text = tmp_path / "text.txt"
     text.write_text("some words " * 100)
     base = ("deploy", model, "-o", tmp_path / "out", "--for", "deepsparse")
+    refused(cli(*base, "--data", "nowhere.txt", "--held-out", text), "no text at 'nowhere.txt'")
     refused(cli(*base, "--data", text), "has no split of its own to judge quality on. Name another text")
     refused(cli(*base, "--data", text, "--held-out", text), "has no split of its own")
     refused(cli(*base, "--data", "stdlib", "--within", "a lot"), "the bound is 'a lot'")
