@@ -268,7 +268,8 @@ def _run(prepared: Prepared, command: str) -> dict[str, Any]:
     with _step(f"4/5  export {best.rate:.0%} ({best.method}, {best.allocation})"):
         windows = _windows(prepared)
         for name, how in aim.formats.items():
-            if name not in state.formats or not (output / state.formats[name]["folder"]).is_dir():
+            known = state.formats.get(name)
+            if known is None or (known["perplexity"] is not None and not (output / known["folder"]).is_dir()):
                 state.formats[name] = _format(prepared, checkpoint, best, name, how, windows)
                 state.save()
         baseline = _baseline(prepared)
