@@ -3,16 +3,23 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# What the demo needs and no more: a fresh machine is ready for it in half the time.
+RUNNABLE := $(VENV)/.runnable
 
 .PHONY: demo test lint types format docs clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(RUNNABLE)
+
+$(RUNNABLE): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[onnx]'
 	touch $@
 
-# The whole pipeline on the embedded reference model: train it once, prune, export, run in DeepSparse, report.
-demo: $(INSTALLED)
+# The whole pipeline on the small shipped model: prune, evaluate, export, run in DeepSparse, report.
+demo: $(RUNNABLE)
 	$(BIN)/sparsedeploy demo --output demo-output
 
 # One thread per test process: the processes share the cores, and results do not depend on the thread count.

@@ -6,7 +6,7 @@ does, unless ``--quiet``), so importing the package never prints.
 
 from __future__ import annotations
 
-import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -18,6 +18,8 @@ from rich.text import Text
 
 T = TypeVar("T")
 _visible = False
+# Between two lines of a log, in seconds.
+_LINE_SECONDS = 30.0
 
 
 def printable(text: str) -> str:
@@ -64,10 +66,21 @@ def hidden() -> Iterator[None]:
 
 
 @contextmanager
-def bar(description: str, total: int | None, unit: str = "") -> Iterator[Callable[..., None]]:
-    """A progress bar; yields ``advance(steps=1, status="")``."""
+def bar(description: str, total: int | None, unit: str = "", *, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A progress bar; yields ``advance(steps=1, status="")``.
+
+    Where standard error is no terminal, plain lines instead: the description, then one every half minute.
+
+    Args:
+        done: steps that an earlier run has made; they do not count for the time left.
+    """
     if not _visible:
         yield lambda steps=1, status="": None
+        return
+    console = SafeConsole(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.print(description, markup=False)
+        yield _lines(console, description, total, unit, done)
         return
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -77,16 +90,45 @@ def bar(description: str, total: int | None, unit: str = "") -> Iterator[Callabl
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    console = SafeConsole(stderr=True)
-    with Progress(*columns, console=console, transient=False, disable=not sys.stderr.isatty()) as progress:
-        if not sys.stderr.isatty():
-            console.print(description, markup=False, highlight=False)
-        task = progress.add_task(description, total=total, status="")
+    with Progress(*columns, console=console, transient=False) as progress:
+        task = progress.add_task(description, total=total, completed=done, status="")
 
         def advance(steps: int = 1, status: str = "") -> None:
             progress.update(task, advance=steps, status=f" {status}" if status else "")
 
         yield advance
+
+
+def _lines(console: Console, description: str, total: int | None, unit: str, done: int) -> Callable[..., None]:
+    """What advances a bar in a log: prints how far the work is and how long it will still take."""
+    started = printed = time.monotonic()
+    reached = done
+
+    def advance(steps: int = 1, status: str = "") -> None:
+        nonlocal printed, reached
+        reached += steps
+        now = time.monotonic()
+        if now - printed < _LINE_SECONDS or reached == total:
+            return
+        printed = now
+        left = "" if total is None else f", {duration((total - reached) * (now - started) / (reached - done))} left"
+        of_total = "" if total is None else f" of {total}"
+        console.print(
+            f"{description}: {reached}{of_total} {unit}".rstrip() + left + (f" ({status})" if status else ""),
+            markup=False,
+            soft_wrap=True,
+        )
+
+    return advance
+
+
+def duration(seconds: float) -> str:
+    """Such as ``45 s``, ``3 min 10 s`` or ``2 h 5 min``."""
+    whole = max(0, round(seconds))
+    minutes, hours = whole // 60, whole // 3600
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
 def track(items: Iterable[T], description: str, total: int | None = None, unit: str = "") -> Iterator[T]:

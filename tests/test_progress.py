@@ -40,3 +40,25 @@ def test_notes_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     progress.note("model \x1b[2J")
     progress.show(False)
     assert capsys.readouterr().err == "model \\x1b[2J\n"
+
+
+def test_a_log_gets_lines_with_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 40))  # every look at it is 40 s later
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    progress.show()
+    with progress.bar("train", 10, "steps", done=2) as advance:
+        advance(2, "loss 3.1")
+        advance(2)
+    progress.show(False)
+    assert capsys.readouterr().err.splitlines() == [
+        "train",
+        "train: 4 of 10 steps, 2 min 0 s left (loss 3.1)",
+        "train: 6 of 10 steps, 1 min 20 s left",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (61, "1 min 1 s"), (7500, "2 h 5 min")])
+def test_duration(seconds: float, text: str) -> None:
+    assert progress.duration(seconds) == text

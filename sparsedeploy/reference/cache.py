@@ -1,4 +1,4 @@
-"""The cached reference model: trained once per content, whole or absent, safe with concurrent processes."""
+"""The reference model: the shipped one, or one that is trained once per content and kept in the cache."""
 
 from __future__ import annotations
 
@@ -10,26 +10,36 @@ from filelock import FileLock, Timeout
 from sparsedeploy import progress
 from sparsedeploy.folders import new_folder
 from sparsedeploy.reference.corpus import Document, fingerprint, read_corpus
-from sparsedeploy.reference.options import ReferenceOptions, content_key, preset_options
+from sparsedeploy.reference.options import PRESETS, ReferenceOptions, content_key, preset_options
 from sparsedeploy.resources import cache_folder, cache_home
 
+# The default preset with seed 0, made by sparsedeploy.reference.ship.
+SHIPPED = Path(__file__).parent / "model"
 
-def reference_model(preset: str = "default", seed: int = 0, *, refresh: bool = False) -> Path:
-    """The folder of the reference model; trained now if this corpus and recipe have not been trained yet.
+
+def reference_model(preset: str = "default", seed: int = 0, *, train: bool = False) -> Path:
+    """The folder of a reference model: the shipped one, or one that is trained now if it has not been yet.
 
     Args:
-        preset: ``default`` (minutes) or ``tiny`` (seconds, for tests).
-        seed: of the initial weights and of the order of the data.
-        refresh: train again and replace the cached folder.
+        preset: ``default`` (shipped; to train it takes minutes) or ``tiny`` (seconds, for tests).
+        seed: of the initial weights and of the order of the data; another than 0 is always trained.
+        train: train it here, on this Python's standard library, in place of the shipped one.
 
     Raises:
         UserError: an unknown preset, no standard-library sources, or the cache folder cannot be written.
     """
-    return cached_reference(preset_options(preset, seed), read_corpus(), refresh=refresh)
+    options = preset_options(preset, seed)
+    if options == PRESETS["default"] and not train:
+        return SHIPPED
+    return cached_reference(options, read_corpus())
 
 
 def cached_reference(options: ReferenceOptions, documents: Sequence[Document], *, refresh: bool = False) -> Path:
-    """Like :func:`reference_model`, for any options and corpus."""
+    """The trained model of any options and corpus.
+
+    Args:
+        refresh: train again and replace the cached folder.
+    """
     folder = cache_home() / "reference" / f"{options.name}-{content_key(options, fingerprint(documents))}"
     if folder.is_dir() and not refresh:  # folders appear whole, so being there is being complete
         return folder
@@ -46,7 +56,8 @@ def cached_reference(options: ReferenceOptions, documents: Sequence[Document], *
 
             progress.note(f"Training the '{options.name}' reference model (once; it is kept in {folder.parent}).")
             with new_folder(folder, overwrite=True) as staging:
-                train_reference(options, documents, staging)
+                # A killed training leaves this file, and the next one resumes from it.
+                train_reference(options, documents, staging, folder.with_name(f"{folder.name}.training"))
     finally:
         lock.release()
     return folder

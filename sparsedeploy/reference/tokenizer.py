@@ -13,6 +13,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from sparsedeploy.folders import write_json
+
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
@@ -48,8 +50,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Save the tokenizer as a Hugging Face folder that transformers 4 and 5 both load."""
     tokenizer.save_pretrained(folder)
+    save_for_every_version(folder)
+
+
+def save_for_every_version(folder: Path) -> None:
+    """Let a saved tokenizer load in transformers 4 too, which knows its class by another name."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    # transformers 5 writes its new class name, which transformers 4 does not know; the old name works in both.
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_json(path, config)

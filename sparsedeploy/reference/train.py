@@ -5,6 +5,9 @@ Deterministic: the same options, corpus, machine and number of threads give bit-
 
 from __future__ import annotations
 
+import itertools
+import os
+import pickle
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +22,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsedeploy import progress
-from sparsedeploy.folders import write_json
+from sparsedeploy.folders import sync, write_json
 from sparsedeploy.reference.corpus import Document, fingerprint, texts_of
 from sparsedeploy.reference.options import RECIPE_VERSION, ReferenceOptions, content_key
 from sparsedeploy.reference.tokenizer import save_tokenizer, train_tokenizer
@@ -32,22 +35,26 @@ _GAIN_LEARNING_RATE = 5.0
 _EMBEDDING_STD = 0.5
 _VALIDATION_TOKENS = 32_768
 _REPORTED_STEPS = 50
+_SAVE_SECONDS = 15.0
 
 
-def train_reference(options: ReferenceOptions, documents: Sequence[Document], folder: Path) -> None:
+def train_reference(
+    options: ReferenceOptions, documents: Sequence[Document], folder: Path, state: Path | None = None
+) -> None:
     """Train tokenizer and model and write a Hugging Face folder plus ``reference.json`` into ``folder``.
 
     The caller's random state is left as it was.
+
+    Args:
+        state: a file that training saves itself to while it runs, and resumes from bit for bit; removed at the end.
     """
-    started = time.perf_counter()
     tokenizer = train_tokenizer(texts_of(documents, "train"), options.vocab_size)
     train_stream = token_stream(tokenizer, texts_of(documents, "train"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         model = build_model(options, tokenizer)
-        losses, speed = _optimize(model, train_stream, options)
-    validation_stream = token_stream(tokenizer, texts_of(documents, "validation"))
-    windows = _validation_windows(validation_stream, options.context)
+        losses, seconds = _optimize(model, train_stream, options, state)
+    windows = validation_windows(tokenizer, documents, options.context)
     validation_loss = mean_loss(model, windows)
     recent = losses[-_REPORTED_STEPS:]
 
@@ -62,7 +69,6 @@ def train_reference(options: ReferenceOptions, documents: Sequence[Document], fo
             "fingerprint": corpus_fingerprint,
             "documents": len(documents),
             "train_tokens": len(train_stream),
-            "validation_tokens": len(validation_stream),
         },
         "result": {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -73,8 +79,8 @@ def train_reference(options: ReferenceOptions, documents: Sequence[Document], fo
             "validation_windows": list(windows.shape),
         },
         "training": {
-            "seconds": round(time.perf_counter() - started, 1),
-            "tokens_per_second": round(speed),
+            "seconds": round(seconds, 1),
+            "tokens_per_second": round(options.steps * options.batch_tokens / seconds),
             "precision": str(_training_dtype()).removeprefix("torch."),
             "threads": torch.get_num_threads(),
         },
@@ -86,6 +92,8 @@ def train_reference(options: ReferenceOptions, documents: Sequence[Document], fo
         },
     }
     write_json(folder / "reference.json", report)
+    if state is not None:
+        state.unlink(missing_ok=True)
 
 
 def build_model(options: ReferenceOptions, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -127,8 +135,10 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> to
     return torch.tensor(ids)
 
 
-def _optimize(model: LlamaForCausalLM, stream: torch.Tensor, options: ReferenceOptions) -> tuple[list[float], float]:
-    """Train in place; returns each step's loss (nats per token) and the tokens per second."""
+def _optimize(
+    model: LlamaForCausalLM, stream: torch.Tensor, options: ReferenceOptions, state: Path | None
+) -> tuple[list[float], float]:
+    """Train in place; returns each step's loss (nats per token) and the seconds that the steps took."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [
@@ -137,25 +147,56 @@ def _optimize(model: LlamaForCausalLM, stream: torch.Tensor, options: ReferenceO
     ]
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=_BETAS, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, options))
-    windows = batches(stream, options)
+    losses, seconds = _restore(state, model, optimizer, schedule)
+    windows = itertools.islice(batches(stream, options), len(losses), None)
     dtype = _training_dtype()
-    tokens_per_step = options.batch_tokens
-    losses: list[float] = []
-    started = time.perf_counter()
+    saved = started = time.perf_counter()
     model.train()
-    with progress.bar("Training the reference model", options.steps, "steps") as advance:
-        for step in range(1, options.steps + 1):
-            loss = _loss(model, next(windows), dtype)
+    with progress.bar("Training the reference model", options.steps, "steps", done=len(losses)) as advance:
+        for batch in windows:
+            loss = _loss(model, batch, dtype)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_NORM)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             losses.append(loss.item())
-            speed = step * tokens_per_step / (time.perf_counter() - started)
+            now = time.perf_counter()
+            speed = len(losses) * options.batch_tokens / (seconds + now - started)
             advance(1, f"loss {losses[-1]:.2f}, {speed:,.0f} tokens/s")
+            if state is not None and now - saved > _SAVE_SECONDS:
+                _save(state, model, optimizer, schedule, losses, seconds + now - started)
+                saved = now
     model.eval()
-    return losses, speed
+    return losses, seconds + time.perf_counter() - started
+
+
+def _save(
+    state: Path, model: LlamaForCausalLM, optimizer: Any, schedule: Any, losses: list[float], spent: float
+) -> None:
+    """Replace the saved training in one step: a kill leaves the one before or this one, whole."""
+    temporary = state.with_name(f"{state.name}.tmp")
+    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    torch.save({**parts, "losses": losses, "seconds": spent}, temporary)
+    sync(temporary)
+    os.replace(temporary, state)
+
+
+def _restore(state: Path | None, model: LlamaForCausalLM, optimizer: Any, schedule: Any) -> tuple[list[float], float]:
+    """Losses so far and the seconds they took; nothing where no training was saved, or what was saved is damaged."""
+    if state is None or not state.is_file():
+        return [], 0.0
+    try:
+        saved = torch.load(state, weights_only=True)
+        parts = [saved[name] for name in ("model", "optimizer", "schedule")]
+        losses, seconds = list(saved["losses"]), float(saved["seconds"])
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
+        progress.note(f"{state} is damaged: training starts over.")
+        return [], 0.0
+    for owner, part in zip((model, optimizer, schedule), parts, strict=True):
+        owner.load_state_dict(part)
+    progress.note(f"Training resumes at step {len(losses)}.")
+    return losses, seconds
 
 
 def _learning_rate_factor(step: int, options: ReferenceOptions) -> float:
@@ -207,8 +248,9 @@ def _training_dtype() -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _validation_windows(stream: torch.Tensor, context: int) -> torch.Tensor:
-    """Non-overlapping ``(n, context + 1)`` windows, evenly spread over the held-out stream."""
+def validation_windows(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], context: int) -> torch.Tensor:
+    """Non-overlapping ``(n, context + 1)`` windows, evenly spread over the held-out documents."""
+    stream = token_stream(tokenizer, texts_of(documents, "validation"))
     available = (len(stream) - 1) // context
     wanted = min(available, max(1, _VALIDATION_TOKENS // context))
     starts = torch.arange(wanted) * available // wanted * context

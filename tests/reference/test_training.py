@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import file_sha256
-from sparsedeploy.reference import cache, reference_model
+from sparsedeploy.reference import cache, reference_model, train
 from sparsedeploy.reference.corpus import Document, fingerprint, read_corpus
 from sparsedeploy.reference.options import PRESETS, content_key, preset_options
 from sparsedeploy.reference.tokenizer import train_tokenizer
@@ -154,6 +155,45 @@ def test_interrupted_training_leaves_nothing(
             cache.cached_reference(SHORT, documents)
     assert [path for path in (tmp_path / "reference").iterdir() if path.suffix != ".lock"] == []
     assert (cache.cached_reference(SHORT, documents) / "reference.json").is_file()  # and the lock is free again
+
+
+def test_killed_training_resumes_bit_for_bit(
+    trained: Path, documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    (tmp_path / "out").mkdir()
+    seen: list[int] = []
+
+    def killed(*arguments: object) -> Iterator[torch.Tensor]:
+        for step, batch in enumerate(batches(*arguments)):  # type: ignore[arg-type]
+            if step == 7:
+                raise KeyboardInterrupt
+            seen.append(step)
+            yield batch
+
+    monkeypatch.setattr(train, "_SAVE_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "batches", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_reference(SHORT, documents, tmp_path / "out", state)
+    assert seen == list(range(7))
+    assert state.is_file()
+    train_reference(SHORT, documents, tmp_path / "out", state)
+    assert file_sha256(tmp_path / "out" / "model.safetensors") == file_sha256(trained / "model.safetensors")
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no training", b"PK\x03\x04"])
+def test_damaged_saved_training_starts_over(
+    content: bytes, trained: Path, documents: list[Document], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state"
+    state.write_bytes(content)
+    progress.show()
+    train_reference(SHORT, documents, tmp_path, state)
+    progress.show(False)
+    assert "is damaged: training starts over" in capsys.readouterr().err
+    assert file_sha256(tmp_path / "model.safetensors") == file_sha256(trained / "model.safetensors")
 
 
 def start_process(home: Path, documents: Sequence[Document]) -> subprocess.Popen[str]:
