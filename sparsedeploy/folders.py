@@ -26,7 +26,7 @@ from sparsedeploy.paths import check_apart, check_output, shown
 
 JOURNAL = "journal.jsonl"
 # A folder with one of these is ours: it may be replaced.
-_OURS = ("sparsity.json", "artifact.json", "reference.json", JOURNAL)
+_OURS = ("sparsity.json", "artifact.json", "reference.json", "import.json", JOURNAL)
 # What an interrupted run resumes from -> the file that makes it ours.
 _INTERRUPTED = {"partial": JOURNAL, "recovery": "request.json"}
 _RENAME_EXCHANGE = 2

@@ -19,6 +19,7 @@ from sparsedeploy.cli.edge import Command
 from sparsedeploy.cli.eval import eval_command
 from sparsedeploy.cli.export import export_command
 from sparsedeploy.cli.generate import generate_command
+from sparsedeploy.cli.import_model import import_command
 from sparsedeploy.cli.inspect import inspect_command
 from sparsedeploy.cli.process import Stop, no_foreign_messages, patient_streams, stoppable
 from sparsedeploy.cli.prune import prune_command
@@ -73,6 +74,7 @@ def root(
 _START, _MAKE, _CHECK, _SHIP = "Start here", "Prune", "Inspect and evaluate", "Deploy and benchmark"
 app.command("demo", cls=Command, rich_help_panel=_START)(demo_command)
 app.command("deploy", cls=Command, rich_help_panel=_START)(deploy_command)
+app.command("import", cls=Command, rich_help_panel=_START)(import_command)
 app.command("prune", cls=Command, rich_help_panel=_MAKE)(prune_command)
 app.command("recover", cls=Command, rich_help_panel=_MAKE)(recover_command)
 app.command("allocate", cls=Command, rich_help_panel=_MAKE)(allocate_command)

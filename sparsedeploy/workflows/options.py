@@ -111,25 +111,46 @@ class RecoverOptions(Options):
 
 
 @dataclass(frozen=True)
+class ImportOptions(Options):
+    """How a file becomes a folder."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Of the stored weights; auto is the file's own, and float32 for quantised ones, which keeps them exact."
+    )
+
+
+@dataclass(frozen=True)
 class DemoOptions(Options):
     """What the demo does."""
 
-    sparsities: tuple[float, ...] = option(
-        (0.5, 0.7, 0.9), "Fractions of decoder-linear weights to remove.", flag="--sparsity", short="-s"
+    model: str | None = option(
+        None,
+        "What to run on: smollm2 (135 M weights, fetched once), a model folder or a hub id [default: the small model "
+        "that is shipped].",
     )
-    method: str = option("sparsegpt", "How weights are chosen: {choices}.", short="-m", choices=PRUNERS.names)
+    train: bool = option(False, "Train the small model anew, on this Python's library, in place of the shipped one.")
+    sparsities: tuple[float, ...] = option(
+        (),
+        "Repeat for several [default: 0.5, 0.7, 0.9; above 50 M weights 0.5, 0.6, 0.7].",
+        flag="--sparsity",
+        short="-s",
+    )
+    method: str = option("alps", "How weights are chosen: {choices}.", short="-m", choices=PRUNERS.names)
     allocation: str = option(
         "uniform", "How sparsity is spread over layers: {choices}.", short="-a", choices=ALLOCATORS.names
     )
-    samples: int = option(64, "Calibration sequences.", short="-n", at_least=1)
+    samples: int | None = option(
+        None, "Calibration sequences [default: 64; above 50 M weights 16].", short="-n", at_least=1
+    )
     tasks: tuple[str, ...] = option(
         (), "Also measure tasks of lm-evaluation-harness, separated by commas, such as python_lines."
     )
-    preset: str = option("default", "Reference model: default (minutes) or tiny.")
+    preset: str = option("default", "The small model: default (shipped) or tiny (trained in seconds).")
     prompt_length: int = option(128, "Tokens of the benchmark's prompt.", at_least=1)
     decode_tokens: int = option(32, "Tokens to decode after it.", at_least=1)
     rounds: int = option(10, "Benchmark rounds.", short="-r", at_least=1)
     profile: bool = option(False, "Also measure the time of each layer.")
+    probe: bool = option(True, "Where layers are narrow, also measure the speed of a wider random model.")
     cores: int | None = option(None, "Cores to measure on [default: all].", short="-c", at_least=1)
     python: str | None = option(None, "Python for DeepSparse's environment, 3.8 to 3.11.")
 
