@@ -50,6 +50,11 @@ class LSAOptions(Options):
         "Columns that the greedy choice runs over at once (B); 0 takes all of a row's, the released default.",
         at_least=0,
     )
+    reference_tail: bool = option(
+        False,
+        "From a last group that is shorter than the others, drop as many weights as from a whole one, up to all of "
+        "them, as the released code does (which fails where the group has fewer).",
+    )
     block_unit: bool = option(
         False,
         "At block granularity, one rate per block with the block's size. Otherwise each projection's deviation is "
@@ -82,6 +87,7 @@ class LSA:
                 layer.statistics[names[0]].hessian,
                 removed=self.options.removed,
                 group=self.options.group,
+                reference_tail=self.options.reference_tail,
             )
             for name, rows in zip(names, per_row.split([len(weight) for weight in weights]), strict=True):
                 errors[name] = rows.sum().item()
@@ -119,7 +125,12 @@ def blocks(pairs: list[tuple[ModuleShape, float]]) -> list[list[tuple[ModuleShap
 
 
 def greedy_removal(
-    weight: torch.Tensor, hessian: torch.Tensor, *, removed: float = 0.5, group: int = 128
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    *,
+    removed: float = 0.5,
+    group: int = 128,
+    reference_tail: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Drop a share of every row greedily and say what output error that makes.
 
@@ -131,6 +142,7 @@ def greedy_removal(
         hessian: ``[columns, columns]``, symmetric, any positive scale.
         removed: share of each group that goes, rounded down (of a short last group too).
         group: columns per group; 0 for all.
+        reference_tail: of a short last group as many go as of a whole one, up to all.
 
     Returns:
         The error of each row, float64 ``[rows]``, and what was dropped, bool ``[rows, columns]``. NaN errors where the
@@ -139,13 +151,16 @@ def greedy_removal(
     width = group or weight.shape[1]
     hessian = hessian.to(weight)
     if weight.is_cuda:
-        return _greedy_rows(weight, hessian, removed, width)
+        return _greedy_rows(weight, hessian, removed, width, reference_tail)
     # Rows are independent, and the steps are too short to share one among threads: each thread takes its own rows.
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             parts = list(
-                pool.map(lambda rows: _greedy_rows(rows, hessian, removed, width), weight.detach().split(_ROWS_AT_ONCE))
+                pool.map(
+                    lambda rows: _greedy_rows(rows, hessian, removed, width, reference_tail),
+                    weight.detach().split(_ROWS_AT_ONCE),
+                )
             )
     finally:
         torch.set_num_threads(threads)
@@ -153,7 +168,7 @@ def greedy_removal(
 
 
 def _greedy_rows(
-    weight: torch.Tensor, hessian: torch.Tensor, share: float, width: int
+    weight: torch.Tensor, hessian: torch.Tensor, share: float, width: int, reference_tail: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = weight.shape
     cost = weight.square() * hessian.diagonal()  # what dropping each weight would add to its row's error
@@ -171,7 +186,8 @@ def _greedy_rows(
         # index, is smallest at the minimum's first place.
         index = torch.arange(end - start, dtype=weight.dtype, device=weight.device)
         key = torch.empty_like(inner)
-        for _ in range(math.floor((end - start) * share + 1e-9)):
+        whole = width if reference_tail else end - start
+        for _ in range(min(math.floor(whole * share + 1e-9), end - start)):
             lowest = inner.amin(dim=1, keepdim=True)
             torch.sub(inner, lowest, out=key).sign_()
             at = torch.add(index, key, alpha=end - start, out=key).amin(dim=1, keepdim=True).long()

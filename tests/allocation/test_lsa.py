@@ -41,6 +41,17 @@ def test_error_is_the_residual_of_what_was_dropped(group: int) -> None:
         assert (part.sum(dim=1) == part.shape[1] // 2).all()  # a short last group gets its own share
 
 
+@pytest.mark.parametrize(("group", "of_tail"), [(32, 16), (20, 8), (16, 8)])
+def test_reference_tail_drops_as_many_as_from_a_whole_group(group: int, of_tail: int) -> None:
+    weight, x = problem()
+    errors, dropped = greedy_removal(weight, x.T @ x, group=group, reference_tail=True)
+    tail = 48 - (48 % group or group)
+    assert (dropped[:, tail:].sum(dim=1) == of_tail).all()  # all 16, all 8; half of it where groups divide the width
+    torch.testing.assert_close(errors, residual(weight, dropped, x), rtol=1e-8, atol=0)
+    own, _ = greedy_removal(weight, x.T @ x, group=group)
+    assert torch.equal(own, errors) == (48 % group == 0)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 30), st.integers(1, 17), st.sampled_from([0.3, 0.5, 0.7]))
 def test_error_identity_on_any_shape(seed: int, columns: int, group: int, removed: float) -> None:
