@@ -12,127 +12,57 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import platform
 import statistics as stats
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+from cells import Setting, Store, frontier_chart, prune_cell
 
 from sparsedeploy import progress
-from sparsedeploy.allocation.allocate import allocate
 from sparsedeploy.calibration.driver import LayerDriver
-from sparsedeploy.calibration.samples import CalibrationSet, sample_tokens
-from sparsedeploy.errors import UserError
-from sparsedeploy.folders import write_json, write_text
-from sparsedeploy.models.fingerprint import model_sha256
-from sparsedeploy.models.loading import load_model
-from sparsedeploy.models.tokenizer import load_tokenizer
-from sparsedeploy.plan import ModuleTarget, SparsityPlan
-from sparsedeploy.pruning.layers import prune_linear, prune_model
-from sparsedeploy.quality.perplexity import perplexity, windows_of
-from sparsedeploy.registry import ALLOCATORS, PRUNERS
-from sparsedeploy.workflows.search import search_plan
+from sparsedeploy.plan import ModuleTarget
+from sparsedeploy.pruning.layers import prune_linear
+from sparsedeploy.registry import PRUNERS
+from sparsedeploy.reporting.charts import Chart
 
-CONTEXT, SEQUENCES, TEST_BYTES = 512, 8, 60_000
-SELECTION = {"windows": 8, "context": 256}
 CELLS = [
     f"{method}|{allocation}|{rate}"
     for rate in (0.7, 0.6, 0.5, 0.8, 0.9)
     for allocation in ("uniform", "owl", "auto", "evolve")
     for method in ("wanda", "wanda+ls", "sparsegpt", "alps")
 ]
-OPTIONS: dict[str, dict[str, Any]] = {"evolve": {"offspring": 8, "generations": 20}}
-READING = "<!-- What follows is written by hand and kept when the tables are made anew. -->\n"
+OPTIONS: dict[str, dict[str, Any]] = {"evolve": {"offspring": 8, "generations": 8}}
 
 
 class Bench:
-    """The model, its texts and the file of finished cells."""
+    """The setting and the file of finished cells."""
 
-    def __init__(self, model: Path, calibration: Path, test: Path, output: Path, levels: Path) -> None:
-        self.folder, self.levels = model, levels
-        tokenizer = load_tokenizer(model)
-        text = calibration.read_text(encoding="utf-8")
-        self.calibration: CalibrationSet = sample_tokens(
-            [text], tokenizer, sequences=SEQUENCES, length=CONTEXT, seed=0, data=calibration.name
+    def __init__(self, setting: Setting, output: Path, levels: Path) -> None:
+        self.setting, self.levels = setting, levels
+        machine = platform.processor() or platform.machine()
+        self.store = Store(
+            output / "frontier.json", setting.header(), markdown, picture=picture, beside={"machine": machine}
         )
-        self.selection = _windows(text[-100_000:], tokenizer, SELECTION["context"])[: SELECTION["windows"]]
-        self.test = _windows(test.read_bytes()[:TEST_BYTES].decode(errors="ignore"), tokenizer, CONTEXT)
-        header = {
-            "model": {"name": model.name, "sha256": model_sha256(model)},
-            "calibration": asdict(self.calibration.describe()),
-            "test": {"data": test.name, "bytes": TEST_BYTES, "context": CONTEXT},
-            "selection": SELECTION,
-        }
-        self.path = output / "frontier.json"
-        self.content: dict[str, Any] = {**header, "machine": platform.processor() or platform.machine(), "cells": {}}
-        if self.path.exists():
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            if {key: stored[key] for key in header} != header:
-                raise UserError(f"{self.path} is for another model or text", "Name another folder: -o.")
-            self.content = stored
-        if "dense" not in self.content:
-            self.content["dense"] = perplexity(load_model(model, dtype=torch.float32), self.test).perplexity
-            self.save()
+        if "dense" not in self.store.content:
+            dense = setting.perplexity(setting.dense_model())
+            self.store.change(lambda content: content.update(dense=dense))
 
     def run(self, key: str) -> None:
         """One cell: plan, prune, measure."""
         method, allocation, rate = key.split("|")
-        name, _, ending = method.partition("+")
-        pruner = PRUNERS.get(name)
-        options = pruner.make_options()
-        model = load_model(self.folder, dtype=torch.float32)
-        began, used = time.perf_counter(), time.process_time()
-        plan = self.plan(model, name, allocation, float(rate), reconstruct=bool(ending))
-        planned, planned_used = time.perf_counter(), time.process_time()
-        prune_model(model, self.calibration.tokens, plan, name, options, reconstruct=bool(ending))
-        pruned, pruned_used = time.perf_counter(), time.process_time()
-        try:
-            value = perplexity(model, self.test, batch_size=4).perplexity
-        except UserError:  # its only reason: the pruned model has diverged
-            value = math.inf
-        self.content["cells"][key] = {
-            "perplexity": value if math.isfinite(value) else None,
-            "achieved": plan.achieved,
-            "plan_s": round(planned - began, 1),
-            "prune_s": round(pruned - planned, 1),
-            "plan_cpu_s": round(planned_used - used, 1),
-            "prune_cpu_s": round(pruned_used - planned_used, 1),
-            "search": plan.details.get("search"),
-        }
-        self.save()
-        print(f"{key} {value:.2f} (plan {planned - began:.0f} s, prune {pruned - planned:.0f} s)", flush=True)
-
-    def plan(self, model: Any, method: str, allocation: str, rate: float, *, reconstruct: bool) -> SparsityPlan:
-        chosen = ALLOCATORS.get(allocation)
-        tokens = self.calibration.tokens
-        if not chosen.traits.get("searches"):
-            return allocate(model, tokens, rate, None, allocation, chosen.make_options())
-        folder = self.levels / f"{self.folder.name}-{method}{'-ls' if reconstruct else ''}"
-        return search_plan(
-            model,
-            tokens,
-            self.selection,
-            rate,
-            None,
-            allocation,
-            chosen.make_options({"database": str(folder), **OPTIONS.get(allocation, {})}),
-            method=method,
-            method_options=PRUNERS.get(method).make_options(),
-            identity={"model": self.content["model"], "calibration": self.content["calibration"], "method": method},
-            reconstruct=reconstruct,
-        )
+        options = OPTIONS.get(allocation, {})
+        cell = prune_cell(self.setting, method, allocation, rate, levels=self.levels, search_options=options)
+        self.store.add(key, cell)
+        print(f"{key} {cell['perplexity']} (plan {cell['plan_s']:.0f} s, prune {cell['prune_s']:.0f} s)", flush=True)
 
     def solve(
         self, methods: dict[str, tuple[str, dict[str, Any]]], layers: list[int], rate: float, repeats: int
     ) -> None:
         """CPU seconds of the solvers alone on the linears of some layers, interleaved; medians of the repeats."""
-        model = load_model(self.folder, dtype=torch.float32)
-        driver = LayerDriver(model, self.calibration.tokens)
+        driver = LayerDriver(self.setting.dense_model(), self.setting.calibration_set(0).tokens)
         times: dict[str, list[float]] = {label: [] for label in methods}
         losses: dict[str, float] = dict.fromkeys(methods, 0.0)
         for layer in driver.iterate("hessian", changes_weights=False):
@@ -156,24 +86,24 @@ class Bench:
                         times[label].append(spent)
             if layer.index >= max(layers):
                 break
-        self.content["solve"] = {
+        solve = {
             "layers": layers,
             "rate": rate,
             "repeats": repeats,
             "seconds": {label: round(stats.median(values), 4) for label, values in times.items()},
             "loss": {label: loss for label, loss in losses.items() if loss},
         }
-        self.save()
-
-    def save(self) -> None:
-        write_json(self.path, self.content)
-        page = self.path.with_suffix(".md")
-        kept = page.read_text(encoding="utf-8").partition(READING)[2] if page.exists() else ""
-        write_text(page, markdown(self.content) + (READING + kept if kept else ""))
+        self.store.change(lambda content: content.update(solve=solve))
 
 
-def _windows(text: str, tokenizer: Any, context: int) -> torch.Tensor:
-    return windows_of(tokenizer(text, verbose=False)["input_ids"], context, "text")
+def picture(content: dict[str, Any]) -> list[Chart]:
+    """A line for each method and allocation."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for key, cell in sorted(content["cells"].items()):
+        method, allocation, rate = key.split("|")
+        if cell["perplexity"] is not None:
+            found.setdefault(f"{method}, {allocation}", []).append((float(rate), cell["perplexity"]))
+    return frontier_chart(found, content["dense"])
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -248,14 +178,20 @@ def main() -> None:
     parser.add_argument("--cells", nargs="*", default=CELLS)
     parser.add_argument("--solve", type=int, nargs="*", help="measure the solvers on these layers")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, help="start no cell that should end later; exit code 3 if any is left")
     arguments = parser.parse_args()
     progress.show(False)
-    bench = Bench(arguments.model, arguments.calibration, arguments.test, arguments.output, arguments.levels)
+    bench = Bench(Setting(arguments.model, arguments.calibration, arguments.test), arguments.output, arguments.levels)
     if arguments.solve:
         bench.solve(SOLVERS, arguments.solve, 0.7, arguments.repeats)
-    for key in arguments.cells:
-        if key not in bench.content["cells"]:
-            bench.run(key)
+    began = time.monotonic()
+    lasted: dict[str, float] = {}
+    for key in filter(bench.store.missing, arguments.cells):
+        start, method = time.monotonic(), key.partition("|")[0]
+        if arguments.seconds and start - began + lasted.get(method, 0) > arguments.seconds:
+            raise SystemExit(3)
+        bench.run(key)
+        lasted[method] = time.monotonic() - start
 
 
 if __name__ == "__main__":

@@ -68,33 +68,51 @@ def main() -> None:
 
 
 def case(size: str, layers: int, method: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All tools on one model, in turn, ``rounds`` times."""
+    """All tools on one random model."""
+    with tempfile.TemporaryDirectory(prefix="pruning-speed-") as name:
+        model = random_llama(Path(name) / "model", size, layers)
+        return compare(
+            model,
+            method,
+            peer_python=arguments.peer_python,
+            samples=arguments.samples,
+            length=arguments.length,
+            rounds=arguments.rounds,
+        )
+
+
+def compare(model: Path, method: str, *, peer_python: str, samples: int, length: int, rounds: int) -> dict[str, Any]:
+    """All tools on a model folder, in turn, ``rounds`` times, on the same random tokens."""
     with tempfile.TemporaryDirectory(prefix="pruning-speed-") as name:
         place = Path(name)
-        model = random_llama(place / "model", size, layers)
         generator = np.random.default_rng(0)
-        tokens = generator.integers(0, 4096, (arguments.samples, arguments.length))
-        np.save(place / "tokens.npy", tokens)
+        np.save(place / "tokens.npy", generator.integers(0, 4096, (samples, length)))
         runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in TOOLS}
         agreement = 0.0
-        for _ in range(arguments.rounds):
+        for _ in range(rounds):
             ours = [sys.executable, str(HERE / "peers" / "ours.py"), str(model), method, str(SPARSITY)]
             runs[TOOLS[0]].append(run([*ours, str(place / "tokens.npy"), str(place / "ours")]))
             loop = [sys.executable, str(HERE / "peers" / "two_forward_loop.py"), str(model), method, str(SPARSITY)]
             runs[TOOLS[1]].append(run([*loop, str(place / "tokens.npy"), str(place / "loop")]))
             recipe = str(place / "ours" / "recipe.yaml")
-            peer = [arguments.peer_python, str(HERE / "peers" / "oneshot.py"), str(model), recipe]
+            peer = [peer_python, str(HERE / "peers" / "oneshot.py"), str(model), recipe]
             runs[TOOLS[2]].append(run([*peer, str(place / "tokens.npy"), str(place / "peer")]))
             agreement = mask_agreement(place / "ours", place / "peer")
             for folder in ("ours", "loop", "peer"):
                 shutil.rmtree(place / folder)
         return {
             "weights": sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values()),
-            "samples": arguments.samples,
-            "length": arguments.length,
+            "samples": samples,
+            "length": length,
             "mask_agreement": agreement,
             "runs": runs,
         }
+
+
+def figures(result: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds and peak gigabytes by tool, medians over the rounds."""
+    seconds = {tool: median(result, tool, lambda run: sum(run["seconds"].values())) for tool in TOOLS}
+    return seconds, {tool: median(result, tool, lambda run: run["peak_bytes"]) / 1e9 for tool in TOOLS}
 
 
 def random_llama(folder: Path, size: str, layers: int) -> Path:
@@ -138,8 +156,7 @@ def markdown(results: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for key, result in results.items():
-        seconds = {tool: median(result, tool, lambda run: sum(run["seconds"].values())) for tool in TOOLS}
-        peaks = {tool: median(result, tool, lambda run: run["peak_bytes"]) / 1e9 for tool in TOOLS}
+        seconds, peaks = figures(result)
         base, rounds = seconds[TOOLS[0]], len(result["runs"][TOOLS[0]])
         lines.append(
             f"| {key} | {result['weights'] / 1e6:.0f} M | {rounds} | {base:.1f} s "

@@ -15,17 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from sparsedeploy import progress
-from sparsedeploy.errors import UserError
-from sparsedeploy.folders import write_json, write_text
 
 LEVELS = ("0.5", "0.6", "0.7", "mixed-2:8")
 # Name -> (recovery or None, its options, pruner). One-shot and fixed-mask methods prune 2:8 where LoSA mixes it.
@@ -75,168 +71,98 @@ def run_cell(method: str, level: str, seed: int, folder: Path) -> dict[str, Any]
     import torch
 
     torch.set_num_threads(1)
-    from sparsedeploy.allocation import allocate
-    from sparsedeploy.calibration.documents import load_documents
-    from sparsedeploy.calibration.samples import sample_tokens
-    from sparsedeploy.models.layers import StreamedLayers
-    from sparsedeploy.models.loading import load_model
-    from sparsedeploy.models.low_rank import attach_low_rank
+    from cells import RecoverySetting, recovery_cell
+
     from sparsedeploy.models.tokenizer import load_tokenizer
-    from sparsedeploy.plan import NM, MixedNM, parse_pattern
-    from sparsedeploy.pruning.layers import prune_model
     from sparsedeploy.quality.perplexity import perplexity, text_windows
-    from sparsedeploy.recovery.base import RecoveryJob
-    from sparsedeploy.recovery.data import load_training_data
-    from sparsedeploy.recovery.options import DataOptions
-    from sparsedeploy.recovery.training import TrainingOptions
-    from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES
 
-    tokenizer = load_tokenizer(folder)
-    length = SETTINGS["length"]
-    windows = text_windows("stdlib", tokenizer, length)
+    values = {key: value for key, value in SETTINGS.items() if key != "windows"}
+    setting = RecoverySetting(calibration="stdlib", train="stdlib", **values)
+    windows = text_windows("stdlib", load_tokenizer(folder), setting.length)
     windows = windows[:: max(1, len(windows) // SETTINGS["windows"])][: SETTINGS["windows"]]
-    recovery, values, pruner = METHODS.get(method, (None, {}, ""))
-    result: dict[str, Any] = {"method": method, "level": level, "seed": seed}
-    data = calibration = None
-    if method != "dense":
-        documents = load_documents("stdlib")
-        calibration = sample_tokens(
-            documents, tokenizer, sequences=SETTINGS["sequences"], length=length, seed=seed, data="stdlib"
-        )
-    if recovery is not None:
-        options = DataOptions(
-            "stdlib", samples=SETTINGS["train_sequences"], max_length=length, min_length=length, seed=seed
-        )
-        data = load_training_data(tokenizer, options)
-    before = _resident()
-    started, cpu = time.perf_counter(), time.process_time()
-    model = load_model(folder, dtype=torch.float32)
-    if method != "dense":
-        pattern = parse_pattern("unstructured" if level[0] == "0" else level)
-        sparsity = pattern.sparsity if pattern else float(level)
-        starts_dense = recovery is not None and RECOVERIES.get(recovery).traits["starts_from"] == "dense"
-        if isinstance(pattern, MixedNM) and not starts_dense:
-            pattern = NM(round(pattern.keep), pattern.m)
-        pruner_options = PRUNERS.get(pruner).make_options()
-        job = RecoveryJob(
-            model=model,
-            dense=lambda: StreamedLayers(folder, device=torch.device("cpu"), dtype=torch.float32),
-            sparsity=sparsity,
-            pattern=pattern,
-            pruner=pruner,
-            pruner_options=pruner_options,
-            calibration=calibration,
-            batch_size=8,
-            data=data,
-            training=TrainingOptions(**SETTINGS["training"]),
-            seed=seed,
-        )
-        if not starts_dense:
-            tokens = calibration.tokens if calibration else None
-            uniform = ALLOCATORS.get("uniform").make_options()
-            job.plan = allocate(model, tokens, sparsity, pattern, "uniform", uniform, batch_size=8)
-            pruned = prune_model(model, tokens, job.plan, pruner, pruner_options, 8)
-            job.masks = {name: module.mask for name, module in pruned.items()}
-            result["sparsity"] = job.plan.achieved
-        if recovery is not None:
-            method_ = RECOVERIES.get(recovery)
-            recovered = method_.function(job, method_.make_options({**values, "dropout": SETTINGS["dropout"]}))
-            attach_low_rank(model, recovered.low_rank)
-            steps = recovered.report.get("steps", [recovered.report])
-            result["sparsity"] = recovered.plan.achieved
-            result["tokens"] = sum(step["tokens"] for step in steps)
-            result["training_seconds"] = sum(step["seconds"] for step in steps)
-            result["ranks"] = steps[-1].get("ranks")
-    result["seconds"], result["cpu_seconds"] = time.perf_counter() - started, time.process_time() - cpu
-    result["peak_mib"] = (_peak() - before) / 2**20
-    result["perplexity"] = perplexity(model, windows, batch_size=8).perplexity
-    return result
-
-
-def _peak() -> int:
-    """The process's largest resident size so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _resident() -> int:
-    """The process's resident size now, in bytes (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    recovery, options, pruner = METHODS.get(method, (None, {}, None))
+    cell = recovery_cell(
+        folder,
+        setting,
+        recovery,
+        options,
+        pruner,
+        level,
+        seed,
+        lambda model: perplexity(model, windows, batch_size=8).perplexity,
+    )
+    return {"method": method, **cell}
 
 
 class Bench:
     """The file of finished cells and the tables made from it."""
 
     def __init__(self, path: Path, fresh: bool, changed: list[str]) -> None:
+        from cells import Store
+
         from sparsedeploy.models.fingerprint import model_sha256
         from sparsedeploy.reference import reference_model
 
         self.folder = reference_model()
         self.changed = changed
-        self.path = path
         header = {
             "settings": SETTINGS,
             "model": {"name": self.folder.name, "sha256": model_sha256(self.folder)},
         }
-        self.content: dict[str, Any] = {**header, "cells": {}}
-        if self.path.exists() and not fresh:
-            stored = json.loads(self.path.read_text())
-            if {key: stored[key] for key in header} != json.loads(json.dumps(header)):
-                raise UserError(f"{self.path} is for another model or other settings", "Start anew: --fresh.")
-            self.content = stored
+        self.store = Store(path, header, markdown, fresh=fresh)
 
     def run(self, cells: list[tuple[str, str, int]]) -> None:
         """Run what is missing, one process per cell."""
-        missing = [cell for cell in cells if _key(*cell) not in self.content["cells"]]
+        missing = [cell for cell in cells if self.store.missing(_key(*cell))]
         with progress.bar("recovery", len(missing), "cells") as advance:
             for method, level, seed in missing:
                 command = [sys.executable, __file__, "--cell", method, level, str(seed), str(self.folder)]
                 command += ["--set", *self.changed]
                 done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-                self.content["cells"][_key(method, level, seed)] = json.loads(done.stdout.splitlines()[-1])
-                write_json(self.path, self.content)
-                write_text(self.path.with_suffix(".md"), self.markdown())
+                self.store.add(_key(method, level, seed), json.loads(done.stdout.splitlines()[-1]))
                 advance(1, f"{method} {level} {seed}")
 
-    def markdown(self) -> str:
-        """The figures as tables: mean over the seeds, and how far the seeds are apart."""
-        cells = list(self.content["cells"].values())
-        levels = [level for level in LEVELS if any(cell["level"] == level for cell in cells)]
-        trained = next((cell["tokens"] for cell in cells if "tokens" in cell), 0)
-        lines = [
-            "# Recovery on the reference model",
-            "",
-            f"Model {self.content['model']['name']}; test perplexity at {SETTINGS['length']} tokens of context, lower "
-            f"is better; {trained:,} training tokens for every trained method, {SETTINGS['training']['batch_size']} "
-            f"sequences a step. Mean over seeds ± half the range.",
-            "",
-            "| | " + " | ".join(_level_name(level) for level in levels) + " |",
-            "|---|" + "---|" * len(levels),
+
+def markdown(content: dict[str, Any]) -> str:
+    """The figures as tables: mean over the seeds, and how far the seeds are apart."""
+    cells = list(content["cells"].values())
+    levels = [level for level in LEVELS if any(cell["level"] == level for cell in cells)]
+    trained = next((cell["tokens"] for cell in cells if "tokens" in cell), 0)
+    lines = [
+        "# Recovery on the reference model",
+        "",
+        f"Model {content['model']['name']}; test perplexity at {SETTINGS['length']} tokens of context, lower "
+        f"is better; {trained:,} training tokens for every trained method, {SETTINGS['training']['batch_size']} "
+        f"sequences a step. Mean over seeds ± half the range.",
+        "",
+        "| | " + " | ".join(_level_name(level) for level in levels) + " |",
+        "|---|" + "---|" * len(levels),
+    ]
+    dense = [cell["perplexity"] for cell in cells if cell["method"] == "dense"]
+    if dense:
+        lines.append(f"| dense | {' | '.join([f'{dense[0]:.2f}'] * len(levels))} |")
+    for method in (method for method in METHODS if any(cell["method"] == method for cell in cells)):
+        row = [
+            _summary([c["perplexity"] for c in cells if (c["method"], c["level"]) == (method, level)])
+            for level in levels
         ]
-        dense = [cell["perplexity"] for cell in cells if cell["method"] == "dense"]
-        if dense:
-            lines.append(f"| dense | {' | '.join([f'{dense[0]:.2f}'] * len(levels))} |")
-        for method in (method for method in METHODS if any(cell["method"] == method for cell in cells)):
-            row = [
-                _summary([c["perplexity"] for c in cells if (c["method"], c["level"]) == (method, level)])
-                for level in levels
-            ]
-            lines.append(f"| {LABELS[method]} | {' | '.join(row)} |")
-        lines += [
-            "",
-            "Time and memory at 70 %, one thread:",
-            "",
-            "| | CPU seconds | over LoRA | peak MiB | over LoRA |",
-        ]
-        lines.append("|---|---|---|---|---|")
-        base = {key: _mean(cells, "lora", key) for key in ("cpu_seconds", "peak_mib")}
-        for method in ("sparse-lora", "lora", "losa"):
-            seconds, peak = _mean(cells, method, "cpu_seconds"), _mean(cells, method, "peak_mib")
-            if seconds and peak and base["cpu_seconds"] and base["peak_mib"]:
-                lines.append(
-                    f"| {LABELS[method]} | {seconds:.0f} | {seconds / base['cpu_seconds']:.2f} | {peak:.0f} "
-                    f"| {peak / base['peak_mib']:.2f} |"
-                )
-        return "\n".join(lines) + "\n"
+        lines.append(f"| {LABELS[method]} | {' | '.join(row)} |")
+    lines += [
+        "",
+        "Time and memory at 70 %, one thread:",
+        "",
+        "| | CPU seconds | over LoRA | peak MiB | over LoRA |",
+    ]
+    lines.append("|---|---|---|---|---|")
+    base = {key: _mean(cells, "lora", key) for key in ("cpu_seconds", "peak_mib")}
+    for method in ("sparse-lora", "lora", "losa"):
+        seconds, peak = _mean(cells, method, "cpu_seconds"), _mean(cells, method, "peak_mib")
+        if seconds and peak and base["cpu_seconds"] and base["peak_mib"]:
+            lines.append(
+                f"| {LABELS[method]} | {seconds:.0f} | {seconds / base['cpu_seconds']:.2f} | {peak:.0f} "
+                f"| {peak / base['peak_mib']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def _mean(cells: list[dict[str, Any]], method: str, key: str, level: str = "0.7") -> float | None:
@@ -286,7 +212,7 @@ def main() -> None:
     name = "recovery.json" if arguments.budget == "short" else f"recovery_{arguments.budget}.json"
     bench = Bench(arguments.output / name, arguments.fresh, changed)
     bench.run(cells)
-    print(bench.markdown())
+    print(markdown(bench.store.content))
 
 
 if __name__ == "__main__":
