@@ -24,18 +24,18 @@ def demo_command(
 ) -> None:
     """Everything in one command, with nothing to download.
 
-    Trains a small model on Python's own library, prunes it, exports it, runs it in DeepSparse, and reports what became
-    faster and what it cost.
+    Takes a model (a small one is shipped), prunes it, measures its quality, exports it, runs it in DeepSparse (and in
+    llama.cpp where that is installed), and reports what became faster, what it cost, and why.
     """
-    from sparsedeploy.reporting.report import heading, summary_table
+    from sparsedeploy.reporting.report import notes, summary_table
     from sparsedeploy.workflows.demo import demo
 
-    report = demo(output, DemoOptions(**given.take("demo")), command=shlex.join(["sparsedeploy", *sys.argv[1:]]))
+    report = demo(output, given.build("demo", DemoOptions), command=shlex.join(["sparsedeploy", *sys.argv[1:]]))
     if as_json:
         print_json(report)
         return
+    console.print(f"\n{report['about']}", soft_wrap=True)
     console.print(summary_table(report))
-    console.print(heading(report), markup=False)
-    for note in report["benchmark"]["notes"]:
-        console.print(f"note: {note}", markup=False)
+    for line in notes(report):
+        console.print(line)
     console.print(f"report: {output / 'report.html'} and {output / 'report.json'}", soft_wrap=True)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
-    "demo": ("sparsedeploy demo", "sparsedeploy demo -s 0.5 -s 0.8 --allocation owl -o my-demo"),
+    "demo": ("sparsedeploy demo", "sparsedeploy demo --model smollm2 -s 0.6 -o my-demo"),
+    "import": (
+        "sparsedeploy import model.Q4_K_M.gguf -o MODEL",
+        "sparsedeploy import model.Q8_0.gguf -o MODEL --dtype bfloat16",
+    ),
     "deploy": (
         "sparsedeploy deploy MODEL --for cpu --within 5% -o deployed",
         "sparsedeploy deploy MODEL --for llamacpp --data train.txt --held-out test.txt --dry-run",

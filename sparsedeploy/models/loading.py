@@ -126,7 +126,7 @@ def load_model(
     config = load_config(folder, trust_remote_code=trust_remote_code)
     TensorFiles(folder)  # refuses what is not the model, or is corrupt
     try:
-        with _no_foreign_bars():
+        with no_foreign_bars():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -179,7 +179,7 @@ def exact_matmul() -> None:
 
 
 @contextmanager
-def _no_foreign_bars() -> Iterator[None]:
+def no_foreign_bars() -> Iterator[None]:
     """Keep transformers' own progress bar off standard error: ours tell what is going on."""
     was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

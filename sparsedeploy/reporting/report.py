@@ -1,9 +1,12 @@
 """The report of a pipeline run: one dictionary, shown as a terminal table and as one self-contained HTML file.
 
 ``models`` is a list with, for each model, ``name``, ``sparsity``, ``quality`` (``perplexity`` and, when tasks were run,
-``tasks``: name -> metrics, each with its ``_stderr``), sizes, ``layer_sparsity``, ``allocation`` and ``commands`` (step
--> command line), and where they are known ``modules`` (:func:`.levels.module_rows`) and ``samples``
-(:func:`.samples.samples_section`); ``benchmark`` is the result of ``sparsedeploy bench`` under the same names.
+``tasks``: name -> metrics, each with its ``_stderr``), ``layer_sparsity``, ``allocation`` and ``commands`` (step ->
+command line), and where they are known ``modules`` (:func:`.levels.module_rows`) and ``samples``
+(:func:`.samples.samples_section`). ``benchmark`` is the result of ``sparsedeploy bench`` under the same names; or
+``engines`` is a list with, for each engine, ``engine`` (its name), ``benchmark`` and ``why`` (name -> a sentence on its
+speed). ``probe``, where there is one, has a ``title`` and ``engines`` likewise, for a random model that shows speed
+alone.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from sparsedeploy.reporting.levels import levels_section
 from sparsedeploy.reporting.page import commands_block, figure, note, page, pairs, section, table
 from sparsedeploy.reporting.samples import samples_section
 
-FORMAT = 2
+FORMAT = 3
 # The first of these that a task has is its score. The pruning papers report acc for their tasks.
 _METRICS = ("acc", "acc_norm", "exact_match")
 
@@ -45,33 +48,62 @@ def layer_sparsity(plan: Mapping[str, Any]) -> list[float]:
 
 
 def summary_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row a model: quality, size and speed side by side, as plain figures, in the benchmark's first setting.
+    """One row an engine and model: quality, size and speed side by side, as plain figures, in the first setting.
 
-    Speeds are None for a model that was not measured.
+    Speeds are None for a model that was not measured, quality for the probe's.
     """
-    measured = report["benchmark"]
-    speed = {row["name"]: row for row in rows_at(measured, settings(measured)[0])}
+    models = {model["name"]: model for model in report["models"]}
     rows = []
-    for model in report["models"]:
-        row = speed.get(model["name"])
-        there = row is not None and row["status"] == "measured"
-        rows.append(
-            {
-                "model": model["name"],
-                "sparsity": model["sparsity"],
-                "perplexity": model["quality"]["perplexity"],
-                "accuracy": accuracy(model["quality"].get("tasks")),
-                "nonzero_millions": model["nonzero_weights"] / 1e6,
-                "size_mb": model["artifact_bytes"] / 1e6,
-                "baseline": row is not None and row["baseline"],
-                "prefill_ms": row["prefill"]["ms"]["median"] if row and there else None,
-                "prefill_speedup": row["prefill"]["speedup"] if row and there else None,
-                "decode_ms": row["decode"]["ms"]["median"] if row and there else None,
-                "decode_speedup": row["decode"]["speedup"] if row and there else None,
-                "decode_limit": row["decode_limit"] if row and not row["baseline"] else None,
-            }
-        )
+    for group, measured in [("", one) for one in engines_of(report)] + [("probe", one) for one in _probes(report)]:
+        result = measured["benchmark"]
+        for row in rows_at(result, settings(result)[0]):
+            model = models.get(row["name"]) if not group else None
+            there = row["status"] == "measured"
+            rows.append(
+                {
+                    "engine": measured["engine"],
+                    "model": row["name"],
+                    "probe": bool(group),
+                    "sparsity": row["sparsity"],
+                    "perplexity": model["quality"]["perplexity"] if model else None,
+                    "accuracy": accuracy(model["quality"].get("tasks")) if model else None,
+                    "nonzero_millions": model["nonzero_weights"] / 1e6 if model else None,
+                    "size_mb": row["artifact_bytes"] / 1e6,
+                    "baseline": row["baseline"],
+                    "prefill_ms": row["prefill"]["ms"]["median"] if there else None,
+                    "prefill_speedup": row["prefill"]["speedup"] if there else None,
+                    "decode_ms": row["decode"]["ms"]["median"] if there else None,
+                    "decode_speedup": row["decode"]["speedup"] if there else None,
+                    "decode_limit": None if row["baseline"] else row["decode_limit"],
+                    "why": measured["why"].get(row["name"], ""),
+                }
+            )
     return rows
+
+
+def engines_of(report: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The benchmark of each engine; a report of one benchmark has one."""
+    if "engines" in report:
+        found: Sequence[Mapping[str, Any]] = report["engines"]
+        return found
+    runtimes = dict.fromkeys(row["runtime"] for row in report["benchmark"]["rows"])
+    return [{"engine": ", ".join(runtimes), "benchmark": report["benchmark"], "why": {}}]
+
+
+def _probes(report: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    found: Sequence[Mapping[str, Any]] = report.get("probe", {}).get("engines", [])
+    return found
+
+
+def _first_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the models in the first engine."""
+    first = engines_of(report)[0]["engine"]
+    return [row for row in summary_rows(report) if row["engine"] == first and not row["probe"]]
+
+
+def results(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every benchmark of the report: the models' in each engine, then the probe's."""
+    return [one["benchmark"] for one in [*engines_of(report), *_probes(report)]]
 
 
 def score(metrics: Mapping[str, Any]) -> tuple[str, float, float | None] | None:
@@ -90,21 +122,36 @@ def accuracy(tasks: Mapping[str, Mapping[str, Any]] | None) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-_HEADERS = ("model", "sparsity", "perplexity", "size", "non-zero", "prefill", "ms", "decode", "ms", "limit")
+_HEADERS = (
+    "engine",
+    "model",
+    "sparsity",
+    "perplexity",
+    "size",
+    "non-zero",
+    "prefill",
+    "ms",
+    "decode",
+    "ms",
+    "limit",
+    "why",
+)
 # The terminal's eighty columns have no room for the rest; the files have it.
-_NARROW = ("model", "sparsity", "perplexity", "size", "prefill", "decode", "limit")
+_NARROW = ("engine", "model", "perplexity", "size", "prefill", "decode", "limit")
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
+        row["engine"],
         row["model"],
         f"{row['sparsity']:.0%}",
-        f"{row['perplexity']:.2f}",
+        "" if row["perplexity"] is None else f"{row['perplexity']:.2f}",
         f"{row['size_mb']:.1f} MB",
-        f"{row['nonzero_millions']:.2f} M",
+        "" if row["nonzero_millions"] is None else f"{row['nonzero_millions']:.2f} M",
         *_speed_cells(row, "prefill"),
         *_speed_cells(row, "decode"),
         "" if row["decode_limit"] is None else f"{row['decode_limit']:.2f}x",
+        row["why"],
     )
 
 
@@ -115,30 +162,50 @@ def _speed_cells(row: Mapping[str, Any], phase: str) -> tuple[str, str]:
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:
-    """The table that the terminal shows: prefill and decode as speedups over the dense model."""
+    """The table that the terminal shows: prefill and decode as speedups over the dense model in the same engine."""
     shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for at, header in enumerate(_NARROW):
-        shown.add_column(header, justify="left" if at == 0 else "right", no_wrap=True)
+        shown.add_column(header, justify="left" if at < 2 else "right", no_wrap=True)
+    before = None
     for row in summary_rows(report):
         cells = dict(zip(_HEADERS, _cells(row), strict=True))
+        group = (row["engine"], row["probe"])
+        if before not in (None, group):
+            shown.add_row()
+        before = group
         shown.add_row(*(cells[header] for header in _NARROW))
     return shown
 
 
 def summary_markdown(report: Mapping[str, Any]) -> str:
-    """The same table in Markdown."""
-    lines = [f"| {' | '.join(_HEADERS)} |", "|---|" + "---:|" * (len(_HEADERS) - 1)]
+    """The same table in Markdown, with all columns."""
+    lines = [f"| {' | '.join(_HEADERS)} |", "|---|---|" + "---:|" * (len(_HEADERS) - 3) + "---|"]
     lines += [f"| {' | '.join(_cells(row))} |" for row in summary_rows(report)]
     return "\n".join(lines) + "\n"
 
 
-def heading(report: Mapping[str, Any]) -> str:
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """What the terminal prints below the table: how it was measured, and a sentence for each row."""
+    lines = ["", heading(engines_of(report)[0]["benchmark"])]
+    lines.append("prefill and decode: times faster than dense in the same engine. limit: what memory traffic allows.")
+    if _probes(report):
+        lines.append(f"probe: {report['probe']['title']}: for speed only, its text means nothing.")
+    lines.append("")
+    told: dict[str, list[str]] = {}
+    for row in summary_rows(report):
+        if row["why"] and not row["baseline"]:
+            told.setdefault(row["why"], []).append(f"{row['model']} in {row['engine']}")
+    lines += [f"{', '.join(rows)}: {sentence}" for sentence, rows in told.items()]
+    lines += report.get("skipped", [])
+    lines += [f"note: {text}" for result in results(report) for text in result["notes"]]
+    return lines
+
+
+def heading(measured: Mapping[str, Any]) -> str:
     """One line: where and how the speed was measured."""
-    measured = report["benchmark"]
     setting = settings(measured)[0]
-    runtimes = ", ".join(dict.fromkeys(row["runtime"] for row in measured["rows"]))
     return (
-        f"{runtimes} on {measured['machine']['processor']}: {setting_title(setting, measured)}, "
+        f"{measured['machine']['processor']}: {setting_title(setting, measured)}, "
         f"{measured['options']['rounds']} interleaved rounds, "
         f"memory bandwidth {measured['bandwidth'][str(setting['cores'])]['best']:.1f} GB/s"
     )
@@ -146,42 +213,45 @@ def heading(report: Mapping[str, Any]) -> str:
 
 def html_report(report: Mapping[str, Any]) -> str:
     """The report as one HTML file that is whole without its script and needs nothing outside it."""
-    measured = report["benchmark"]
+    first = engines_of(report)[0]["benchmark"]
     quality = report["models"][0]["quality"]
+    lines = []
+    if _probes(report):
+        lines.append(note(f"Probe: {report['probe']['title']}: for speed only, its text means nothing."))
+    lines += [note(text) for text in report.get("skipped", [])]
     summary = section(
         "Quality, size and speed",
         table(_HEADERS, [_cells(row) for row in summary_rows(report)]),
         note(
-            f"{heading(report)}. Perplexity: {quality['data']} ({quality['split']} split), {quality['windows']} "
-            f"windows of {quality['context']} tokens. Prefill and decode: speedup over dense, the median of the "
-            "rounds' ratios; '?' where its 95 % interval includes 1. Limit: the highest decode speedup that "
-            "memory traffic alone would allow. Size: the exported folder; some engines compress zeros when they load "
-            "the graph, not on disk."
+            f"{heading(first)}. Perplexity: {quality['data']} ({quality['split']} split), {quality['windows']} "
+            f"windows of {quality['context']} tokens, in torch. Prefill and decode: speedup over dense in the same "
+            "engine, the median of the rounds' ratios; '?' where its 95 % interval includes 1. Limit: the highest "
+            "decode speedup that memory traffic alone would allow. Size: the exported folder; some engines compress "
+            "zeros when they load the graph, not on disk."
         ),
+        *lines,
         commands_block([report["command"]]),
     )
+    every = results(report)
     return page(
         report["title"],
         [
-            note(report.get("summary", "")) if report.get("summary") else Markup(""),
+            *(note(report[key]) for key in ("about", "summary") if report.get(key)),
             summary,
-            levels_section(report, summary_rows(report)),
+            levels_section(report, _first_rows(report)),
             _trials_section(report),
             *_pareto_sections(report),
-            *speed_sections(measured),
+            *(part for measured in every for part in _engine_sections(measured, named=len(every) > 1)),
             _quality_section(report),
             _tasks_section(report),
             samples_section(report),
             _layers_section(report),
             *_allocation_sections(report),
-            *profile_sections(measured),
-            sizes_section(measured),
-            notes_section(measured),
             section("Settings", pairs(report["settings"])),
-            section("Environment", pairs({**environment(measured), "sparsedeploy": report["sparsedeploy"]})),
+            section("Environment", pairs({**environment(first), "sparsedeploy": report["sparsedeploy"]})),
             section(
                 "Repeat it",
-                commands_block([report["command"], *report["commands"], repeat_command(measured)]),
+                commands_block([report["command"], *report["commands"], *map(repeat_command, every)]),
                 note("Every figure is in report.json beside this file."),
             ),
         ],
@@ -221,9 +291,21 @@ def _trials_section(report: Mapping[str, Any]) -> Markup:
     )
 
 
+def _engine_sections(measured: Mapping[str, Any], *, named: bool) -> Iterator[Markup]:
+    """What was measured in one engine, under a heading where there are several."""
+    if named:
+        runtimes = ", ".join(dict.fromkeys(row["runtime"] for row in measured["rows"]))
+        yield section(f"In {runtimes}: {', '.join(dict.fromkeys(row['name'] for row in measured['rows']))}")
+    yield from speed_sections(measured)
+    yield from profile_sections(measured)
+    yield sizes_section(measured)
+    yield notes_section(measured)
+
+
 def _pareto_sections(report: Mapping[str, Any]) -> Iterator[Markup]:
     """Quality against decode speedup, the area of a mark for the size on disk: by perplexity, and by accuracy."""
-    rows = [row for row in summary_rows(report) if row["baseline"] or row["decode_speedup"] is not None]
+    first = engines_of(report)[0]
+    rows = [row for row in _first_rows(report) if row["decode_ms"] is not None]
     for key, title, lower in (("perplexity", "perplexity", True), ("accuracy", "mean accuracy of the tasks", False)):
         discs = [
             Disc(
@@ -250,7 +332,7 @@ def _pareto_sections(report: Mapping[str, Any]) -> Iterator[Markup]:
             f"Right and {'down' if lower else 'up'} is better. Dashed: what no other model beats in both. "
             "The area of a mark is the size on disk."
         )
-        again = [*_step(report, "eval"), repeat_command(report["benchmark"])]
+        again = [*_step(report, "eval"), repeat_command(first["benchmark"])]
         yield section(f"{title.capitalize()} against speed", figure(chart, caption, again))
 
 
@@ -327,7 +409,7 @@ def _layers_figure(models: Sequence[Mapping[str, Any]], title: str, commands: Se
 
 def _allocation_sections(report: Mapping[str, Any]) -> Iterator[Markup]:
     """For each sparsity that several allocations spread differently: their layers, quality and speed."""
-    summary = {row["model"]: row for row in summary_rows(report)}
+    summary = {row["model"]: row for row in _first_rows(report)}
     groups: dict[int, list[Mapping[str, Any]]] = {}
     for model in report["models"]:
         if model["layer_sparsity"] and model.get("allocation"):

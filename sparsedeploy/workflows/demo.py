@@ -1,13 +1,14 @@
-"""The whole pipeline on the embedded reference model: train once, prune, evaluate, export, run in DeepSparse, report.
+"""The whole pipeline in one command: a model is pruned at several rates, evaluated, exported, run and reported.
 
-It goes on where an earlier run in the same folder stopped: checkpoints and artifacts that fit the request are kept.
+It resumes where an earlier run in the same folder stopped: checkpoints, figures and artifacts that fit the request are
+kept; only speed is measured anew.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,57 @@ from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
+from sparsedeploy.models.loading import load_config, resolve_model
+from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.plan import check_sparsity
 from sparsedeploy.quality.evaluate import evaluate
 from sparsedeploy.quality.options import EvalOptions, TaskOptions, TextOptions
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.quality.samples import prompts_of, sample_generations
+from sparsedeploy.reading import read_object
 from sparsedeploy.reference import reference_model
+from sparsedeploy.reporting.explain import NARROW, why
 from sparsedeploy.reporting.levels import module_rows
 from sparsedeploy.reporting.report import FORMAT, html_report, layer_sparsity
 from sparsedeploy.runtimes.engine import find_deployment
-from sparsedeploy.runtimes.environments import install
+from sparsedeploy.runtimes.environments import install, status
 from sparsedeploy.speed.benchmark import benchmark
 from sparsedeploy.speed.options import BenchmarkOptions
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.version import __version__
+from sparsedeploy.workflows import demo_probe
 from sparsedeploy.workflows.options import DemoOptions, PruneOptions, RunOptions
+from sparsedeploy.workflows.packaged_models import PACKAGED, packaged_model
 from sparsedeploy.workflows.prune import prune
 
-TARGET = "deepsparse"
-# The reference model's own text: calibration reads its training split, evaluation what it never saw.
+# DeepSparse is installed by the demo; llama.cpp is built from source, for longer than a demo may take.
+_INSTALLED, _USED_IF_INSTALLED = "deepsparse", ("llamacpp",)
+# Text that every Python has: calibration reads its training split, evaluation what it never saw.
 _DATA = "stdlib"
 _SPLIT = "test"
-_WINDOWS = 64
+_LENGTH = 512
+_SMALL_BYTES = 100_000_000  # of weight files
+_PROBED = 0.7
+_PROMPT = 64  # tokens of the texts that samples begin with
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What a model of a size gets: small ones are quick to measure well.
+
+    Attributes:
+        samples: calibration sequences of ``_LENGTH`` tokens.
+        windows: of ``_LENGTH`` held-out tokens.
+    """
+
+    sparsities: tuple[float, ...]
+    samples: int
+    windows: int
+
+
+_SMALL = _Size(sparsities=(0.5, 0.7, 0.9), samples=64, windows=64)
+_REAL = _Size(sparsities=(0.5, 0.6, 0.7), samples=16, windows=32)
 
 
 def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy demo") -> dict[str, Any]:
@@ -50,7 +79,7 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
         command: what repeats the run, for the report.
 
     Raises:
-        UserError: an output that is a file, or any step that fails.
+        UserError: an output that is a file, no engine that runs here, or any step that fails.
     """
     for sparsity in options.sparsities:
         check_sparsity(sparsity)
@@ -58,41 +87,48 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
         raise UserError("a sparsity is given twice", "Give each once.")
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file", "Name a folder.")
-    measured_on = EvalOptions(
-        text=TextOptions((_DATA,), split=_SPLIT, max_windows=_WINDOWS), tasks=TaskOptions(options.tasks)
-    )
-    progress.note("1/5  reference model")
-    dense = reference_model(options.preset)
+    if options.model is not None and (options.train or options.preset != DemoOptions.preset):
+        raise UserError("--model leaves no use for --train and --preset", "Leave one of them out.")
+    tasks = TaskOptions(options.tasks)
+    engines, skipped = _engines(options)
+    progress.note("1/5  model")
+    dense, about = _model_of(options)
+    options, size = _settled(options, dense)
+    progress.note(f"     {about}")
     progress.note(f"2/5  prune to {', '.join(f'{s:.0%}' for s in options.sparsities)} ({options.method})")
     checkpoints = {"dense": dense}
     for sparsity in options.sparsities:
         name = f"sparse-{100 * sparsity:g}"
         checkpoints[name] = _pruned(dense, output / "checkpoints" / name, sparsity, options)
     progress.note(f"3/5  perplexity on held-out text{' and tasks' if options.tasks else ''}")
-    quality = {name: evaluate(folder, measured_on) for name, folder in checkpoints.items()}
-    progress.note("4/5  export")
-    artifacts = {name: _exported(folder, output / "artifacts" / name) for name, folder in checkpoints.items()}
-    progress.note("5/5  speed in DeepSparse")
-    install(TARGET, python=options.python)
-    measured = benchmark(
-        [folder for name, folder in artifacts.items() if name != "dense"],
-        BenchmarkOptions(
-            baseline=str(artifacts["dense"]),
-            cores=() if options.cores is None else (options.cores,),
-            prompt_lengths=(options.prompt_length,),
-            decode_tokens=options.decode_tokens,
-            rounds=options.rounds,
-            profile=options.profile,
-        ),
-    )
-    prompts = prompts_of(text_windows(_DATA, load_tokenizer(dense), 64, split=_SPLIT, limit=_WINDOWS))
-    samples = {
-        name: sample_generations(find_deployment(folder), load_tokenizer(dense), prompts, cores=options.cores)
-        for name, folder in artifacts.items()
+    quality = {
+        name: _quality(folder, output / "quality" / f"{name}.json", tasks, size) for name, folder in checkpoints.items()
     }
+    progress.note(f"4/5  export for {' and '.join(engines)}")
+    hidden = load_config(dense).get_text_config().hidden_size
+    probes: dict[str, Path] = {}
+    if options.probe and hidden < NARROW:
+        left_out = demo_probe.why_not(output)
+        skipped += [left_out] if left_out else []
+        probes = {} if left_out else demo_probe.probe_checkpoints(output / "checkpoints", _PROBED)
+    artifacts = {
+        engine: {
+            name: _exported(folder, engine, output / "artifacts" / engine / name)
+            for name, folder in {**checkpoints, **probes}.items()
+        }
+        for engine in engines
+    }
+    progress.note("5/5  speed")
+    measured = {engine: _speed(artifacts[engine], list(checkpoints), hidden, options) for engine in engines}
+    probed = {
+        engine: _speed(artifacts[engine], list(probes), demo_probe.SHAPE["hidden_size"], options)
+        for engine in (engines if probes else [])
+    }
+    samples = _samples(dense, artifacts[engines[0]], list(checkpoints), options)
     sparsity_of = dict(zip(list(checkpoints)[1:], options.sparsities, strict=True))
+    first = artifacts[engines[0]]
     steps = {
-        name: _commands(dense, checkpoints[name], artifacts[name], sparsity_of.get(name), options)
+        name: _commands(dense, checkpoints[name], first[name], sparsity_of.get(name), options, size)
         for name in checkpoints
     }
     report = {
@@ -100,6 +136,7 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
         "title": "sparsedeploy demo",
         "sparsedeploy": __version__,
         "command": command,
+        "about": about,
         "settings": {
             **asdict(options),
             "sparsities": list(options.sparsities),
@@ -108,7 +145,7 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
         },
         "models": [
             {
-                **_model(name, checkpoints[name], artifacts[name]),
+                **_model(name, checkpoints[name], first[name]),
                 "quality": quality[name],
                 "samples": samples[name],
                 "commands": steps[name],
@@ -116,23 +153,84 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
             for name in checkpoints
         ],
         "commands": [line for step in steps.values() for line in step.values()],
-        "benchmark": measured.to_json(),
+        "engines": [{"engine": engine, **measured[engine]} for engine in engines],
+        "probe": {"title": demo_probe.TITLE, "engines": [{"engine": name, **probed[name]} for name in probed]},
+        "skipped": skipped,
     }
     write_json(output / "report.json", report)
     write_text(output / "report.html", html_report(report))
     return report
 
 
+def _engines(options: DemoOptions) -> tuple[list[str], list[str]]:
+    """The engines to run in, installed where that is quick, and a sentence for each that is left out.
+
+    Raises:
+        UserError: none is left.
+    """
+    found, skipped = [], []
+    for name in (_INSTALLED, *_USED_IF_INSTALLED):
+        state = status(name)
+        if not state.runnable:
+            skipped.append(f"{state.title} was left out: {state.reason}.")
+        elif name == _INSTALLED:
+            if state.state != "installed":
+                progress.note(f"     installing {state.title} into an environment of its own (once)")
+            install(name, python=options.python)
+            found.append(name)
+        elif state.state == "installed":
+            found.append(name)
+        else:
+            skipped.append(
+                f"{state.title} was left out: it is not installed. It is built from source, once, with "
+                f"sparsedeploy runtime install {name}; the next demo then uses it."
+            )
+    if not found:
+        raise UserError(f"no engine of the demo runs here. {' '.join(skipped)}", "Use prune, eval and export --target.")
+    return found, skipped
+
+
+def _model_of(options: DemoOptions) -> tuple[Path, str]:
+    """The dense model's folder and a line on what it is."""
+    if options.model is None:
+        folder = reference_model(options.preset, train=options.train)
+        report = read_object(folder / "reference.json", fix="Reinstall sparsedeploy, or add --train.")
+        millions, layers = report["result"]["parameters"] / 1e6, report["options"]["layers"]
+        return folder, (
+            f"the reference model: {millions:.1f} M weights, {layers} layers, trained on Python's standard library: "
+            "a smoke test; see --model smollm2 for a pretrained one"
+        )
+    if options.model in PACKAGED and not Path(options.model).exists():
+        return packaged_model(options.model), PACKAGED[options.model].about
+    return resolve_model(options.model), options.model
+
+
+def _settled(options: DemoOptions, dense: Path) -> tuple[DemoOptions, _Size]:
+    """The options with what depends on the model's size filled in."""
+    size = _SMALL if TensorFiles(dense).size < _SMALL_BYTES else _REAL
+    settled = replace(
+        options, sparsities=options.sparsities or size.sparsities, samples=options.samples or size.samples
+    )
+    return settled, size
+
+
 def _pruned(dense: Path, folder: Path, sparsity: float, options: DemoOptions) -> Path:
-    calibration = CalibrationOptions(data=_DATA, sequences=options.samples)
+    assert options.samples is not None
+    calibration = CalibrationOptions(data=_DATA, sequences=options.samples, length=_length(dense))
     if folder.is_dir() and _is_made_of(folder, dense, sparsity, options):
         progress.note(f"     {folder.name} is there already")
         return folder
+    progress.note(f"     {folder.name}")
     asked = PruneOptions(
         sparsity=sparsity, method=options.method, allocation=options.allocation, calibration=calibration
     )
     prune(str(dense), folder, asked, RunOptions(resume=True, overwrite=True))
     return folder
+
+
+def _length(folder: Path) -> int:
+    """Tokens of a window: ``_LENGTH``, or the model's positions where they are fewer."""
+    return min(_LENGTH, getattr(load_config(folder).get_text_config(), "max_position_embeddings", None) or _LENGTH)
 
 
 def _is_made_of(folder: Path, dense: Path, sparsity: float, options: DemoOptions) -> bool:
@@ -145,20 +243,71 @@ def _is_made_of(folder: Path, dense: Path, sparsity: float, options: DemoOptions
         manifest.source.sha256 == model_sha256(dense)
         and manifest.sparsedeploy == __version__
         and (manifest.method, plan.allocation, plan.sparsity) == (options.method, options.allocation, sparsity)
-        and (calibration is None or calibration.sequences == options.samples)
+        and (calibration is None or (calibration.sequences, calibration.length) == (options.samples, _length(dense)))
     )
 
 
-def _exported(checkpoint: Path, folder: Path) -> Path:
+def _quality(folder: Path, path: Path, tasks: TaskOptions, size: _Size) -> dict[str, Any]:
+    """Perplexity and scores of a checkpoint; the stored ones where they are of the same model and request."""
+    request = {
+        "model_sha256": model_sha256(folder),
+        "windows": size.windows,
+        "context": _length(folder),
+        "tasks": list(tasks.names),
+        "sparsedeploy": __version__,
+    }
+    if path.is_file():
+        try:
+            stored = read_object(path, fix="Remove it.")
+        except UserError:
+            stored = {}
+        if stored.get("request") == request:
+            return dict(stored["quality"])
+    progress.note(f"     {path.stem}")
+    text = TextOptions((_DATA,), split=_SPLIT, max_windows=size.windows)
+    found = evaluate(folder, EvalOptions(text=text, tasks=tasks, context=_length(folder), batch_size=4))
+    write_json(path, {"request": request, "quality": found})
+    return found
+
+
+def _exported(checkpoint: Path, target: str, folder: Path) -> Path:
     try:
         if load_artifact(folder).source.sha256 == model_sha256(checkpoint):
-            progress.note(f"     {folder.name} is there already")
+            progress.note(f"     {target}/{folder.name} is there already")
             return folder
     except UserError:
         pass
-    progress.note(f"     {folder.name}")
-    export_checkpoint(checkpoint, TARGET, folder, overwrite=True)
+    progress.note(f"     {target}/{folder.name}")
+    export_checkpoint(checkpoint, target, folder, overwrite=True)
     return folder
+
+
+def _speed(artifacts: Mapping[str, Path], names: list[str], hidden: int, options: DemoOptions) -> dict[str, Any]:
+    """The benchmark of these artifacts against the first, and a sentence for each."""
+    measured = benchmark(
+        [artifacts[name] for name in names[1:]],
+        BenchmarkOptions(
+            baseline=str(artifacts[names[0]]),
+            cores=() if options.cores is None else (options.cores,),
+            prompt_lengths=(options.prompt_length,),
+            decode_tokens=options.decode_tokens,
+            rounds=options.rounds,
+            profile=options.profile,
+        ),
+    ).to_json()
+    return {"benchmark": measured, "why": {row["name"]: why(row, hidden) for row in measured["rows"]}}
+
+
+def _samples(
+    dense: Path, artifacts: Mapping[str, Path], names: list[str], options: DemoOptions
+) -> dict[str, list[dict[str, Any]]]:
+    """What each model writes after the same held-out prompts."""
+    tokenizer = load_tokenizer(dense)
+    prompts = prompts_of(text_windows(_DATA, tokenizer, _PROMPT, split=_SPLIT, limit=_SMALL.windows))
+    return {
+        name: sample_generations(find_deployment(artifacts[name]), tokenizer, prompts, cores=options.cores)
+        for name in names
+    }
 
 
 def _model(name: str, checkpoint: Path, artifact: Path) -> dict[str, Any]:
@@ -168,9 +317,7 @@ def _model(name: str, checkpoint: Path, artifact: Path) -> dict[str, Any]:
     return {
         "name": name,
         "checkpoint": str(checkpoint),
-        "artifact": str(artifact),
         "sparsity": exported.sparsity.fraction,
-        "artifact_bytes": sum(path.stat().st_size for path in artifact.iterdir()),
         "prunable_weights": exported.sparsity.weights,
         "nonzero_weights": exported.sparsity.weights - exported.sparsity.zeros,
         "allocation": plan and plan["allocation"],
@@ -180,22 +327,24 @@ def _model(name: str, checkpoint: Path, artifact: Path) -> dict[str, Any]:
 
 
 def _commands(
-    dense: Path, checkpoint: Path, artifact: Path, sparsity: float | None, options: DemoOptions
+    dense: Path, checkpoint: Path, artifact: Path, sparsity: float | None, options: DemoOptions, size: _Size = _SMALL
 ) -> dict[str, str]:
     """Step -> the command that repeats it; the dense model (sparsity None) is not pruned."""
+    length = _length(dense)
     steps = {
         "eval": _line(
-            ["sparsedeploy", "eval", checkpoint, "--data", _DATA, "--split", _SPLIT, "--max-windows", _WINDOWS]
+            ["sparsedeploy", "eval", checkpoint, "--data", _DATA, "--split", _SPLIT, "--context", length]
+            + ["--max-windows", size.windows]
             + (["--tasks", ",".join(options.tasks)] if options.tasks else [])
         ),
-        "export": _line(["sparsedeploy", "export", checkpoint, "--target", TARGET, "-o", artifact]),
+        "export": _line(["sparsedeploy", "export", checkpoint, "--target", artifact.parent.name, "-o", artifact]),
     }
     if sparsity is None:
         return steps
     words = ["sparsedeploy", "prune", dense, "-o", checkpoint, "--sparsity", f"{sparsity:g}"]
     words += ["--method", options.method, "--allocation", options.allocation]
     if load_manifest(checkpoint).calibration is not None:
-        words += ["--data", _DATA, "--samples", options.samples]
+        words += ["--data", _DATA, "--samples", options.samples, "--calibration-length", length]
     return {"prune": _line(words), **steps}
 
 

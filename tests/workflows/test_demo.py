@@ -11,13 +11,17 @@ from rich.console import Console
 
 from sparsedeploy.checkpoint.inspection import inspect_checkpoint
 from sparsedeploy.errors import UserError
-from sparsedeploy.reporting.report import summary_markdown, summary_table
+from sparsedeploy.reporting.explain import why
+from sparsedeploy.reporting.report import notes, summary_markdown, summary_table
+from sparsedeploy.workflows import demo_probe
 from sparsedeploy.workflows.demo import _commands, demo
 from sparsedeploy.workflows.options import DemoOptions, PruneOptions
 from sparsedeploy.workflows.prune import prune
 from tests.small_models import save_model
 
-OPTIONS = DemoOptions(preset="tiny", sparsities=(0.5, 0.8), samples=16, prompt_length=32, decode_tokens=4, rounds=2)
+OPTIONS = DemoOptions(
+    preset="tiny", sparsities=(0.5, 0.8), samples=16, prompt_length=32, decode_tokens=4, rounds=2, probe=False
+)
 
 
 class Page(HTMLParser):
@@ -57,20 +61,24 @@ def test_demo(deepsparse_runtime: object, tmp_path: Path) -> None:
         inspection = inspect_checkpoint(tmp_path / "out" / "checkpoints" / name)
         assert inspection.problems == []
         assert inspection.sparsity == pytest.approx(sparsity, abs=1e-3)
-    rows = report["benchmark"]["rows"]
+    engines = {one["engine"]: one for one in report["engines"]}
+    assert len(engines) + len(report["skipped"]) == 2, "each engine has its rows, or a sentence"
+    rows = engines["deepsparse"]["benchmark"]["rows"]
     assert [row["baseline"] for row in rows] == [True, False, False]
-    assert len(report["benchmark"]["samples"]) == 3 * OPTIONS.rounds
+    assert len(engines["deepsparse"]["benchmark"]["samples"]) == 3 * OPTIONS.rounds
+    assert all(sentence.endswith(".") for one in engines.values() for sentence in one["why"].values())
+    assert all(set(one["why"]) == set(names) for one in engines.values())
     assert all(row["decode"]["speedup"]["median"] > 0 for row in rows[1:])
     table = Console(width=80, record=True)
     table.print(summary_table(report))
     assert all(len(line) <= 80 for line in table.export_text().splitlines())
-    assert summary_markdown(report).count("\n") == 5
+    assert summary_markdown(report).count("\n") == 2 + 3 * len(engines)
     page = Page()
     page.feed((tmp_path / "out" / "report.html").read_text())
     # Perplexity against speed, speedups, perplexity and sparsity, layers; summary, speed, perplexity, sizes, settings,
     # environment.
-    assert page.tags.count("figure") == 4
-    assert page.tags.count("table") == 6
+    assert page.tags.count("figure") == 3 + len(engines)
+    assert page.tags.count("table") == 4 + 2 * len(engines)
     assert [list(model["commands"]) for model in report["models"]][1] == ["prune", "eval", "export"]
     # A second run keeps what is there and measures anew.
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
@@ -78,9 +86,45 @@ def test_demo(deepsparse_runtime: object, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")} == made
 
 
+@pytest.mark.engine
+@pytest.mark.slow
+def test_probe(deepsparse_runtime: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {**demo_probe.SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    monkeypatch.setattr(demo_probe, "SHAPE", {**small, "num_key_value_heads": 2})
+    asked = replace(OPTIONS, sparsities=(0.5,), probe=True)
+    report = demo(tmp_path / "out", asked)
+    assert {one["engine"] for one in report["probe"]["engines"]} == {one["engine"] for one in report["engines"]}
+    rows = report["probe"]["engines"][0]["benchmark"]["rows"]
+    assert [row["name"] for row in rows] == ["probe-dense", "probe-70"]
+    assert rows[1]["sparsity"] == pytest.approx(0.7, abs=0.02)
+    assert "random" in "".join(notes(report))
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill", "hidden", "expected"),
+    [
+        ((0.8, 0.9, 0.95), (1.1, 1.2, 1.3), 256, "Slower at decoding: with 256 features"),
+        ((0.8, 0.9, 0.95), (0.8, 0.9, 0.95), 4096, "Slower at decoding: reading where the zeros are"),
+        ((0.9, 1.0, 1.1), (1.1, 1.2, 1.3), 4096, "No difference at decoding is shown."),
+        ((1.9, 2.0, 2.1), (1.1, 1.2, 1.3), 4096, "near what memory traffic allows"),
+        ((1.2, 1.3, 1.4), (0.8, 0.9, 0.95), 4096, "attention, norms and the output head take the same time as before"),
+        ((1.2, 1.3, 1.4), (0.8, 0.9, 0.95), 4096, "Prefill is slower"),
+    ],
+)
+def test_every_row_says_why(decode: tuple[float, ...], prefill: tuple[float, ...], hidden: int, expected: str) -> None:
+    def phase(values: tuple[float, ...]) -> dict[str, object]:
+        return {"speedup": dict(zip(("low", "median", "high"), values, strict=True))}
+
+    row = {"status": "measured", "baseline": False, "sparsity": 0.7, "decode_limit": 2.5}
+    assert expected in why({**row, "decode": phase(decode), "prefill": phase(prefill)}, hidden)
+    assert why({"status": "failed", "reason": "no memory"}, 64) == "Not measured: no memory."
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sparsity 1\.5 is outside"):
         demo(tmp_path / "out", DemoOptions(sparsities=(1.5,)))
+    with pytest.raises(UserError, match="--model leaves no use"):
+        demo(tmp_path / "out", DemoOptions(model="smollm2", train=True))
     with pytest.raises(UserError, match="given twice"):
         demo(tmp_path / "out", DemoOptions(sparsities=(0.5, 0.5)))
     (tmp_path / "file").write_text("x")
