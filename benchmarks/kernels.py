@@ -24,7 +24,8 @@ from sparsedeploy.folders import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "export" / "kernels"
-RATES = ("0.5", "0.7")
+# "full": no zeros, no masks.
+RATES = ("full", "0.5", "0.7")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def compile_program(folder: Path, ggml: list[str] | None) -> Path:
         subprocess.CalledProcessError: it does not compile.
     """
     program = folder / "product"
-    sources = [ROOT / "benchmarks" / "kernels_product.cpp", *sorted((KERNELS / "src").glob("*.cpp"))]
+    sources = [KERNELS / "time" / "product.cpp", *sorted((KERNELS / "src").glob("*.cpp"))]
     command = [
         "g++",
         "-O3",
@@ -116,7 +117,7 @@ def table(rows: list[Row]) -> str:
             row.shape,
             row.batch,
             row.threads,
-            f"{float(row.sparsity):.0%}",
+            row.sparsity if row.sparsity == "full" else f"{float(row.sparsity):.0%}",
             row.microseconds,
             row.dense_microseconds,
             row.speedup,

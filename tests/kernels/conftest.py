@@ -87,6 +87,7 @@ class Library:
             "pack_dense": (number, address, size, size, size, address, number, address),
             "pack_quantized": (number, number, address, address, size, size, address, number, address),
             "pack_gguf": (number, address, ctypes.c_size_t, size, size, number, address),
+            "pack_gguf_full": (number, address, ctypes.c_size_t, size, size, number, address),
             "describe": (address, address),
             "unpack": (address, size, size, address, size),
             "prepare_activations": (address, address, size, size, size, size, address),
@@ -121,8 +122,9 @@ class Library:
         where = (pointer(codes), pointer(scales), *codes.shape, pointer(mask))
         return self._packed("pack_quantized", TYPES[kind], group, *where)
 
-    def gguf(self, kind: int, data: Array, rows: int, columns: int) -> Matrix:
-        return self._packed("pack_gguf", kind, pointer(data), data.nbytes // rows, rows, columns)
+    def gguf(self, kind: int, data: Array, rows: int, columns: int, *, full: bool = False) -> Matrix:
+        name = "pack_gguf_full" if full else "pack_gguf"
+        return self._packed(name, kind, pointer(data), data.nbytes // rows, rows, columns)
 
     def use(self, isa: str) -> None:
         """Use an instruction set, or skip where the processor lacks it."""

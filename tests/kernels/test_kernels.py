@@ -128,6 +128,39 @@ def test_gguf_blocks_are_kept_exactly(library: Library, kind: int, low: int, hig
     assert matrix.info.group == 32
 
 
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_full_matrices_equal_packed_ones(library: Library, isa: str, kind: str) -> None:
+    """Zeros are stored like any value; sums come in the same order, so that products are the same bit for bit."""
+    library.use(isa)
+    rng = np.random.default_rng(0)
+    for rows, columns in ((1, 32), (50, 96), (33, 1120)) if kind[0] == "q" else SHAPES:
+        weight = (rng.standard_normal((rows, columns)) * (rng.random((rows, columns)) < 0.6)).astype(np.float32)
+        if kind == "f32":
+            number, data, bits = 0, weight, 32.0
+        elif kind == "f16":
+            number, data, bits = 1, weight.astype(np.float16), 16.0
+        elif kind == "bf16":
+            number, data, bits = 30, (weight.view(np.uint32) >> 16).astype(np.uint16), 16.0
+        else:
+            number, bits = (8, 8.5) if kind == "q8_0" else (2, 4.5)
+            low, high = (-127, 127) if kind == "q8_0" else (-8, 7)
+            codes = rng.integers(low, high, (rows, columns // 32, 32)) * (rng.random((rows, columns // 32, 32)) < 0.6)
+            data = gguf_blocks(
+                number, codes + (8 if kind == "q4_0" else 0), rng.random(codes.shape[:2]).astype(np.float16)
+            )
+        packed, full = (library.gguf(number, data, rows, columns, full=whole) for whole in (False, True))
+        assert full.info.values == rows * columns
+        np.testing.assert_array_equal(full.unpack(), packed.unpack())
+        np.testing.assert_array_equal(full.unpack(rows // 2), packed.unpack(rows // 2))
+        for batch in BATCHES:
+            x = rng.standard_normal((batch, columns)).astype(np.float32)
+            np.testing.assert_array_equal(full.matmul(x, shares=1 + batch % 3), packed.matmul(x))
+        if rows == 33 and columns > 1000:
+            stored = full.info.bytes * 8 / (48 * -(-columns // 32) * 32)
+            assert bits <= stored <= bits + 0.2
+
+
 def test_q4_1_without_an_exact_zero_is_refused(library: Library) -> None:
     scales = np.full((1, 1), 0.3, np.float16)
     blocks = gguf_blocks(3, np.ones((1, 1, 32), np.int64), scales, np.full((1, 1), -1, np.float16))

@@ -18,7 +18,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SD_KERNELS_VERSION 1
+#define SD_KERNELS_VERSION 2
 /* Rows are stored in tiles of 16; shares of rows begin at multiples of it. */
 #define SD_TILE_ROWS 16
 
@@ -51,7 +51,7 @@ typedef struct sd_info {
   int64_t rows, columns;
   sd_type type;
   int32_t group;  /* columns that share a scale; 0 for floating-point values */
-  int64_t values; /* kept values */
+  int64_t values; /* kept values; rows * columns where no mask is stored */
   int64_t bytes;  /* memory that the matrix takes */
 } sd_info;
 
@@ -83,6 +83,10 @@ SD_API int sd_pack_quantized(int type, int group, const int8_t* values, const ui
  * the answer is SD_ERROR_INEXACT. */
 SD_API int sd_pack_gguf(int gguf_type, const void* data, size_t row_bytes, int64_t rows, int64_t columns, int threads,
                         sd_matrix** out);
+
+/* The same, but every weight is kept and no mask is stored: for a matrix with few zeros, such as a head. */
+SD_API int sd_pack_gguf_full(int gguf_type, const void* data, size_t row_bytes, int64_t rows, int64_t columns,
+                             int threads, sd_matrix** out);
 
 SD_API void sd_free(sd_matrix* matrix);
 SD_API int sd_describe(const sd_matrix* matrix, sd_info* info);

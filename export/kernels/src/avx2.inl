@@ -207,15 +207,33 @@ SD_INLINE Integers expand_word(const uint8_t* values, const uint8_t* end, uint64
   return {expand_bytes(values, one, two, mask, 0), expand_bytes(two, three, end, mask, 32)};
 }
 
+SD_INLINE __m256i load_bytes(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+
+// 16 bytes to their 32 halves, one to a byte.
+SD_INLINE __m256i nibbles(const uint8_t* from) {
+  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), _mm256_set1_epi8(0x0f));
+}
+
 // 8 columns of two bytes each, from the 8 mask bits from `bit` on.
+template <bool full>
 SD_INLINE __m128i expand_pairs(const uint8_t*& values, uint64_t mask, int bit) {
   const __m128i dense = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  if constexpr (full) {
+    values += 16;
+    return dense;
+  }
   values += 2 * _mm_popcnt_u32(uint32_t(mask >> bit) << 24);
   return _mm_shuffle_epi8(dense, _mm_load_si128(table_row(tables.pairs, mask, bit)));
 }
 
+template <bool full>
 SD_INLINE __m256 expand_floats(const uint8_t*& values, uint32_t mask) {
   const __m256 dense = _mm256_loadu_ps(reinterpret_cast<const float*>(values));
+  if constexpr (full) {
+    values += 32;
+    return dense;
+  }
   values += 4 * _mm_popcnt_u32(mask);
   const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(tables.lanes[mask]));
   // A lane of -1 has its sign set: turned around, it clears the column.
@@ -223,7 +241,7 @@ SD_INLINE __m256 expand_floats(const uint8_t*& values, uint32_t mask) {
   return _mm256_andnot_ps(dropped, _mm256_permutevar8x32_ps(dense, lanes));
 }
 
-template <int type>
+template <int type, bool full>
 struct Reader {
   const uint64_t* masks;
   const uint8_t* values;
@@ -231,19 +249,20 @@ struct Reader {
   int scale_step;
   // For int4: the values of a group, one to a byte. They are written a group ahead, because a load of bytes that two
   // stores have just written waits for both. 32 bytes in front and behind because expand_bytes reads there.
-  static constexpr int kUnpacked = type == SD_INT4 ? 576 : 1;
+  static constexpr bool kStaged = type == SD_INT4 && !full;
+  static constexpr int kUnpacked = kStaged ? 576 : 1;
   alignas(32) uint8_t space[2][kUnpacked];
   const uint8_t* unpacked;
   int64_t left, turn = 0;
 
   Reader() = default;
   Reader(const sd_matrix* m, int64_t tile)
-      : masks(m->masks + tile * m->groups * kWords),
+      : masks(full ? nullptr : m->masks + tile * m->groups * kWords),
         values(m->values + m->offsets[tile]),
         scales(reinterpret_cast<const uint8_t*>(m->scales + tile * m->scale_groups * kTileRows)),
         scale_step(m->scale_group ? 2 * kTileRows * kGroup / m->scale_group : 0),
         left(m->groups) {
-    if constexpr (type == SD_INT4) unpack_group(masks);
+    if constexpr (kStaged) unpack_group(masks);
   }
 
   // The halves of the next group's bytes into the other space.
@@ -253,21 +272,19 @@ struct Reader {
     for (int w = 0; w < kWords; ++w) bytes += (_mm_popcnt_u64(words[w]) + 1) / 2;
     uint8_t* to = space[turn ^ 1] + 32;
     for (int64_t i = 0; i < bytes; i += 16, to += 32) {
-      const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i)));
-      const __m256i both = _mm256_or_si256(wide, _mm256_slli_epi16(wide, 4));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_and_si256(both, _mm256_set1_epi8(0x0f)));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to), nibbles(values + i));
       _mm_prefetch(values + i + kValueBytesAhead, _MM_HINT_T0);
     }
     values += bytes;
   }
 
   inline void group() {
-    _mm_prefetch(reinterpret_cast<const char*>(masks) + kMaskBytesAhead, _MM_HINT_T0);
+    if constexpr (!full) _mm_prefetch(reinterpret_cast<const char*>(masks) + kMaskBytesAhead, _MM_HINT_T0);
     if constexpr (type == SD_INT8 || type == SD_INT4) {
       _mm_prefetch(scales + kScaleBytesAhead, _MM_HINT_T0);
       scales += scale_step;
     }
-    if constexpr (type == SD_INT4) {
+    if constexpr (kStaged) {
       turn ^= 1;
       unpacked = space[turn] + 32;
       if (--left > 0) unpack_group(masks + kWords);
@@ -276,16 +293,16 @@ struct Reader {
 
   // The next columns of 8 rows each, from 8 mask bits that begin at `bit`.
   SD_INLINE __m256 part(uint64_t mask, int bit) {
-    if constexpr (type == SD_F32) return expand_floats(values, uint32_t(mask >> bit) & 0xff);
-    else return _mm256_cvtph_ps(expand_pairs(values, mask, bit));
+    if constexpr (type == SD_F32) return expand_floats<full>(values, uint32_t(mask >> bit) & 0xff);
+    else return _mm256_cvtph_ps(expand_pairs<full>(values, mask, bit));
   }
 
   SD_INLINE typename Op<type>::Word next() {
-    const uint64_t mask = *masks++;
-    if constexpr (type != SD_INT4) _mm_prefetch(values + kValueBytesAhead, _MM_HINT_T0);
+    const uint64_t mask = full ? ~uint64_t(0) : *masks++;
+    if constexpr (!kStaged) _mm_prefetch(values + kValueBytesAhead, _MM_HINT_T0);
     if constexpr (type == SD_INT8) {
-      const uint8_t* const end = values + _mm_popcnt_u64(mask);
-      Integers word = expand_word(values, end, mask);
+      const uint8_t* const end = values + (full ? 64 : _mm_popcnt_u64(mask));
+      Integers word = full ? Integers{load_bytes(values), load_bytes(values + 32)} : expand_word(values, end, mask);
       values = end;
       if (Op<type>::kBias) {
         const __m256i bias = _mm256_set1_epi8(char(0x80));
@@ -293,9 +310,15 @@ struct Reader {
       }
       return word;
     } else if constexpr (type == SD_INT4) {
-      const int64_t count = _mm_popcnt_u64(mask);
-      const Integers word = expand_word(unpacked, unpacked + count, mask);
-      unpacked += (count + 1) & ~int64_t(1);
+      Integers word;
+      if constexpr (full) {
+        word = {nibbles(values), nibbles(values + 16)};
+        values += 32;
+      } else {
+        const int64_t count = _mm_popcnt_u64(mask);
+        word = expand_word(unpacked, unpacked + count, mask);
+        unpacked += (count + 1) & ~int64_t(1);
+      }
       const __m256i bias = _mm256_set1_epi8(8);
       return {_mm256_xor_si256(word.low, bias), _mm256_xor_si256(word.high, bias)};
     } else {
@@ -306,8 +329,8 @@ struct Reader {
           __m256i rows[2];
 #pragma GCC unroll 2
           for (int i = 0; i < 2; ++i) {
-            const __m128i first = expand_pairs(values, mask, 32 * half + 16 * i);
-            const __m128i second = expand_pairs(values, mask, 32 * half + 16 * i + 8);
+            const __m128i first = expand_pairs<full>(values, mask, 32 * half + 16 * i);
+            const __m128i second = expand_pairs<full>(values, mask, 32 * half + 16 * i + 8);
             rows[i] = _mm256_set_m128i(second, first);
           }
           const __m256i odd = _mm256_set1_epi32(int(0xffff0000));

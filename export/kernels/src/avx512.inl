@@ -104,7 +104,7 @@ struct Op<SD_INT8> : IntegerOp {};
 template <>
 struct Op<SD_INT4> : IntegerOp {};
 
-template <int type>
+template <int type, bool full>
 struct Reader {
   const uint64_t* masks;
   const uint8_t* values;
@@ -113,13 +113,13 @@ struct Reader {
 
   Reader() = default;
   Reader(const sd_matrix* m, int64_t tile)
-      : masks(m->masks + tile * m->groups * kWords),
+      : masks(full ? nullptr : m->masks + tile * m->groups * kWords),
         values(m->values + m->offsets[tile]),
         scales(reinterpret_cast<const uint8_t*>(m->scales + tile * m->scale_groups * kTileRows)),
         scale_step(m->scale_group ? 2 * kTileRows * kGroup / m->scale_group : 0) {}
 
   inline void group() {
-    _mm_prefetch(reinterpret_cast<const char*>(masks) + kMaskBytesAhead, _MM_HINT_T0);
+    if constexpr (!full) _mm_prefetch(reinterpret_cast<const char*>(masks) + kMaskBytesAhead, _MM_HINT_T0);
     if constexpr (type == SD_INT8 || type == SD_INT4) {
       _mm_prefetch(scales + kScaleBytesAhead, _MM_HINT_T0);
       scales += scale_step;
@@ -127,31 +127,38 @@ struct Reader {
   }
 
   inline __m512i expand16(uint32_t mask) {
+    if constexpr (full) {
+      values += 64;
+      return _mm512_loadu_si512(values - 64);
+    }
     const __m512i dense = _mm512_mask_expand_epi16(fresh_zeros(), mask, _mm512_loadu_si512(values));
     values += 2 * _mm_popcnt_u32(mask);
     return dense;
   }
 
   inline typename Op<type>::Word next() {
-    const uint64_t mask = *masks++;
+    const uint64_t mask = full ? ~uint64_t(0) : *masks++;
     _mm_prefetch(values + kValueBytesAhead, _MM_HINT_T0);
     if constexpr (type == SD_INT8) {
-      const __m512i dense = _mm512_mask_expand_epi8(fresh_zeros(), mask, _mm512_loadu_si512(values));
-      values += _mm_popcnt_u64(mask);
+      __m512i dense = _mm512_loadu_si512(values);
+      if constexpr (!full) dense = _mm512_mask_expand_epi8(fresh_zeros(), mask, dense);
+      values += full ? 64 : _mm_popcnt_u64(mask);
       return _mm512_xor_si512(dense, _mm512_set1_epi8(char(0x80)));
     } else if constexpr (type == SD_INT4) {
       const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
       // (wide | wide << 4) & 0x0f0f
       const __m512i halves = _mm512_ternarylogic_epi32(wide, _mm512_slli_epi16(wide, 4), _mm512_set1_epi8(0x0f), 0xa8);
-      values += (_mm_popcnt_u64(mask) + 1) / 2;
-      return _mm512_xor_si512(_mm512_mask_expand_epi8(fresh_zeros(), mask, halves), _mm512_set1_epi8(8));
+      values += full ? 32 : (_mm_popcnt_u64(mask) + 1) / 2;
+      return _mm512_xor_si512(full ? halves : _mm512_mask_expand_epi8(fresh_zeros(), mask, halves), _mm512_set1_epi8(8));
     } else {
       typename Op<type>::Word word;
       if constexpr (type == SD_F32) {
         for (int c = 0; c < 4; ++c) {
           const uint32_t part = uint32_t(mask >> (16 * c)) & 0xffff;
-          word.columns[c] = _mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zeros()), __mmask16(part), _mm512_loadu_ps(values));
-          values += 4 * _mm_popcnt_u32(part);
+          word.columns[c] = _mm512_loadu_ps(values);
+          if constexpr (!full)
+            word.columns[c] = _mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zeros()), __mmask16(part), word.columns[c]);
+          values += full ? 64 : 4 * _mm_popcnt_u32(part);
           if (c) _mm_prefetch(values + kValueBytesAhead + 64 * c, _MM_HINT_T0);
         }
       } else {

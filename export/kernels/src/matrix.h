@@ -6,6 +6,8 @@
 // in the chunk. Values follow in the order of their bits. A product so needs no sums across lanes, whatever the batch.
 //
 // int4 values are two to a byte, the first in the low half; each word begins at a byte.
+//
+// A full matrix keeps every weight of its tiles, and has no masks.
 #pragma once
 
 #include <stddef.h>
@@ -23,7 +25,7 @@ struct sd_matrix {
   int type, scale_group;                 // columns per scale; 0 for floating-point values
   int64_t scale_groups, count;
   size_t bytes, value_bytes;
-  uint64_t* masks;    // [tiles][groups][kWords]
+  uint64_t* masks;    // [tiles][groups][kWords]; null where the matrix is full
   uint8_t* values;    // kPadding readable bytes before and behind
   uint64_t* offsets;  // [tiles + 1], in bytes
   uint16_t* scales;   // [tiles][scale_groups][kTileRows], float16

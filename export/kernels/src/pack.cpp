@@ -43,22 +43,36 @@ void in_threads(int64_t count, int threads, Task task) {
   for (auto& thread : pool) thread.join();
 }
 
-// Where weight (row, column) of a tile's group stands: its word and its bit.
-constexpr int word_of(int column) { return column / 4; }
-constexpr int bit_of(int lane, int row, int column) {
-  return column % 4 / lane * lane * kTileRows + row * lane + column % lane;
-}
-
 // A group of 16 rows and 32 columns on its way into a tile: bit patterns of the values, and which are kept.
 struct Block {
   uint32_t values[kTileRows][kGroup];
-  uint8_t kept[kTileRows][kGroup];
+  uint8_t kept[kTileRows][kGroup];  // 0 or 1
 };
+
+// The mask of a block's word: columns 4 w to 4 w + 3.
+uint64_t word_of(const Block& block, int w, int lane) {
+  uint64_t word = 0;
+  for (int r = 0; r < kTileRows; ++r) {
+    // Four bytes of 0 or 1 to four bits.
+    uint64_t bits = 0;
+    for (int c = 0; c < 4; ++c) bits |= uint64_t(block.kept[r][4 * w + c]) << c;
+    if (lane == 4) word |= bits << (4 * r);
+    else if (lane == 2) word |= (bits & 3) << (2 * r) | (bits >> 2) << (2 * kTileRows + 2 * r);
+    else for (int c = 0; c < 4; ++c) word |= (bits >> c & 1) << (kTileRows * c + r);
+  }
+  return word;
+}
+
+uint64_t mask_of(const sd_matrix* m, int64_t tile, int64_t g, int w) {
+  return m->masks ? m->masks[(tile * m->groups + g) * kWords + w] : ~uint64_t(0);
+}
 
 // A source fills a block and, where a scale begins, the scales: int source.read(tile, group, block, scales), a status.
 // Groups of a tile are read in order; source.start(tile) comes before the first.
+// A full matrix keeps every weight.
 template <typename Source>
-int pack(const Source& prototype, int type, int scale_group, int64_t rows, int64_t columns, int threads, sd_matrix** out) {
+int pack(const Source& prototype, int type, int scale_group, int64_t rows, int64_t columns, bool full, int threads,
+         sd_matrix** out) {
   sd_matrix* m = new (std::nothrow) sd_matrix{};
   if (!m) return SD_ERROR_MEMORY;
   m->rows = rows;
@@ -68,13 +82,13 @@ int pack(const Source& prototype, int type, int scale_group, int64_t rows, int64
   m->type = type;
   m->scale_group = scale_group;
   m->scale_groups = scale_group ? (columns + scale_group - 1) / scale_group : 0;
-  const size_t mask_bytes = size_t(m->tiles) * m->groups * kWords * 8;
+  const size_t mask_bytes = full ? 0 : size_t(m->tiles) * m->groups * kWords * 8;
   const size_t scale_bytes = size_t(m->tiles) * m->scale_groups * kTileRows * 2;
   const size_t offset_bytes = size_t(m->tiles + 1) * 8;
-  m->masks = static_cast<uint64_t*>(allocate(mask_bytes));
+  if (!full) m->masks = static_cast<uint64_t*>(allocate(mask_bytes));
   m->offsets = static_cast<uint64_t*>(allocate(offset_bytes));
   m->scales = static_cast<uint16_t*>(allocate(scale_bytes + 2 * kPadding));
-  if (!m->masks || !m->offsets || !m->scales) {
+  if ((!full && !m->masks) || !m->offsets || !m->scales) {
     sd_free(m);
     return SD_ERROR_MEMORY;
   }
@@ -101,11 +115,13 @@ int pack(const Source& prototype, int type, int scale_group, int64_t rows, int64
   in_threads(m->tiles, threads, [&](int64_t first, int64_t last) {
     int64_t found = 0;
     blocks_of(first, last, [&](int64_t tile, int64_t g, const Block& block, const uint16_t* scales) {
-      uint64_t* words = m->masks + (tile * m->groups + g) * kWords;
-      for (int r = 0; r < kTileRows; ++r)
-        for (int c = 0; c < kGroup; ++c) words[word_of(c)] |= uint64_t(block.kept[r][c] != 0) << bit_of(lane, r, c);
       for (int w = 0; w < kWords; ++w) {
-        const int64_t set = __builtin_popcountll(words[w]);
+        int64_t set = 64;
+        if (!full) {
+          const uint64_t word = word_of(block, w, lane);
+          m->masks[(tile * m->groups + g) * kWords + w] = word;
+          set = __builtin_popcountll(word);
+        }
         found += set;
         m->offsets[tile + 1] += (set * value_bits(type) + 7) / 8;
       }
@@ -119,7 +135,7 @@ int pack(const Source& prototype, int type, int scale_group, int64_t rows, int64
     return status;
   }
   for (int64_t tile = 0; tile < m->tiles; ++tile) m->offsets[tile + 1] += m->offsets[tile];
-  m->count = count;
+  m->count = full ? rows * columns : int64_t(count);
   m->value_bytes = m->offsets[m->tiles];
   uint8_t* memory = static_cast<uint8_t*>(allocate(m->value_bytes + 2 * kPadding));
   if (!memory) {
@@ -134,7 +150,7 @@ int pack(const Source& prototype, int type, int scale_group, int64_t rows, int64
       if (g == 0) next = m->values + m->offsets[tile];
       for (int w = 0; w < kWords; ++w) {
         int64_t index = 0;
-        for (uint64_t mask = m->masks[(tile * m->groups + g) * kWords + w]; mask; mask &= mask - 1, ++index) {
+        for (uint64_t mask = mask_of(m, tile, g, w); mask; mask &= mask - 1, ++index) {
           const int bit = __builtin_ctzll(mask);
           const int r = bit / lane % kTileRows;
           const int c = 4 * w + bit / (lane * kTileRows) * lane + bit % lane;
@@ -168,7 +184,7 @@ struct DenseSource {
         uint32_t value = 0;
         memcpy(&value, weights + row * row_bytes + column * size, size);
         block.values[r][c] = value;
-        block.kept[r][c] = mask ? mask[row * columns + column] : (value & magnitude) != 0;
+        block.kept[r][c] = mask ? mask[row * columns + column] != 0 : (value & magnitude) != 0;
       }
     }
     return SD_OK;
@@ -193,7 +209,7 @@ struct QuantizedSource {
       for (int c = 0; c < kGroup && g * kGroup + c < columns; ++c) {
         const int64_t column = g * kGroup + c;
         const int8_t value = values[row * columns + column];
-        block.kept[r][c] = mask ? mask[row * columns + column] : value != 0 && !zero;
+        block.kept[r][c] = mask ? mask[row * columns + column] != 0 : value != 0 && !zero;
         if (block.kept[r][c] && type == SD_INT4 && (value < -8 || value > 7)) return SD_ERROR_FORMAT;
         block.values[r][c] = uint8_t(value);
       }
@@ -257,6 +273,22 @@ int guarded(sd_matrix** out, Call call) {
   }
 }
 
+int pack_gguf(int gguf_type, const void* data, size_t row_bytes, int64_t rows, int64_t columns, bool full, int threads,
+              sd_matrix** out) {
+  if (!out || !data || bad_shape(rows, columns, threads)) return SD_ERROR_ARGUMENT;
+  if (gguf_type == 0 || gguf_type == 1 || gguf_type == 30) {
+    const int type = gguf_type == 0 ? SD_F32 : gguf_type == 1 ? SD_F16 : SD_BF16;
+    if (row_bytes < size_t(columns) * value_bits(type) / 8) return SD_ERROR_ARGUMENT;
+    const DenseSource source{type, static_cast<const uint8_t*>(data), row_bytes, rows, columns, nullptr};
+    return guarded(out, [&] { return pack(source, type, 0, rows, columns, full, threads, out); });
+  }
+  const size_t block_bytes = gguf_type == 8 ? 34 : gguf_type == 2 ? 18 : gguf_type == 3 ? 20 : 0;
+  if (!block_bytes || columns % kGroup || row_bytes < size_t(columns) / kGroup * block_bytes) return SD_ERROR_ARGUMENT;
+  const BlockSource source{gguf_type, static_cast<const uint8_t*>(data), row_bytes, rows};
+  const int type = gguf_type == 8 ? SD_INT8 : SD_INT4;
+  return guarded(out, [&] { return pack(source, type, kGroup, rows, columns, full, threads, out); });
+}
+
 }  // namespace
 
 extern "C" {
@@ -267,7 +299,7 @@ int sd_pack_dense(int type, const void* weights, int64_t row_stride, int64_t row
     return SD_ERROR_ARGUMENT;
   const size_t row_bytes = size_t(row_stride) * value_bits(type) / 8;
   const DenseSource source{type, static_cast<const uint8_t*>(weights), row_bytes, rows, columns, mask};
-  return guarded(out, [&] { return pack(source, type, 0, rows, columns, threads, out); });
+  return guarded(out, [&] { return pack(source, type, 0, rows, columns, false, threads, out); });
 }
 
 int sd_pack_quantized(int type, int group, const int8_t* values, const uint16_t* scales, int64_t rows, int64_t columns,
@@ -276,23 +308,17 @@ int sd_pack_quantized(int type, int group, const int8_t* values, const uint16_t*
       group < kGroup || group % kGroup)
     return SD_ERROR_ARGUMENT;
   const QuantizedSource source{type, group, values, scales, rows, columns, mask};
-  return guarded(out, [&] { return pack(source, type, group, rows, columns, threads, out); });
+  return guarded(out, [&] { return pack(source, type, group, rows, columns, false, threads, out); });
 }
 
 int sd_pack_gguf(int gguf_type, const void* data, size_t row_bytes, int64_t rows, int64_t columns, int threads,
                  sd_matrix** out) {
-  if (!out || !data || bad_shape(rows, columns, threads)) return SD_ERROR_ARGUMENT;
-  if (gguf_type == 0 || gguf_type == 1 || gguf_type == 30) {
-    const int type = gguf_type == 0 ? SD_F32 : gguf_type == 1 ? SD_F16 : SD_BF16;
-    if (row_bytes < size_t(columns) * value_bits(type) / 8) return SD_ERROR_ARGUMENT;
-    const DenseSource source{type, static_cast<const uint8_t*>(data), row_bytes, rows, columns, nullptr};
-    return guarded(out, [&] { return pack(source, type, 0, rows, columns, threads, out); });
-  }
-  const size_t block_bytes = gguf_type == 8 ? 34 : gguf_type == 2 ? 18 : gguf_type == 3 ? 20 : 0;
-  if (!block_bytes || columns % kGroup || row_bytes < size_t(columns) / kGroup * block_bytes) return SD_ERROR_ARGUMENT;
-  const BlockSource source{gguf_type, static_cast<const uint8_t*>(data), row_bytes, rows};
-  const int type = gguf_type == 8 ? SD_INT8 : SD_INT4;
-  return guarded(out, [&] { return pack(source, type, kGroup, rows, columns, threads, out); });
+  return pack_gguf(gguf_type, data, row_bytes, rows, columns, false, threads, out);
+}
+
+int sd_pack_gguf_full(int gguf_type, const void* data, size_t row_bytes, int64_t rows, int64_t columns, int threads,
+                      sd_matrix** out) {
+  return pack_gguf(gguf_type, data, row_bytes, rows, columns, true, threads, out);
 }
 
 void sd_free(sd_matrix* m) {
@@ -319,12 +345,12 @@ int sd_unpack(const sd_matrix* m, int64_t first, int64_t last, float* out, int64
     for (int64_t g = 0; g < m->groups; ++g) {
       for (int w = 0; w < kWords; ++w) {
         int64_t index = 0;
-        for (uint64_t mask = m->masks[(tile * m->groups + g) * kWords + w]; mask; mask &= mask - 1, ++index) {
+        for (uint64_t mask = mask_of(m, tile, g, w); mask; mask &= mask - 1, ++index) {
           const int bit = __builtin_ctzll(mask);
           const int r = bit / lane % kTileRows;
           const int64_t row = tile * kTileRows + r;
-          if (row < first || row >= last) continue;
           const int64_t column = g * kGroup + 4 * w + bit / (lane * kTileRows) * lane + bit % lane;
+          if (row < first || row >= last || column >= m->columns) continue;
           float value;
           uint16_t half = 0;
           if (m->type == SD_F32) {

@@ -50,7 +50,7 @@ void tile_product(const sd_matrix* m, int64_t tile, const uint8_t* row, const Ac
   for (int64_t g = 0; g < m->groups; ++g) {
     int32_t integers[kTileRows] = {};
     for (int w = 0; w < kWords; ++w) {
-      uint64_t mask = m->masks[(tile * m->groups + g) * kWords + w];
+      uint64_t mask = m->masks ? m->masks[(tile * m->groups + g) * kWords + w] : ~uint64_t(0);
       int64_t index = 0;
       for (; mask; mask &= mask - 1, ++index) {
         const int bit = __builtin_ctzll(mask);

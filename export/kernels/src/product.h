@@ -5,7 +5,8 @@
 //   Op<type>::Word          the weights of one mask word, expanded; kWordBytes of it in memory; load, store
 //   Op<type>::Sum           sums within a group: start, dot (part p of kParts of a Word times its columns of x;
 //                           kStepBytes for 4 columns; kChains sums that a single row of x needs), add, finish
-//   Reader<type>            expands a tile's words in order: group() before each group, then next() eight times
+//   Reader<type, full>      expands a tile's words in order: group() before each group, then next() eight times; `full`
+//                           where there are no masks
 //
 // Small batches multiply each word as it is expanded. Larger ones expand a block of columns of `kTiles` tiles into the
 // cache once and multiply it with every row of x.
@@ -143,13 +144,13 @@ struct Call {
   }
 };
 
-template <int type, int batch>
+template <int type, bool full, int batch>
 void direct(const Call& call, int64_t first_tile, int64_t last_tile) {
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     Rows sums[1][batch];
 #pragma GCC unroll 8
     for (int b = 0; b < batch; ++b) sums[0][b] = zero_rows();
-    Reader<type> reader(call.m, tile);
+    Reader<type, full> reader(call.m, tile);
     multiply<type, 1, batch>(&reader, call.m->groups, call.operands(tile, 1, 0, 0, 0), sums);
     for (int b = 0; b < batch; ++b) {
       float values[kTileRows];
@@ -159,11 +160,11 @@ void direct(const Call& call, int64_t first_tile, int64_t last_tile) {
   }
 }
 
-template <int type, int most>
+template <int type, bool full, int most>
 void direct_of(const Call& call, int64_t batch, int64_t first_tile, int64_t last_tile) {
   if constexpr (most > 0) {
-    if (batch == most) direct<type, most>(call, first_tile, last_tile);
-    else direct_of<type, most - 1>(call, batch, first_tile, last_tile);
+    if (batch == most) direct<type, full, most>(call, first_tile, last_tile);
+    else direct_of<type, full, most - 1>(call, batch, first_tile, last_tile);
   }
 }
 
@@ -189,15 +190,15 @@ void block_rows_of(int64_t batch, const uint8_t* const* blocks, int64_t groups, 
   }
 }
 
-template <int type, int tiles>
+template <int type, bool full, int tiles>
 void expanded(const Call& call, int64_t first_b, int64_t batch, int64_t tile) {
   constexpr size_t group_bytes = Op<type>::kWordBytes * kWords;
   constexpr int64_t block_groups = kBlockBytes / group_bytes;
   alignas(64) uint8_t blocks[tiles][kBlockBytes];
   alignas(64) float sums[tiles][kMostBatch * kTileRows];
   memset(sums, 0, sizeof sums);
-  Reader<type> readers[tiles];
-  for (int t = 0; t < tiles; ++t) readers[t] = Reader<type>(call.m, tile + t);
+  Reader<type, full> readers[tiles];
+  for (int t = 0; t < tiles; ++t) readers[t] = Reader<type, full>(call.m, tile + t);
   for (int64_t g = 0; g < call.m->groups; g += block_groups) {
     const int64_t groups = call.m->groups - g < block_groups ? call.m->groups - g : block_groups;
     const uint8_t* pointers[tiles];
@@ -220,18 +221,24 @@ void expanded(const Call& call, int64_t first_b, int64_t batch, int64_t tile) {
     for (int64_t b = 0; b < batch; ++b) call.put(tile + t, first_b + b, sums[t] + b * kTileRows);
 }
 
-template <int type>
-void product(const Call& call, int64_t batch, int64_t first_tile, int64_t last_tile) {
+template <int type, bool full>
+void multiply_all(const Call& call, int64_t batch, int64_t first_tile, int64_t last_tile) {
   if (batch <= kDirectBatch) {
-    direct_of<type, kDirectBatch>(call, batch, first_tile, last_tile);
+    direct_of<type, full, kDirectBatch>(call, batch, first_tile, last_tile);
     return;
   }
   for (int64_t first = 0; first < batch; first += kMostBatch) {
     const int64_t rows = batch - first < kMostBatch ? batch - first : kMostBatch;
     int64_t tile = first_tile;
-    for (; tile + kTiles <= last_tile; tile += kTiles) expanded<type, kTiles>(call, first, rows, tile);
-    for (; tile < last_tile; ++tile) expanded<type, 1>(call, first, rows, tile);
+    for (; tile + kTiles <= last_tile; tile += kTiles) expanded<type, full, kTiles>(call, first, rows, tile);
+    for (; tile < last_tile; ++tile) expanded<type, full, 1>(call, first, rows, tile);
   }
+}
+
+template <int type>
+void product(const Call& call, int64_t batch, int64_t first_tile, int64_t last_tile) {
+  if (call.m->masks) multiply_all<type, false>(call, batch, first_tile, last_tile);
+  else multiply_all<type, true>(call, batch, first_tile, last_tile);
 }
 
 void matmul(const sd_matrix* m, const uint8_t* buffer, const Activations& layout, int64_t batch, int64_t first_tile,

@@ -35,12 +35,13 @@ struct Member {
 
 // choice.cpp: which tensors are packed.
 
-// Whether these are a decoder layer's matrix: what may be placed in our buffers. Of those, what is not packed is moved out.
-bool is_layer_matrix(const ggml_tensor* weights);
+// Whether these may be placed in our buffers, before they are read: a decoder layer's matrix, or a head that gains by being
+// repacked. Of those, what is not packed then is moved out.
+bool may_place(const ggml_tensor* weights);
 // Whether weights of this name, shape and type may be packed, by what is known before they are read.
 bool may_pack(const ggml_tensor* weights);
-// The packed tensor, or null where it is to stay dense: a type or values that cannot be packed bit for bit, or too few
-// zeros for a gain. `data` is the tensor's dense content.
+// The packed tensor, or null where it is to stay dense: a type or values that cannot be packed bit for bit, or no gain.
+// `data` is the tensor's dense content.
 sd_matrix* pack(const ggml_tensor* weights, const void* data);
 // Says what was packed since the last call, in one line.
 void report();

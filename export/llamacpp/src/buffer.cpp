@@ -55,7 +55,7 @@ ggml_backend_buffer_type_t other_home(ggml_tensor* weights) {
   ggml_context* context = ggml_init(parameters);
   ggml_tensor* copy = ggml_dup_tensor(context, weights);
   ggml_tensor* product = nullptr;
-  if (ggml_n_dims(weights) == 2 && !strncmp(weights->name, "blk.", 4))
+  if (ggml_n_dims(weights) == 2)
     product = ggml_mul_mat(context, copy, ggml_new_tensor_2d(context, GGML_TYPE_F32, weights->ne[0], 1));
   ggml_backend_buffer_type_t home = ggml_backend_dev_buffer_type(cpu);
   for (ggml_backend_buffer_type_t type : hooks().extra_buffer_types()) {

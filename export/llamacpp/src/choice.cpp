@@ -1,8 +1,11 @@
 // Which tensors are packed, and what is said about the others.
 
+#include <dlfcn.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include <map>
 #include <set>
 #include <string>
 #include <thread>
@@ -30,18 +33,58 @@ Policy policy() {
   return Policy::measured;
 }
 
-// The share of zeros from which weights are packed; 1 means never. First estimates from the bytes that a product reads,
-// still to be set from measured crossings: whole models were measured at 50 % and 70 % only.
-double least_zeros(ggml_type type) {
+// For a type: the share of zeros from which a decoder layer's weights are packed (1 means never), and whether those with
+// fewer zeros, and the head, are repacked into tiles without masks.
+struct Rule {
+  double least_zeros;
+  bool full;
+};
+
+// Without a measurement on this machine: from `after_install.py` on one of each kind, rounded up.
+Rule usual_rule(ggml_type type) {
   const char* isa = sd_isa_name();
-  if (!strcmp(isa, "portable")) return 1.0;
+  if (!strcmp(isa, "portable")) return {1.0, false};
   const bool avx512 = !strncmp(isa, "avx512", 6);
   switch (type) {
-    case GGML_TYPE_Q8_0: return avx512 ? 0.30 : 0.60;
-    case GGML_TYPE_Q4_0:
-    case GGML_TYPE_Q4_1: return avx512 ? 0.45 : 0.75;
-    default: return avx512 ? 0.30 : 0.45;
+    case GGML_TYPE_Q8_0: return avx512 ? Rule{0.40, true} : Rule{0.60, false};
+    case GGML_TYPE_Q4_0: return avx512 ? Rule{0.50, true} : Rule{0.75, false};
+    default: return avx512 ? Rule{0.40, false} : Rule{0.50, false};
   }
+}
+
+// What was measured on this machine: the file choice.txt beside this library, one line for each type. Rules of another
+// instruction set than the one in use would be wrong.
+std::map<std::string, Rule> read_rules() {
+  std::map<std::string, Rule> rules;
+  Dl_info library;
+  if (getenv("SPARSEDEPLOY_ISA") || !dladdr(reinterpret_cast<const void*>(&read_rules), &library)) return rules;
+  const std::string own = library.dli_fname;
+  const std::string path = own.substr(0, own.find_last_of('/') + 1) + "choice.txt";
+  FILE* file = fopen(path.c_str(), "r");
+  if (!file) return rules;
+  char line[256], type[32];
+  while (fgets(line, sizeof line, file)) {
+    double least_zeros;
+    int full;
+    if (line[0] == '#') continue;
+    if (sscanf(line, "%31s %lf %d", type, &least_zeros, &full) == 3 && least_zeros > 0 && least_zeros <= 1) {
+      rules[type] = {least_zeros, full != 0};
+    } else {
+      say_once("rules", path + " is damaged and not used; delete it and run: sparsedeploy runtime install llamacpp");
+      rules.clear();
+      break;
+    }
+  }
+  fclose(file);
+  return rules;
+}
+
+Rule rule(ggml_type type) {
+  static const std::map<std::string, Rule> measured = read_rules();
+  // The kernel is the same.
+  if (type == GGML_TYPE_Q4_1) type = GGML_TYPE_Q4_0;
+  const auto found = measured.find(ggml_type_name(type));
+  return found == measured.end() ? usual_rule(type) : found->second;
 }
 
 bool packable_type(ggml_type type) {
@@ -56,22 +99,37 @@ bool packable_type(ggml_type type) {
   }
 }
 
+bool is_plain_matrix(const ggml_tensor* weights) {
+  return ggml_n_dims(weights) == 2 && !weights->view_src && ggml_is_contiguous(weights);
+}
+
+bool is_layer_matrix(const ggml_tensor* weights) { return !strncmp(weights->name, "blk.", 4) && is_plain_matrix(weights); }
+
+// The embedding, where it is the head too, is asked for a second time, as a factor.
+bool is_head(const ggml_tensor* weights) {
+  return (!strcmp(weights->name, "output.weight") || !strcmp(weights->name, "token_embd.weight")) && is_plain_matrix(weights);
+}
+
+bool may_be_full(ggml_type type) {
+  // Q4_1 has an exact zero or not, block by block, and a head that was placed with us must be taken.
+  return type != GGML_TYPE_Q4_1 && (policy() == Policy::always || rule(type).full);
+}
+
 struct Totals {
-  int packed, dense;
+  int packed, full, dense;
   double dense_bytes, packed_bytes;
 };
 Totals totals;
 
 }  // namespace
 
-bool is_layer_matrix(const ggml_tensor* weights) {
-  // The embedding and the head are not pruned, and a tied one would be held twice.
-  return !strncmp(weights->name, "blk.", 4) && ggml_n_dims(weights) == 2 && !weights->view_src &&
-         ggml_is_contiguous(weights);
+bool may_place(const ggml_tensor* weights) {
+  return is_layer_matrix(weights) ||
+         (is_head(weights) && packable_type(weights->type) && policy() != Policy::never && may_be_full(weights->type));
 }
 
 bool may_pack(const ggml_tensor* weights) {
-  if (!is_layer_matrix(weights) || policy() == Policy::never) return false;
+  if (policy() == Policy::never || !(is_layer_matrix(weights) || is_head(weights))) return false;
   if (!packable_type(weights->type)) {
     const std::string type = ggml_type_name(weights->type);
     // Norms and biases have one dimension: what comes here is a weight that could have been sparse.
@@ -79,9 +137,9 @@ bool may_pack(const ggml_tensor* weights) {
                                  " are left to llama.cpp; packed are F32, F16, BF16, Q8_0, Q4_0 and Q4_1");
     return false;
   }
-  if (policy() == Policy::measured && least_zeros(weights->type) >= 1.0) {
-    say_once("isa", std::string("this processor has none of the instructions that sparse weights need (AVX2 or AVX-512; found: ") +
-                        sd_isa_name() + "); all weights stay dense");
+  if (policy() == Policy::measured && rule(weights->type).least_zeros >= 1.0 && !rule(weights->type).full) {
+    say_once("isa", std::string("packed weights gain nothing on this processor (instructions: ") + sd_isa_name() +
+                        "); they stay dense");
     return false;
   }
   return true;
@@ -90,34 +148,40 @@ bool may_pack(const ggml_tensor* weights) {
 sd_matrix* pack(const ggml_tensor* weights, const void* data) {
   if (!may_pack(weights)) return nullptr;
   const unsigned cores = std::thread::hardware_concurrency();
+  const auto by = [&](auto function, sd_matrix** matrix) {
+    return function(weights->type, data, weights->nb[1], weights->ne[1], weights->ne[0], cores ? int(cores) : 1, matrix);
+  };
   sd_matrix* matrix = nullptr;
-  const int status = sd_pack_gguf(weights->type, data, weights->nb[1], weights->ne[1], weights->ne[0],
-                                  cores ? int(cores) : 1, &matrix);
-  totals.dense += 1;
-  if (status != SD_OK) {
+  int status = SD_OK;
+  if (is_layer_matrix(weights)) {
+    status = by(sd_pack_gguf, &matrix);
+    sd_info info;
+    if (status == SD_OK) {
+      sd_describe(matrix, &info);
+      const double zeros = 1.0 - double(info.values) / (double(info.rows) * double(info.columns));
+      if (policy() == Policy::always || zeros >= rule(weights->type).least_zeros) {
+        totals.packed += 1;
+        totals.dense_bytes += double(ggml_nbytes(weights));
+        totals.packed_bytes += double(info.bytes);
+        return matrix;
+      }
+      sd_free(matrix);
+      matrix = nullptr;
+    }
+  }
+  if (status == SD_OK && may_be_full(weights->type)) status = by(sd_pack_gguf_full, &matrix);
+  if (status != SD_OK)
     say_once(std::string("status ") + sd_status_text(status),
              std::string(weights->name) + " stays dense: " + sd_status_text(status));
-    return nullptr;
-  }
-  sd_info info;
-  sd_describe(matrix, &info);
-  const double zeros = 1.0 - double(info.values) / (double(info.rows) * double(info.columns));
-  if (policy() == Policy::measured && zeros < least_zeros(weights->type)) {
-    sd_free(matrix);
-    return nullptr;
-  }
-  totals.dense -= 1;
-  totals.packed += 1;
-  totals.dense_bytes += double(ggml_nbytes(weights));
-  totals.packed_bytes += double(info.bytes);
+  (matrix ? totals.full : totals.dense) += 1;
   return matrix;
 }
 
 void report() {
-  if (!totals.packed && !totals.dense) return;
-  GGML_LOG_INFO("sparsedeploy: packed %d tensors, %.1f MiB instead of %.1f MiB; %d stay dense (%s, %s)\n", totals.packed,
-                totals.packed_bytes / 1048576.0, totals.dense_bytes / 1048576.0, totals.dense, sd_isa_name(),
-                in_cpu_graph() ? "in the CPU backend's graph" : "as a device");
+  if (!totals.packed && !totals.full && !totals.dense) return;
+  GGML_LOG_INFO("sparsedeploy: packed %d tensors, %.1f MiB instead of %.1f MiB; %d repacked without masks, %d stay dense (%s, %s)\n",
+                totals.packed, totals.packed_bytes / 1048576.0, totals.dense_bytes / 1048576.0, totals.full, totals.dense,
+                sd_isa_name(), in_cpu_graph() ? "in the CPU backend's graph" : "as a device");
   totals = {};
 }
 

@@ -88,7 +88,7 @@ ggml_backend_t start(ggml_backend_dev_t dev, const char*) {
 bool supports_op(ggml_backend_dev_t, const ggml_tensor* op) {
   if (in_cpu_graph() || op->op != GGML_OP_MUL_MAT || !is_ours(op->src[0]) || !can_multiply(op)) return false;
   const ggml_tensor* weights = op->src[0];
-  return weights->data == nullptr || weights->buffer->size == 0 ? is_layer_matrix(weights) : packed(weights) != nullptr;
+  return weights->data == nullptr || weights->buffer->size == 0 ? may_place(weights) : packed(weights) != nullptr;
 }
 
 void properties(ggml_backend_dev_t, ggml_backend_dev_props* props) {

@@ -45,7 +45,8 @@ class Extra : public ggml::cpu::extra_buffer_type {
     for (const ggml_tensor* source : op->src) {
       if (!source || !is_ours(source)) continue;
       // Not read yet: whatever is not packed then is moved to where the CPU backend can use it.
-      if (source->data == nullptr || source->buffer->size == 0) return !strncmp(source->name, "blk.", 4);
+      if (source->data == nullptr || source->buffer->size == 0)
+        return op->op == GGML_OP_MUL_MAT && source == op->src[0] && may_place(source);
       return source == op->src[0] && can_multiply(op) && packed(source) != nullptr;
     }
     return false;

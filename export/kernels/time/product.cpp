@@ -1,10 +1,10 @@
-// Times the packed product against a dense one of the same values, as a model runs them: one matrix after the other,
-// none of them in the cache, which is filled with other data before every round. benchmarks/kernels.py compiles and calls it; with -DWITH_GGML the dense product is
-// that of ggml's CPU backend, else a plain one of this file.
+// Times the packed product, as a model runs it: one matrix after the other, none of them in the cache, which is filled
+// with other data before every round. With -DWITH_GGML also the dense product of ggml's CPU backend on the same values.
 //
 //     product TYPE ROWS COLUMNS BATCH THREADS MEGABYTES ROUNDS RATE...
 //
-// prints, for the dense product and each rate of zeros, the best seconds of one product and the weight's bytes.
+// prints, for the dense product and each rate of zeros (or `full`: no zeros and no masks), the best seconds of one
+// product and the weight's bytes.
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -220,8 +220,9 @@ struct Dense {
 int main(int argc, char** argv) {
   if (argc < 8) return 2;
   const Options o{argv[1], atoll(argv[2]), atoll(argv[3]), atoll(argv[4]), atoi(argv[5]), atof(argv[6]), atoi(argv[7])};
+  const std::vector<std::string> names(argv + 8, argv + argc);
   std::vector<double> rates;
-  for (int i = 8; i < argc; ++i) rates.push_back(atof(argv[i]));
+  for (const std::string& name : names) rates.push_back(atof(name.c_str()));
   const std::vector<float> w = random_floats(o.rows * o.columns, 1), x = random_floats(o.batch * o.columns, 2);
   std::vector<Case> cases;
   std::vector<std::unique_ptr<Packed>> packed;
@@ -236,7 +237,8 @@ int main(int argc, char** argv) {
     double bytes = 0;
     do {
       sd_matrix* m;
-      if (const int status = sd_pack_gguf(gguf_type(o.type), data.data(), data.size() / o.rows, o.rows, o.columns, 2, &m)) {
+      const auto pack = names[i] == "full" ? sd_pack_gguf_full : sd_pack_gguf;
+      if (const int status = pack(gguf_type(o.type), data.data(), data.size() / o.rows, o.rows, o.columns, 2, &m)) {
         fprintf(stderr, "%s\n", sd_status_text(status));
         return 1;
       }
@@ -248,7 +250,7 @@ int main(int argc, char** argv) {
     } while (int(p->copies.size()) < count);
     p->buffer = aligned_alloc(64, (sd_activation_bytes(p->copies[0], o.batch) + 63) / 64 * 64);
     Packed* pointer = p.get();
-    cases.push_back({argv[8 + i], bytes, [pointer] { pointer->run(); }});
+    cases.push_back({names[i], bytes, [pointer] { pointer->run(); }});
     packed.push_back(std::move(p));
   }
 #if defined(WITH_GGML)
