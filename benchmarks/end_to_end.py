@@ -112,7 +112,8 @@ def prepare(folder: Path, model: Path, pruned: dict[str, str], shape: bool) -> N
     scratch.mkdir(exist_ok=True)
     if shape:
         model = random_model(model, scratch / "random")
-    exact = {"dense": convert(model, scratch / "dense.gguf")}
+    kind = "f16" if shape else "f32"
+    exact = {"dense": convert(model, scratch / "dense.gguf", kind)}
     if shape:
         for name, rate in RATES.items():
             exact[name] = scratch / f"{name}.gguf"
@@ -122,26 +123,26 @@ def prepare(folder: Path, model: Path, pruned: dict[str, str], shape: bool) -> N
                 prune_file(partial, rate)
                 partial.rename(exact[name])
     for name, checkpoint in pruned.items():
-        exact[name] = convert(Path(checkpoint), scratch / f"{name}.gguf")
+        exact[name] = convert(Path(checkpoint), scratch / f"{name}.gguf", kind)
     quantize = build_of(require("llamacpp")).program("llama-quantize")
     for name, source in exact.items():
-        for kind in DENSE_TYPES if name == "dense" else SPARSE_TYPES:
-            target = folder / f"{name}-{kind}.gguf"
+        for target_kind in DENSE_TYPES if name == "dense" else SPARSE_TYPES:
+            target = folder / f"{name}-{target_kind}.gguf"
             if not target.exists():
                 partial = target.with_suffix(".partial")
-                command = [str(quantize), str(source), str(partial), kind, str(usable_cores())]
+                command = [str(quantize), str(source), str(partial), target_kind, str(usable_cores())]
                 subprocess.run(command, check=True, capture_output=True)
                 partial.rename(target)
                 print(f"{target.name}: {target.stat().st_size / 1e6:.1f} MB", flush=True)
 
 
-def convert(checkpoint: Path, target: Path) -> Path:
+def convert(checkpoint: Path, target: Path, kind: str) -> Path:
     if not target.exists():
         environment = require("llamacpp")
         tool = environment.runtime.folder / "gguf_tool.py"
         partial = target.with_suffix(".partial")
         source = str(build_of(environment).source)
-        command = [sys.executable, str(tool), "convert", source, str(checkpoint), str(partial), "f16"]
+        command = [sys.executable, str(tool), "convert", source, str(checkpoint), str(partial), kind]
         subprocess.run(command, check=True, capture_output=True)
         partial.rename(target)
     return target

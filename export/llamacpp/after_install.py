@@ -20,8 +20,8 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 BUILD = Path(sys.prefix).parent / "build"
 TARGETS = ("llama-bench", "llama-cli", "llama-completion", "llama-perplexity", "llama-quantize", "llama-server")
-# What is timed: the types; rows, columns, batch, threads, megabytes and rounds; and rates of zeros.
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+# What is timed: the types, with the bits of a value; rows, columns, batch, threads, megabytes and rounds; and rates.
+BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8, "q4_0": 4}
 SHAPE = ("2048", "1536", "1", "1", "12", "3")
 RATES = ("0.3", "0.5", "0.7")
 # A packed product must take less than this part of ggml's.
@@ -87,6 +87,12 @@ def build(source: Path, binary: Path, options: dict[str, str], targets: tuple[st
     tools = Path(sys.executable).parent
     # The environment's tools first.
     os.environ["PATH"] = os.pathsep.join([str(tools), os.environ.get("PATH", "")])
+    cache = binary / "CMakeCache.txt"
+    if cache.is_file():
+        found = re.search(r"^CMAKE_HOME_DIRECTORY:INTERNAL=(.*)$", cache.read_text(encoding="utf-8"), re.MULTILINE)
+        if found is not None and Path(found[1]).resolve() != source.resolve():
+            # sparsedeploy has moved: a build knows where its sources were.
+            shutil.rmtree(binary)
     if not (binary / "build.ninja").is_file():
         defines = [f"-D{key}={value}" for key, value in options.items()]
         run(["cmake", "-S", str(source), "-B", str(binary), "-G", "Ninja", *defines])
@@ -112,7 +118,7 @@ def measure(backend: Path) -> None:
     time of a packed product is about linear in its zeros. A measurement that fails leaves the backend's own table.
     """
     lines = ["# type, least share of zeros to pack, whether to repack denser weights; by after_install.py"]
-    for kind in TYPES:
+    for kind, bits in BITS.items():
         print(f"time {kind} products", flush=True)
         command = [str(backend / "sparsedeploy-product"), kind, *SHAPE, "full", *RATES]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -122,16 +128,17 @@ def measure(backend: Path) -> None:
             print(f"{kind} was not timed: {done.stderr.strip()[-200:]}", flush=True)
             continue
         print("  " + ", ".join(f"{name} {1e6 * value:.0f} us" for name, value in seconds.items()), flush=True)
-        share, full = choose(seconds)
+        share, full = choose(seconds, 1 / bits)
         lines.append(f"{kind} {share:.3f} {int(full)}")
     (backend / "choice.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def choose(seconds: dict[str, float]) -> tuple[float, bool]:
+def choose(seconds: dict[str, float], least: float) -> tuple[float, bool]:
     """From which share of zeros on packed weights win, and whether repacked dense ones do.
 
     Args:
         seconds: of one product: ``dense`` by ggml, ``full``, and at each of RATES.
+        least: share from which a mask takes less than the zeros it spares.
 
     Returns:
         The share, 1 where packing never wins.
@@ -144,9 +151,9 @@ def choose(seconds: dict[str, float]) -> tuple[float, bool]:
     slope = sum((s - mean_share) * (t - mean_time) for s, t in zip(shares, times, strict=True))
     slope /= sum((s - mean_share) ** 2 for s in shares)
     if slope >= 0:
-        return (0.05 if mean_time <= limit else 1.0), full
+        return (least if mean_time <= limit else 1.0), full
     crossing = mean_share + (limit - mean_time) / slope
-    return min(1.0, max(0.05, crossing)), full
+    return min(1.0, max(least, crossing)), full
 
 
 def describe(name: str, version: str) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, TextIO
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
+from sparsedeploy.runtimes.process_group import GuardedProcess
 from sparsedeploy.runtimes.pythons import find_python, version_text
 from sparsedeploy.runtimes.specification import Runtime
 
@@ -115,28 +117,30 @@ def _run(command: list[str], variables: dict[str, str], file: TextIO, log: Path,
     file.write(f"$ {' '.join(command)}\n")
     file.flush()
     last: deque[str] = deque(maxlen=3)
-    process = subprocess.Popen(
-        command,
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            if line.strip() and not line.lstrip().startswith(("WARNING", "[notice]")):
-                last.append(line.strip())
-            show(line.strip())
-        code = process.wait()
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+    with tempfile.TemporaryDirectory(prefix="sparsedeploy-install-") as scratch:
+        # Compilers that it started end with it.
+        group = GuardedProcess(
+            command,
+            Path(scratch),
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        process = group.popen
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                if line.strip() and not line.lstrip().startswith(("WARNING", "[notice]")):
+                    last.append(line.strip())
+                show(line.strip())
+            code = process.wait()
+        finally:
+            group.end(0)
     if code != 0:
         raise UserError(
             f"the installation failed: {' | '.join(last) or f'exit code {code}'}",
