@@ -43,7 +43,7 @@ from sparsedeploy.runtimes.machine import usable_cores
 RESULTS = Path(__file__).resolve().parent / "results" / "end_to_end"
 DENSE_TYPES = ("F16", "Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")
 SPARSE_TYPES = ("F16", "Q8_0", "Q4_0")
-PROMPT, NEW_TOKENS, BATCHES = 128, 64, (1, 8)
+PROMPT = 128
 # Llama 3.2 1B has 16 such layers and a vocabulary of 128,256: layers and vocabulary are cut alike, so that a token's
 # time is that of the whole one times 6 / 16.
 SHAPE = {
@@ -66,6 +66,8 @@ def main() -> None:
     measured.add_argument("folder", type=Path)
     measured.add_argument("others", nargs="*", help="ENGINE:NAME=FOLDER, such as torch:dense=MODEL")
     measured.add_argument("--rounds", type=int, default=3)
+    measured.add_argument("--new-tokens", type=int, default=64)
+    measured.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     measured.add_argument("--minutes", type=float, default=1e9, help="stop then; run again to go on")
     measured.add_argument("--only", default="", help="a regular expression of cells")
     quality = commands.add_parser("quality")
@@ -207,7 +209,8 @@ def run_cells(arguments: argparse.Namespace, results: dict[str, Any], model: dic
             entry = model["cells"].setdefault(title, {"weights": weights, "bytes": size, "runs": []})
             if len(entry["runs"]) > number or time.monotonic() - started > 60 * arguments.minutes:
                 continue
-            sample = llamacpp(file, engine == "ours") if engine in ("llama.cpp", "ours") else other(engine, file)
+            how = (arguments.new_tokens, arguments.batches)
+            sample = llamacpp(file, engine == "ours", *how) if file.suffix == ".gguf" else other(engine, file, *how)
             entry["runs"].append(sample)
             print(title, {key: round(value, 2) for key, value in sample.items()}, flush=True)
             write_json(path, results)
@@ -222,42 +225,42 @@ def resident() -> float:
     return sum(child.memory_info().rss for child in psutil.Process().children(recursive=True)) / 1e6
 
 
-def llamacpp(file: Path, backend: bool) -> dict[str, float]:
+def llamacpp(file: Path, backend: bool, new_tokens: int, batches: list[int]) -> dict[str, float]:
     """One process of llama.cpp, with or without the backend for sparse weights."""
     os.environ["SPARSEDEPLOY_LLAMACPP"] = "auto" if backend else "off"
-    sizes = {"prompt_length": PROMPT, "new_tokens": NEW_TOKENS + 1, "chunk": PROMPT, "cores": usable_cores()}
+    sizes = {"prompt_length": PROMPT, "new_tokens": new_tokens + 1, "chunk": PROMPT, "cores": usable_cores()}
     with require("llamacpp").worker(600) as worker:
         started = time.perf_counter()
-        model = worker.call("load", folder=str(file.parent), file=file.name, batch=max(BATCHES), **sizes)["model"]
+        model = worker.call("load", folder=str(file.parent), file=file.name, batch=max(batches), **sizes)["model"]
         sample = {"load": time.perf_counter() - started}
 
         def measure(prompt: list[int], count: int, batch: int) -> dict[str, Any]:
             return worker.call("measure", model=model, prompt=prompt, decode_tokens=count, batch=batch)
 
-        return {**sample, **timings(measure), "megabytes": resident()}
+        return {**sample, **timings(measure, new_tokens, batches), "megabytes": resident()}
 
 
-def other(engine: str, folder: Path) -> dict[str, float]:
+def other(engine: str, folder: Path, new_tokens: int, batches: list[int]) -> dict[str, float]:
     """One process of another engine, by the interface that ``sparsedeploy bench`` uses."""
-    batches = BATCHES if engine != "deepsparse" else (1,)
+    batches = [1] if engine == "deepsparse" else batches
     describe_folder(folder)
     started = time.perf_counter()
-    options: dict[str, Any] = {"prompt_length": PROMPT, "new_tokens": NEW_TOKENS + 1, "batch": max(batches)}
+    options: dict[str, Any] = {"prompt_length": PROMPT, "new_tokens": new_tokens + 1, "batch": max(batches)}
     with open_model(folder, runtime=engine, **options) as model:
         sample = {"load": time.perf_counter() - started}
 
         def measure(prompt: list[int], count: int, batch: int) -> dict[str, Any]:
             return vars(model.measure(prompt, count, batch))
 
-        return {**sample, **timings(measure, batches), "megabytes": resident()}
+        return {**sample, **timings(measure, new_tokens, batches), "megabytes": resident()}
 
 
-def timings(measure: Any, batches: tuple[int, ...] = BATCHES) -> dict[str, float]:
+def timings(measure: Any, new_tokens: int, batches: list[int]) -> dict[str, float]:
     """Tokens a second, of the prompts and of the new tokens of all sequences."""
     prompt, found = prompt_of(1000), {}
     measure(prompt, 4, 1)
     for batch in batches:
-        timing = measure(prompt, NEW_TOKENS, batch)
+        timing = measure(prompt, new_tokens, batch)
         found[f"prefill {batch}"] = batch * PROMPT / timing["prefill_seconds"]
         found[f"decode {batch}"] = batch / statistics.median(timing["decode_seconds"])
     return found
@@ -315,15 +318,15 @@ def quality_of(model: dict[str, Any], entry: dict[str, Any]) -> float | None:
 
 def table(results: dict[str, Any]) -> str:
     machine = results["machine"]
-    keys = [f"{part} {batch}" for batch in BATCHES for part in ("prefill", "decode")]
+    keys = [f"{part} {batch}" for batch in (1, 8) for part in ("prefill", "decode")]
     lines = [
         "# Whole models: tokens a second, memory and perplexity",
         "",
-        f"{machine.get('processor')}, {machine.get('threads')} threads. Prompt {PROMPT}, {NEW_TOKENS} new tokens, one "
-        f"sequence and {BATCHES[-1]} at once (tokens of all of them); medians of interleaved rounds. *llama.cpp* is as "
-        "it is; *ours* is the same llama.cpp with the backend for sparse weights; *no zeros* are the dense weights in "
-        "our kernels. `decode` is against llama.cpp's dense type of the same name. Memory is the process's, Python "
-        "included.",
+        f"{machine.get('processor')}, {machine.get('threads')} threads. A prompt of {PROMPT} tokens and the new ones "
+        "after it, one sequence (x1) and eight at once (x8, tokens of all of them); medians of interleaved rounds. "
+        "*llama.cpp* is as it is; *ours* is the same llama.cpp with the backend for sparse weights; *no zeros* are the "
+        "dense weights in our kernels. `decode` is against llama.cpp's dense type of the same name. Memory is the "
+        "process's, Python included.",
         "",
     ]
     for name, model in results["models"].items():
