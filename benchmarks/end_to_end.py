@@ -51,6 +51,8 @@ SHAPE = {
     "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True, "max_position_embeddings": 4096,
 }  # fmt: skip
 RATES = {"50%": "0.5", "70%": "0.7", "2:4": "2:4"}
+# Added to a model's name where one thread was timed by its processor time, beside other work on the machine.
+ALONE = ", one thread, processor time"
 READING = "<!-- What follows is written by hand and kept when the tables are made anew. -->\n"
 
 
@@ -67,6 +69,9 @@ def main() -> None:
     measured.add_argument("others", nargs="*", help="ENGINE:NAME=FOLDER, such as torch:dense=MODEL")
     measured.add_argument("--rounds", type=int, default=3)
     measured.add_argument("--new-tokens", type=int, default=64)
+    measured.add_argument(
+        "--processor-time", action="store_true", help="one thread, timed by the processor time it has"
+    )
     measured.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     measured.add_argument("--minutes", type=float, default=1e9, help="stop then; run again to go on")
     measured.add_argument("--only", default="", help="a regular expression of cells")
@@ -82,7 +87,9 @@ def main() -> None:
         return
     path = RESULTS.with_suffix(".json")
     results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"machine": {}, "models": {}}
-    model = results["models"].setdefault(arguments.folder.name, {"cells": {}, "perplexity": {}})
+    alone = arguments.command == "run" and arguments.processor_time
+    name = arguments.folder.name + (ALONE if alone else "")
+    model = results["models"].setdefault(name, {"cells": {}, "perplexity": {}})
     if arguments.command == "run":
         results["machine"] = {"processor": processor(), "threads": usable_cores()}
         run_cells(arguments, results, model, path)
@@ -209,8 +216,8 @@ def run_cells(arguments: argparse.Namespace, results: dict[str, Any], model: dic
             entry = model["cells"].setdefault(title, {"weights": weights, "bytes": size, "runs": []})
             if len(entry["runs"]) > number or time.monotonic() - started > 60 * arguments.minutes:
                 continue
-            how = (arguments.new_tokens, arguments.batches)
-            sample = llamacpp(file, engine == "ours", *how) if file.suffix == ".gguf" else other(engine, file, *how)
+            how = (arguments.new_tokens, arguments.batches, arguments.processor_time)
+            sample = llamacpp(file, engine == "ours", *how) if file.suffix == ".gguf" else other(engine, file, *how[:2])
             entry["runs"].append(sample)
             print(title, {key: round(value, 2) for key, value in sample.items()}, flush=True)
             write_json(path, results)
@@ -225,17 +232,23 @@ def resident() -> float:
     return sum(child.memory_info().rss for child in psutil.Process().children(recursive=True)) / 1e6
 
 
-def llamacpp(file: Path, backend: bool, new_tokens: int, batches: list[int]) -> dict[str, float]:
+def llamacpp(file: Path, backend: bool, new_tokens: int, batches: list[int], alone: bool) -> dict[str, float]:
     """One process of llama.cpp, with or without the backend for sparse weights."""
     os.environ["SPARSEDEPLOY_LLAMACPP"] = "auto" if backend else "off"
-    sizes = {"prompt_length": PROMPT, "new_tokens": new_tokens + 1, "chunk": PROMPT, "cores": usable_cores()}
+    sizes = {
+        "prompt_length": PROMPT,
+        "new_tokens": new_tokens + 1,
+        "chunk": PROMPT,
+        "cores": 1 if alone else usable_cores(),
+    }
     with require("llamacpp").worker(600) as worker:
         started = time.perf_counter()
         model = worker.call("load", folder=str(file.parent), file=file.name, batch=max(batches), **sizes)["model"]
         sample = {"load": time.perf_counter() - started}
 
         def measure(prompt: list[int], count: int, batch: int) -> dict[str, Any]:
-            return worker.call("measure", model=model, prompt=prompt, decode_tokens=count, batch=batch)
+            how = {"decode_tokens": count, "batch": batch, "processor": alone}
+            return worker.call("measure", model=model, prompt=prompt, **how)
 
         return {**sample, **timings(measure, new_tokens, batches), "megabytes": resident()}
 
@@ -299,7 +312,7 @@ def write(results: dict[str, Any]) -> None:
     for name, model in results["models"].items():
         discs = []
         for title, entry in model["cells"].items():
-            quality = quality_of(model, entry)
+            quality = quality_of(results, name, entry)
             speed = middle(entry, "decode 1")
             if quality and speed:
                 discs.append(Disc(title, speed, quality, entry["bytes"], f" perplexity, {entry['bytes'] / 1e6:.0f} MB"))
@@ -310,8 +323,8 @@ def write(results: dict[str, Any]) -> None:
         write_text(RESULTS.with_suffix(".svg"), svg_file(charts))
 
 
-def quality_of(model: dict[str, Any], entry: dict[str, Any]) -> float | None:
-    found = model["perplexity"].get(entry["weights"], {})
+def quality_of(results: dict[str, Any], name: str, entry: dict[str, Any]) -> float | None:
+    found = results["models"].get(name.removesuffix(ALONE), {}).get("perplexity", {}).get(entry["weights"], {})
     value: float | None = found.get("sparse", found.get("dense"))
     return value
 
@@ -338,7 +351,7 @@ def table(results: dict[str, Any]) -> str:
             values = [entry["bytes"] / 1e6, middle(entry, "load"), middle(entry, "megabytes")]
             values += [middle(entry, key) for key in keys]
             base = model["cells"].get(f"llama.cpp {title.rsplit(' ', 1)[-1]}")
-            quality = quality_of(model, entry)
+            quality = quality_of(results, name, entry)
             pairs = zip(entry["runs"], base["runs"], strict=False) if base else ()
             ratios = [ours["decode 1"] / theirs["decode 1"] for ours, theirs in pairs]
             cells = [title, *("" if value is None else f"{value:.4g}" for value in values)]
