@@ -317,8 +317,14 @@ def write(results: dict[str, Any]) -> None:
             if quality and speed:
                 discs.append(Disc(title, speed, quality, entry["bytes"], f" perplexity, {entry['bytes'] / 1e6:.0f} MB"))
         if len(discs) > 1:
-            labels = {"x_label": "new tokens a second, one sequence", "y_label": "perplexity"}
-            charts.append(scatter_chart(discs, title=f"{name}: perplexity against speed", log_y=True, **labels))
+            chart = scatter_chart(
+                discs,
+                title=f"{name}: perplexity against speed",
+                x_label="new tokens a second, one sequence",
+                y_label="perplexity",
+                log_y=True,
+            )
+            charts.append(chart)
     if charts:
         write_text(RESULTS.with_suffix(".svg"), svg_file(charts))
 
