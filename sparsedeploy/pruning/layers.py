@@ -21,7 +21,8 @@ from sparsedeploy.plan import ModuleShape, ModuleTarget, SparsityPlan
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
 from sparsedeploy.pruning.base import Pruned, Pruner
 from sparsedeploy.pruning.least_squares import reconstructed, shared_hessian
-from sparsedeploy.pruning.sweep import DAMPING, rounded, shared_factor
+from sparsedeploy.pruning.rounding import rounded
+from sparsedeploy.pruning.sweep import DAMPING, shared_factor
 from sparsedeploy.registry import PRUNERS, Method
 
 
@@ -125,13 +126,12 @@ def prune_linear(
 ) -> Pruned:
     """A method's result for one linear, which is not changed."""
     weight = linear.weight.data
-    if not reconstruct and grid is not None and pruner.traits.get("rounds", False):
-        return pruner.function(weight, statistics, target, options, grid)
+    rounds = grid is not None and not reconstruct and pruner.traits.get("rounds", False)
     # These come first: a method may consume the sums.
     hessian = shared_hessian(statistics) if reconstruct and statistics else None
     if grid is not None and statistics is not None:
         shared_factor(statistics, DAMPING, target.name, last_use=False)
-    pruned = pruner.function(weight, statistics, target, options)
+    pruned = pruner.function(weight, statistics, target, options, *((grid,) if rounds else ()))
     if hessian is not None:
         pruned = reconstructed(pruned, weight, hessian, target.name)
     if grid is not None and statistics is not None:

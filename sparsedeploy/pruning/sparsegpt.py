@@ -58,7 +58,7 @@ def sparsegpt(
 ) -> Pruned:
     """Drop weights by W^2 / U_jj^2 block by block and let the survivors make up for it (Frantar & Alistarh 2023)."""
     assert statistics is not None
-    factor, dead = shared_factor(statistics, options.damping, target.name, last_use=True)
+    factor, dead = shared_factor(statistics, options.damping, target.name, last_use=grid is None)
     solved, mask, loss, scales = solve(weight, factor, dead, target, options.block, grid=grid)
     # The cast may not revive a pruned weight, and the mask, not the value, says what is pruned.
     return Pruned(mask, apply_mask(solved.to(weight.dtype), mask), loss, scales)

@@ -15,9 +15,7 @@ from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.errors import UserError
 from sparsedeploy.grid import Grid
 from sparsedeploy.linear_algebra import add_product, all_finite, upper_cholesky_
-from sparsedeploy.masks import apply_mask
 from sparsedeploy.plan import NM, ModuleTarget
-from sparsedeploy.pruning.base import Pruned
 from sparsedeploy.pruning.selection import keep_all_but_smallest, keep_largest
 
 DAMPING = 0.01
@@ -242,27 +240,6 @@ class _Block:
     def _largest(self, group: slice) -> torch.Tensor:
         assert self.pattern is not None
         return keep_largest(_scores(self.new[group], self.factor.diagonal()[group], self.dead[group]), self.pattern.n)
-
-
-def rounded(
-    pruned: Pruned, weight: torch.Tensor | None, statistics: InputStatistics, target: ModuleTarget, grid: Grid
-) -> Pruned:
-    """A pruner's result with its kept weights rounded, on its mask.
-
-    A method that only chooses leaves to this sweep to make up for what it drops; of one that has found new weights,
-    the sweep makes up for the rounding.
-
-    Args:
-        weight: the dense weight; None where it is not known.
-    """
-    factor, dead = shared_factor(statistics, DAMPING, target.name, last_use=False)
-    start = pruned.weight
-    unchanged = weight is not None and torch.equal(apply_mask(weight, pruned.mask), start)
-    if weight is not None and unchanged:
-        start = weight
-    block = max(BLOCK, grid.group)
-    solved, mask, loss, scales = solve(start, factor, dead, target, block, mask=pruned.mask, grid=grid)
-    return Pruned(mask, apply_mask(solved.to(start.dtype), mask), loss if unchanged else pruned.loss, scales)
 
 
 def _upper_inverse(factor: torch.Tensor) -> torch.Tensor:

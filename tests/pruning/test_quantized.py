@@ -10,7 +10,9 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.formats import quantized
 from sparsedeploy.grid import Grid, codes_of
 from sparsedeploy.plan import NM, ModuleTarget
+from sparsedeploy.pruning.base import Pruned
 from sparsedeploy.pruning.layers import prune_linear
+from sparsedeploy.pruning.rounding import adjusted
 from sparsedeploy.pruning.sweep import hessian_factor, solve
 from sparsedeploy.registry import PRUNERS
 
@@ -109,6 +111,30 @@ def test_the_loss_is_the_output_error() -> None:
     change = new - weight
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(COLUMNS, dtype=torch.float64)
     assert loss == pytest.approx(float((change @ damped * change).sum()) / 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_adjusting_never_raises_the_error(bits: int) -> None:
+    weight, x, grid = weight_of().double(), inputs().double(), Grid(bits)
+    hessian = 2 * x.T @ x + 0.1 * torch.eye(COLUMNS, dtype=torch.float64)
+    factor, dead = hessian_factor(hessian, 1e-9, "q")
+    new, mask, _, scales = solve(weight, factor, dead, ModuleTarget("q", ROWS, COLUMNS, COLUMNS // 2), 64, grid=grid)
+
+    def error(found: torch.Tensor) -> float:
+        return float(((found - weight) @ hessian * (found - weight)).sum()) / 2
+
+    errors = [error(new)]
+    for passes in (1, 2, 3, 8):
+        better = adjusted(Pruned(mask, new, None, scales), weight, hessian, grid, passes)
+        assert better.scales is not None
+        assert better.loss == pytest.approx(error(better.weight), rel=1e-6)
+        codes = codes_of(better.weight, better.scales, grid)
+        spread = better.scales.double().repeat_interleave(grid.group, dim=1)
+        assert torch.equal(codes * spread, better.weight)
+        assert not better.weight[~mask].any()
+        errors.append(error(better.weight))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.9 * errors[0]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
