@@ -238,6 +238,9 @@ def pages() -> dict[Path, str]:
             page = _method_page(family, method, formulas.pop(f"{family.folder}: {method.name}", None))
             found[DOCS / "methods" / family.folder / f"{method.name}.md"] = page
     formulas.pop("patterns", None)
+    rounding = formulas.pop("rounding: `--quantize`", None)
+    if rounding is not None:
+        found[DOCS / "methods" / "rounding.md"] = f"{_NOTE}# Rounding in the sweep: `prune --quantize`\n\n{rounding}\n"
     if formulas:
         raise SystemExit(f"formulas.md has sections of methods that do not exist: {', '.join(formulas)}")
     for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
@@ -431,7 +434,7 @@ def _method_index() -> str:
         for name, recipe in recipes
     ]
     parts.append(f"## Recipes (`--recipe`)\n\n{_table(('name', 'what it does', 'settings from'), listed)}")
-    parts.append("Patterns, unstructured and N:M, are on [a page of their own](patterns.md).\n")
+    parts.append("Patterns, unstructured and N:M, are on [a page of their own](patterns.md), and so is [rounding](rounding.md).\n")
     return "\n".join(parts)
 
 
