@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sparsedeploy.models.options import DTYPE_HELP, Dtype
 from sparsedeploy.options import Options, option, seed_option
+from sparsedeploy.runtimes.specification import runtime_names
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,9 @@ class RuntimeOptions(Options):
         python: None for the managed environment.
     """
 
-    runtime: str | None = option(None, "Engine to run on [default: the one that the folder was exported for].")
+    runtime: str | None = option(
+        None, "Engine to run on [default: the one that the folder was exported for].", choices=runtime_names
+    )
     python: str | None = option(None, "Interpreter of an environment of your own that has the runtime.")
     dtype: Dtype = option("auto", f"With the torch runtime only. {DTYPE_HELP}")
     timeout: float = option(600.0, "Seconds that loading, or one step after it, may take.", above=0)

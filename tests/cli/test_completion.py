@@ -56,6 +56,8 @@ def offered(shell: str, line: str) -> list[str]:
         ("sparsedeploy prune MODEL --recipe ", recipe_names()),
         ("sparsedeploy recover MODEL --method ", RECOVERIES.names()),
         ("sparsedeploy runtime install ", runtime_names()),
+        ("sparsedeploy bench a --runtime ", runtime_names()),
+        ("sparsedeploy export a --target lla", ["llamacpp"]),
         ("sparsedeploy deploy MODEL --method wanda,spars", ["wanda,sparsegpt"]),
         ("sparsedeploy pus", ["push"]),
     ],
