@@ -243,7 +243,7 @@ def method_table(cells: dict[str, Any]) -> list[str]:
     if not found:
         return []
     levels = sorted({level for _, level in found})
-    best = {level: min(statistics.mean(values) for (_, at), values in found.items() if at == level) for level in levels}
+    best = {level: lowest([values for (_, at), values in found.items() if at == level]) for level in levels}
     lines = ["## Methods at uniform rates", "", f"| method | {' | '.join(map(name_of, levels))} |"]
     lines.append("|---|" + "---:|" * len(levels))
     for method in METHODS:
@@ -274,14 +274,18 @@ def allocation_table(cells: dict[str, Any], level: str) -> list[str]:
     if not any(allocation != "uniform" for _, allocation in found):
         return []
     methods = [method for method in METHODS if any(key[0] == method for key in found)]
-    means = {key: statistics.mean(values) for key, values in found.items()}
-    best = {method: min(mean for key, mean in means.items() if key[0] == method) for method in methods}
+    best = {method: lowest([values for (of, _), values in found.items() if of == method]) for method in methods}
     lines = [f"## {name_of(level)}", "", f"| allocation | {' | '.join(methods)} |", "|---|" + "---:|" * len(methods)]
     for allocation in ALLOCATIONS:
         texts = [text_of(found.get((method, allocation), []), best[method]) for method in methods]
         if any(text != "" for text in texts):
             lines.append(f"| {allocation} | {' | '.join(texts)} |")
     return [*lines, ""]
+
+
+def lowest(cells: list[list[float]]) -> float:
+    """The lowest mean; no bound where there is nothing to compare."""
+    return min(map(statistics.mean, cells)) if len(cells) > 1 else -math.inf
 
 
 def text_of(values: list[float], best: float) -> str:
