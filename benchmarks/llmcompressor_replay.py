@@ -37,7 +37,6 @@ from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import Environment, require
 from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.targets.registry import export_checkpoint
-from sparsedeploy.targets.vllm import VllmOptions, export_vllm
 from sparsedeploy.version import __version__
 from sparsedeploy.workflows.options import PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
@@ -185,7 +184,7 @@ def quantisations(environment: Environment, case: Pruned, folder: Path, in_vllm:
     ]
     for scheme, algorithm in [("fp8-dynamic", "round"), *choices]:
         output = folder / f"{scheme}-{algorithm}"
-        export_vllm(case.folder, output, VllmOptions(quantize=scheme, algorithm=algorithm))  # type: ignore[arg-type]
+        export_checkpoint(case.folder, "vllm", output, {"quantize": scheme, "algorithm": algorithm})
         artifact = load_artifact(output)
         assert artifact.quantization is not None
         row = {"masks": "held", **artifact.to_json()["quantization"], "dtype": artifact.dtype}

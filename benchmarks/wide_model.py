@@ -32,7 +32,7 @@ from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.speed.benchmark import BenchmarkResult, benchmark
 from sparsedeploy.speed.options import BenchmarkOptions
-from sparsedeploy.targets.deepsparse import export_deepsparse
+from sparsedeploy.targets.registry import export_checkpoint
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.9)
 DECODE_TOKENS = 16
@@ -100,7 +100,7 @@ def make_artifact(work: Path, sparsity: float) -> Path:
     with tempfile.TemporaryDirectory(dir=work) as checkpoint:
         model.save_pretrained(checkpoint)
         tokenizer().save_pretrained(checkpoint)
-        export_deepsparse(checkpoint, artifact, overwrite=True)
+        export_checkpoint(checkpoint, "deepsparse", artifact, overwrite=True)
     tokens = torch.randint(0, CONFIG.vocab_size, (1, 40), generator=torch.Generator().manual_seed(1))
     expected = model(tokens).logits[0].numpy()
     ids = tokens[0].tolist()

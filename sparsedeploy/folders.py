@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from sparsedeploy.errors import UserError
@@ -237,7 +239,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path = Path(os.path.realpath(path))
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        _sweep(path)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.{os.getpid()}.", suffix=".tmp", dir=path.parent)
         temporary = Path(name)
         with open(handle, "wb") as file:
             file.write(content)
@@ -255,6 +258,14 @@ def write_bytes(path: Path, content: bytes) -> None:
         if (found := as_disk_error(error, path)) is not None:
             raise found from error
         raise
+
+
+def _sweep(path: Path) -> None:
+    """Remove the temporary siblings of a file whose processes, killed while they wrote, are gone from this machine."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.*.tmp"):
+        process = left.name.removeprefix(f".{path.name}.").partition(".")[0]
+        if left.is_file() and process.isdigit() and not psutil.pid_exists(int(process)):
+            left.unlink(missing_ok=True)
 
 
 def as_disk_error(error: BaseException, target: Path) -> DiskError | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.progress import printable
 
 # Files in the making have the output's name with something before and after it.
 _LONGEST_NAME = 255 - 24
@@ -30,7 +31,7 @@ def expand(path: str | Path) -> Path:
 
 def shown(path: str | Path) -> str:
     """A path for a message: on one line, printable, and not endless."""
-    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in os.fspath(path))
+    text = printable(os.fspath(path), keep="")
     return text if len(text) <= 200 else f"{text[:120]}...{text[-40:]}"
 
 

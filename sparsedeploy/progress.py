@@ -22,14 +22,18 @@ _visible = False
 _LINE_SECONDS = 30.0
 
 
-def printable(text: str) -> str:
-    """The text with its control characters escaped, newline and tab aside: a file's strings never steer a terminal."""
+# Cc: control characters; Cf: invisible ones, which can reverse the order of what is shown; Cs: half a surrogate; Zl and
+# Zp: line breaks of their own.
+_ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """The text with its control characters escaped, but for those to ``keep``: a string never steers a terminal."""
     if text.isprintable():
         return text
-    # Cc: control characters; Cf: invisible ones, which can reverse the order of what is shown; Cs: half a surrogate.
     return "".join(
         character
-        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs")
+        if character in keep or unicodedata.category(character) not in _ESCAPED
         else character.encode("unicode_escape").decode()
         for character in text
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
 
 from sparsedeploy.allocation import allocate, model_layers
 from sparsedeploy.calibration.options import CalibrationOptions
@@ -105,11 +106,10 @@ PLAIN = '''
 import shutil
 from dataclasses import dataclass
 
-from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity, config_shapes, hash_files, write_artifact
-from sparsedeploy.artifacts.folder import open_checkpoint
-from sparsedeploy.folders import new_folder
+from sparsedeploy.artifacts.description import Engine, Sparsity
 from sparsedeploy.options import Options, option
 from sparsedeploy.registry import TARGETS
+from sparsedeploy.targets.base import describe
 
 
 @dataclass(frozen=True)
@@ -120,25 +120,14 @@ class PlainOptions(Options):
 
 
 @TARGETS.register("plain", PlainOptions)
-def plain(checkpoint, output, options, *, trust_remote_code=False, overwrite=False):
+def plain(job, options):
     """The folder as it is."""
-    opened = open_checkpoint(checkpoint)
-    with new_folder(output, overwrite=overwrite) as folder:
+    opened = job.open()
+    with job.new_folder() as folder:
         shutil.copyfile(opened.folder / "model.safetensors", folder / "model.safetensors")
         (folder / "note.txt").write_text(options.note)
-        artifact = Artifact(
-            target="plain",
-            source=opened.source,
-            model_type=opened.config.model_type,
-            shapes=config_shapes(opened.config),
-            dtype="float32",
-            opset=None,
-            files=hash_files(folder),
-            sparsity=Sparsity(2, 1),
-            engine=Engine("plain", "1"),
-        )
-        write_artifact(folder, artifact)
-    return artifact
+        engine = Engine("plain", "1")
+        return describe(folder, opened, target="plain", dtype="float32", sparsity=Sparsity(2, 1), engine=engine)
 '''
 FILES = {"by_depth.py": DEPTH, "column.py": COLUMN, "rescale.py": RESCALE, "plain.py": PLAIN}
 HELPER = "def register(text):\n    return text  # not a method: it has no line that registers one\n"
@@ -163,6 +152,17 @@ def methods(tmp_path: Path) -> Iterator[Path]:
             REGISTRIES[name]._methods, REGISTRIES[name]._found = known, found
 
 
+def help_of(command: str, methods: Path) -> str:
+    """The help in a process of its own: the commands of this one were built without the methods."""
+    code = (
+        "import sys; from pathlib import Path; from sparsedeploy.registry import discover\n"
+        "discover(Path(sys.argv[2]))\n"
+        "from sparsedeploy.cli.main import app; app(args=[sys.argv[1], '--help'])"
+    )
+    run = [sys.executable, "-c", code, command, str(methods)]
+    return subprocess.run(run, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, check=True).stdout
+
+
 def test_names_are_known_without_an_import(methods: Path) -> None:
     assert discover(methods) == ["by-depth", "column", "plain", "rescale"]
     assert not any(name.startswith("sparsedeploy_method_") for name in sys.modules)
@@ -174,16 +174,8 @@ def test_names_are_known_without_an_import(methods: Path) -> None:
 
 def test_help_recipe_matrix_and_manifest(methods: Path, tmp_path: Path) -> None:
     discover(methods)
-    # Help: the commands are built anew, as they are at every start.
-    import importlib
-
-    from sparsedeploy.cli import export, main
-    from sparsedeploy.cli import prune as prune_cli
-
-    for module in (prune_cli, export, main):
-        importlib.reload(module)
     for command, words in (("prune", ("by-depth", "column", "rescale")), ("export", ("plain",))):
-        shown = CliRunner().invoke(main.app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+        shown = help_of(command, methods)
         assert all(word in shown for word in words), command
     # Recipe.
     section = {"allocation": "by-depth", "allocation_options": {"slope": "0.01"}, "method": "column", "sparsity": 0.5}

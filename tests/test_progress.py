@@ -18,6 +18,7 @@ from sparsedeploy.progress import SafeConsole, printable
         ("a\rb\x08c\x00", "a\\rb\\x08c\\x00"),
         ("\u202eevil\u2066", "\\u202eevil\\u2066"),
         ("\ud800", "\\ud800"),
+        ("one\u2028two\u2029", "one\\u2028two\\u2029"),
     ],
 )
 def test_control_characters_are_escaped(text: str, shown: str) -> None:

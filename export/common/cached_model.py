@@ -9,10 +9,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
+from worker_protocol import BadRequest
+
+
+class Growing:
+    """A model whose cache grows with its tokens, up to the ``capacity`` that it was loaded for."""
+
+    capacity: int
+
+    def check_room(self, prompt: int, new_tokens: int) -> None:
+        """Refuse more tokens than the model was loaded for."""
+        if prompt + new_tokens > self.capacity:
+            raise BadRequest(
+                f"{prompt} prompt tokens and {new_tokens} new ones are more than the {self.capacity} asked for",
+                "Load the model for more tokens.",
+            )
 
 
 def save_logits(model: Any, prompt: list[int], tokens: list[int], folder: str) -> dict[str, Any]:
@@ -63,6 +78,24 @@ def measure(model: Any, prompt: list[int], decode_tokens: int) -> dict[str, Any]
         token = int(model.decode(token).argmax())
         decode.append(clock() - started)
     return {"prefill_seconds": prefill, "decode_seconds": decode}
+
+
+def measure_batch(
+    run: Any, prompts: Any, decode_tokens: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
+    """Seconds that several equal prompts took, and each step of the tokens that follow them greedily.
+
+    Args:
+        run: called with the next tokens [B, L], of numpy or torch; returns logits [B, ?, V], the last token's last.
+        prompts: tokens [B, L]; the cache is empty.
+    """
+    seconds = []
+    tokens = prompts
+    for _ in range(1 + decode_tokens):
+        started = clock()
+        tokens = run(tokens)[:, -1:].argmax(-1)
+        seconds.append(clock() - started)
+    return {"prefill_seconds": seconds[0], "decode_seconds": seconds[1:]}
 
 
 def choose(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from cached_model import generate, save_logits
+from cached_model import Growing, generate, measure_batch, save_logits
 from worker_protocol import BadRequest
 
 
-class HfModel:
+class HfModel(Growing):
     """Runs one sequence, or in :meth:`measure` several equal ones.
 
     Args:
@@ -36,7 +36,8 @@ class HfModel:
         """Start again with a prompt; returns the logits of all of it, [P, V]."""
         if not prompt:
             raise BadRequest("the prompt is empty", "Give at least one token.")
-        return self._numpy(self._start(torch.tensor([prompt])))[0]
+        self._clear()
+        return self._numpy(self._run(torch.tensor([prompt])))[0]
 
     def decode(self, token: int) -> np.ndarray:
         """Run one more token; returns its logits [V]."""
@@ -46,32 +47,14 @@ class HfModel:
         """Run more tokens at once."""
         self._run(torch.tensor([tokens]))
 
-    def check_room(self, prompt: int, new_tokens: int) -> None:
-        """Refuse more tokens than the model was loaded for."""
-        if prompt + new_tokens > self.capacity:
-            raise BadRequest(
-                f"{prompt} prompt tokens and {new_tokens} new ones are more than the {self.capacity} asked for",
-                "Load the model for more tokens.",
-            )
-
     def measure(self, prompt: list[int], decode_tokens: int, batch: int) -> dict[str, Any]:
         """Seconds that ``batch`` copies of a prompt took, and each step of the tokens that follow them greedily."""
         self.check_room(len(prompt), decode_tokens)
-        clock = time.perf_counter
-        ids = torch.tensor([prompt] * batch)
-        started = clock()
-        tokens = self._start(ids)[:, -1:].argmax(-1)
-        prefill = clock() - started
-        decode = []
-        for _ in range(decode_tokens):
-            started = clock()
-            tokens = self._run(tokens)[:, -1:].argmax(-1)
-            decode.append(clock() - started)
-        return {"prefill_seconds": prefill, "decode_seconds": decode}
+        self._clear()
+        return measure_batch(self._run, torch.tensor([prompt] * batch), decode_tokens)
 
-    def _start(self, ids: torch.Tensor) -> torch.Tensor:
+    def _clear(self) -> None:
         self.past, self.seen = None, 0
-        return self._run(ids)
 
     @torch.no_grad()
     def _run(self, ids: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ def load_runner() -> Any:
     return runner
 
 
-class Model:
+class Model(cached_model.Growing):
     """A model with its cache, as ``cached_model`` takes it."""
 
     def __init__(self, runner: Any, path: Path, cores: int, capacity: int, batch: int, exact: bool) -> None:
@@ -87,13 +87,6 @@ class Model:
     def decode(self, token: int) -> np.ndarray:
         row: np.ndarray = self.run(np.array([[token]], dtype=np.int32))[0, 0]
         return row
-
-    def check_room(self, prompt: int, new_tokens: int) -> None:
-        if prompt + new_tokens > self.capacity:
-            raise BadRequest(
-                f"{prompt} prompt tokens and {new_tokens} new ones are more than the {self.capacity} asked for",
-                "Load the model for more tokens.",
-            )
 
     def tokenize(self, text: str) -> list[int]:
         data = text.encode()
@@ -222,15 +215,7 @@ class Server:
         clock = time.thread_time if processor else time.perf_counter
         prompts = np.array([prompt] * batch, dtype=np.int32)
         loaded.seen = 0
-        started = clock()
-        tokens = loaded.run(prompts)[:, -1:].argmax(-1)
-        prefill = clock() - started
-        decode = []
-        for _ in range(decode_tokens):
-            started = clock()
-            tokens = loaded.run(tokens)[:, -1:].argmax(-1)
-            decode.append(clock() - started)
-        return {"prefill_seconds": prefill, "decode_seconds": decode}
+        return cached_model.measure_batch(loaded.run, prompts, decode_tokens, clock)
 
 
 if __name__ == "__main__":

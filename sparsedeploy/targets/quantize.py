@@ -10,8 +10,7 @@ right but no faster; fp8 pays on GPUs that compute in it (compute capability 8.9
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -21,13 +20,10 @@ from sparsedeploy.artifacts.description import (
     Artifact,
     Engine,
     Quantization,
-    SelfTest,
     Sparsity,
     config_shapes,
-    hash_files,
-    write_artifact,
 )
-from sparsedeploy.artifacts.folder import Checkpoint, open_checkpoint
+from sparsedeploy.artifacts.folder import Checkpoint
 from sparsedeploy.artifacts.known_answer import TOKENS, save_known_answer, tolerance
 from sparsedeploy.artifacts.traffic import folder_bytes
 from sparsedeploy.calibration.samples import default_length
@@ -35,10 +31,10 @@ from sparsedeploy.calibration.text import recorded_tokens
 from sparsedeploy.checkpoint import masks as mask_file
 from sparsedeploy.checkpoint.manifest import RECIPE, Manifest, load_manifest
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import check_writable, new_folder
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.runtimes import llmcompressor
+from sparsedeploy.targets.base import ExportJob, describe
 
 
 class QuantizeOptions(Protocol):
@@ -58,24 +54,12 @@ class QuantizeOptions(Protocol):
     def windows(self) -> int: ...
 
 
-def export_quantized(
-    checkpoint: str | Path,
-    output: Path,
-    options: QuantizeOptions,
-    *,
-    engine: Engine,
-    python: str | None = None,
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-) -> Artifact:
+def export_quantized(job: ExportJob, options: QuantizeOptions, *, engine: Engine) -> Artifact:
     """A quantised checkpoint for vLLM in the compressed-tensors format, its pruned weights still zero.
 
     Args:
-        checkpoint: a folder that ``sparsedeploy prune`` wrote.
-        output: the folder to create.
         options: of the target, with ``quantize`` set.
         engine: what the artifact is for.
-        python: interpreter of an environment with llm-compressor; by default the managed one.
 
     Raises:
         UserError: a folder without a plan, an adapter that is not merged, no environment, or a
@@ -83,13 +67,11 @@ def export_quantized(
     """
     scheme = options.quantize
     assert scheme is not None
-    output = Path(output)
-    check_writable(output, overwrite)
-    if trust_remote_code:
+    if job.trust_remote_code:
         raise UserError("--quantize does not run a model's own code", "Leave --trust-remote-code out.")
-    opened = open_checkpoint(checkpoint)
+    opened = job.open()
     manifest = load_manifest(opened.folder)
-    where = llmcompressor.environment(python)
+    where = llmcompressor.environment()
     plan = manifest.plan
     masks = mask_file.load_masks(opened.folder / mask_file.FILE, {t.name: t.columns for t in plan.targets})
     stored = TensorFiles(opened.folder).locate(f"{plan.targets[0].name}.weight").dtype
@@ -98,7 +80,7 @@ def export_quantized(
     if options.algorithm == "gptq":
         tokens = recorded_tokens(opened.folder, manifest, data=options.data, field=options.field)
     text, windows = _windows(opened, manifest, options)
-    with new_folder(output, overwrite=overwrite) as folder:
+    with job.new_folder() as folder:
         found = llmcompressor.quantize_folder(
             where,
             opened.folder,
@@ -118,49 +100,22 @@ def export_quantized(
             )
         answer_tokens, answer_logits = found["answer"]
         self_test = save_known_answer(folder, answer_tokens, answer_logits, tolerance(dtype, scheme))
-        artifact = _complete(opened, folder, self_test, scheme, options.algorithm, dtype, found, text, engine)
-        write_artifact(folder, artifact)
-    return artifact
-
-
-def _complete(
-    opened: Checkpoint,
-    folder: Path,
-    self_test: SelfTest,
-    scheme: str,
-    algorithm: str,
-    dtype: str,
-    found: dict[str, Any],
-    text: str | None,
-    engine: Engine,
-) -> Artifact:
-    """Add the small files to the quantised folder and describe it."""
-    # llm-compressor's record of its steps names a modifier that only our worker knows.
-    (folder / RECIPE).unlink(missing_ok=True)
-    copy_companions(opened.folder, folder, without=("config.json",))
-    return Artifact(
-        target="vllm",
-        source=opened.source,
-        model_type=opened.config.model_type,
-        shapes=config_shapes(opened.config),
-        dtype=dtype,
-        opset=None,
-        files=hash_files(folder),
-        sparsity=Sparsity(weights=found["weights"], zeros=found["zeros"]),
-        engine=engine,
-        quantization=Quantization(
-            scheme=scheme,
-            algorithm=algorithm,
-            group_size=found["group_size"],
-            pruned=found["pruned"],
-            revived=found["revived"],
-            perplexity_before=found["perplexity_before"],
-            perplexity_after=found["perplexity_after"],
-            text=text,
-        ),
-        bytes_per_token=folder_bytes(folder, opened.config),
-        self_test=self_test,
-    )
+        # llm-compressor's record of its steps names a modifier that only our worker knows.
+        (folder / RECIPE).unlink(missing_ok=True)
+        copy_companions(opened.folder, folder, without=("config.json",))
+        counted = {name: found[name] for name in ("group_size", "pruned", "revived")}
+        measured = {name: found[name] for name in ("perplexity_before", "perplexity_after")}
+        return describe(
+            folder,
+            opened,
+            target="vllm",
+            dtype=dtype,
+            sparsity=Sparsity(weights=found["weights"], zeros=found["zeros"]),
+            engine=engine,
+            quantization=Quantization(scheme, options.algorithm, **counted, **measured, text=text),
+            bytes_per_token=folder_bytes(folder, opened.config),
+            self_test=self_test,
+        )
 
 
 def _probe(opened: Checkpoint) -> torch.Tensor:

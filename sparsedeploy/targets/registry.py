@@ -13,9 +13,9 @@ from sparsedeploy.folders import claim
 from sparsedeploy.models.loading import resolve_model
 from sparsedeploy.options import described
 from sparsedeploy.registry import TARGETS
+from sparsedeploy.targets.base import ExportJob
 
-# Called as function(checkpoint, output, options, trust_remote_code=..., overwrite=...).
-ExportFunction = Callable[..., Artifact]
+ExportFunction = Callable[[ExportJob, Any], Artifact]
 
 
 def export_checkpoint(
@@ -49,8 +49,6 @@ def export_checkpoint(
     chosen = method.make_options(options)
     read = (checkpoint, *(value for value in (options or {}).values() if isinstance(value, str)))
     with claim(output, overwrite=overwrite, inputs=read):
-        artifact: Artifact = method.function(
-            checkpoint, output, chosen, trust_remote_code=trust_remote_code, overwrite=overwrite
-        )
+        artifact: Artifact = method.function(ExportJob(checkpoint, output, trust_remote_code, overwrite), chosen)
         write_artifact_card(output, artifact, resolve_model(checkpoint), str(checkpoint))
         return artifact

@@ -17,12 +17,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsedeploy import progress
-from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity, config_shapes, hash_files, write_artifact
-from sparsedeploy.artifacts.folder import open_checkpoint
+from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity, config_shapes
 from sparsedeploy.artifacts.known_answer import TOKENS, save_known_answer, tolerance
 from sparsedeploy.artifacts.traffic import folder_bytes
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import check_writable, new_folder, write_json
+from sparsedeploy.folders import write_json
 from sparsedeploy.formats import packed as packing
 from sparsedeploy.formats.config import BITMASK, ModuleFormat, PackedConfig
 from sparsedeploy.models.loading import build_empty, load_model
@@ -32,6 +31,7 @@ from sparsedeploy.models.weight_files import INDEX, note_left_out, small_files
 from sparsedeploy.options import Options, option
 from sparsedeploy.reading import SOUND_COPY, read_object
 from sparsedeploy.registry import TARGETS
+from sparsedeploy.targets.base import ExportJob, describe
 from sparsedeploy.targets.check import reference_logits
 from sparsedeploy.targets.quantize import export_quantized
 
@@ -85,36 +85,20 @@ class VllmOptions(Options):
 
 
 @TARGETS.register("vllm", VllmOptions)
-def export_vllm(
-    checkpoint: str | Path,
-    output: Path,
-    options: VllmOptions | None = None,
-    *,
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-) -> Artifact:
+def export_vllm(job: ExportJob, options: VllmOptions) -> Artifact:
     """A folder with packed sparse weights for vLLM with the sparsedeploy-vllm plugin, and for transformers.
 
-    Args:
-        checkpoint: a pruned Hugging Face model folder, or a hub id.
-        output: the folder to create.
-
     Raises:
-        UserError: not a causal LM, quantised or non-finite weights, no tokenizer, nothing sparse enough to be worth
-            packing, or an output folder that exists.
+        UserError: not a causal LM, quantised or non-finite weights, no tokenizer, or nothing sparse enough to be
+            worth packing.
     """
-    options = options or VllmOptions()
     if options.quantize is not None:
-        return export_quantized(
-            checkpoint, output, options, engine=ENGINE, trust_remote_code=trust_remote_code, overwrite=overwrite
-        )
-    output = Path(output)
-    check_writable(output, overwrite)
-    opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+        return export_quantized(job, options, engine=ENGINE)
+    opened = job.open()
     files = TensorFiles(opened.folder)
-    inside, outside = _linears(opened.folder, opened.config, trust_remote_code)
+    inside, outside = _linears(opened.folder, opened.config, job.trust_remote_code)
     module_of = {files.locate(f"{module}.weight").name: module for module in inside}
-    with new_folder(output, overwrite=overwrite) as folder:
+    with job.new_folder() as folder:
         packer = _Packer(options, set(module_of))
         for shard in progress.track(files.shards, "pack weights"):
             packer.write_shard(shard, folder / shard.name)
@@ -129,24 +113,20 @@ def export_vllm(
         if len(files.shards) > 1:
             metadata = {"total_size": packer.bytes}
             write_json(folder / INDEX, {"metadata": metadata, "weight_map": packer.weight_map})
-        model = load_model(opened.folder, trust_remote_code=trust_remote_code)
+        model = load_model(opened.folder, trust_remote_code=job.trust_remote_code)
         positions = config_shapes(opened.config).max_positions
         answer = reference_logits(model, min(TOKENS, positions or TOKENS)).answer
         self_test = save_known_answer(folder, *answer, tolerance(packer.dtype))
-        artifact = Artifact(
+        artifact = describe(
+            folder,
+            opened,
             target="vllm",
-            source=opened.source,
-            model_type=opened.config.model_type,
-            shapes=config_shapes(opened.config),
             dtype=packer.dtype,
-            opset=None,
-            files=hash_files(folder),
             sparsity=Sparsity(weights=packer.weights, zeros=packer.zeros),
             engine=ENGINE,
-            bytes_per_token=folder_bytes(folder, opened.config, trust_remote_code=trust_remote_code),
+            bytes_per_token=folder_bytes(folder, opened.config, trust_remote_code=job.trust_remote_code),
             self_test=self_test,
         )
-        write_artifact(folder, artifact)
     progress.note(
         f"packed {packer.packed} linears: {packer.packed_bytes / 1e6:.1f} MB instead of "
         f"{packer.dense_bytes / 1e6:.1f} MB ({packer.packed_bytes / packer.dense_bytes:.3f} of dense)"

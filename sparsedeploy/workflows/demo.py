@@ -17,7 +17,7 @@ from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import write_json, write_text
+from sparsedeploy.folders import locked, write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import load_config, resolve_model
 from sparsedeploy.models.tensor_files import TensorFiles
@@ -89,6 +89,11 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
         raise UserError(f"output {output} is a file", "Name a folder.")
     if options.model is not None and (options.train or options.preset != DemoOptions.preset):
         raise UserError("--model leaves no use for --train and --preset", "Leave one of them out.")
+    with locked(output):
+        return _demo(output, options, command)
+
+
+def _demo(output: Path, options: DemoOptions, command: str) -> dict[str, Any]:
     tasks = TaskOptions(options.tasks)
     engines, skipped = _engines(options)
     progress.note("1/5  model")

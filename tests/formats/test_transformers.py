@@ -21,7 +21,6 @@ from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.plan import NM
 from sparsedeploy.pruning.selection import keep_all_but_smallest, keep_n_of_m
 from sparsedeploy.targets.registry import export_checkpoint
-from sparsedeploy.targets.vllm import VllmOptions, export_vllm
 from tests.small_models import byte_tokenizer, random_model
 
 PROMPT = torch.arange(10, 22)[None]
@@ -69,7 +68,7 @@ def logits(folder: Path, **options: object) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "gemma2"])
 def test_same_logits_as_the_dense_checkpoint(tmp_path: Path, family: str) -> None:
     dense = save_sparse_model(tmp_path / "dense", family)
-    export_vllm(dense, tmp_path / "packed")
+    export_checkpoint(dense, "vllm", tmp_path / "packed")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert sum(isinstance(module, hf.PackedLinear) for module in model.modules()) == len(
         PackedConfig.from_dict(json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]).modules
@@ -95,7 +94,7 @@ def test_artifact(exported: tuple[Path, Path]) -> None:
 
 
 def test_only_bitmask_on_request(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    export_vllm(exported[0], tmp_path / "packed", VllmOptions(format="bitmask"))
+    export_checkpoint(exported[0], "vllm", tmp_path / "packed", {"format": "bitmask"})
     values = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
     assert {entry["format"] for entry in values["modules"].values()} == {"bitmask"}
     assert torch.equal(logits(tmp_path / "packed"), logits(exported[0]))
@@ -122,7 +121,7 @@ def test_dequantize(exported: tuple[Path, Path], tmp_path: Path) -> None:
 def test_shards_get_an_index(tmp_path: Path) -> None:
     dense = save_sparse_model(tmp_path / "dense", "llama", shard="30KB")
     assert len(list(dense.glob("*.safetensors"))) > 1
-    export_vllm(dense, tmp_path / "packed")
+    export_checkpoint(dense, "vllm", tmp_path / "packed")
     index = json.loads((tmp_path / "packed/model.safetensors.index.json").read_text())
     stored = {name for shard in (tmp_path / "packed").glob("*.safetensors") for name in load_file(shard)}
     assert set(index["weight_map"]) == stored
@@ -161,9 +160,9 @@ def test_export_refuses(exported: tuple[Path, Path], tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "dense")
     byte_tokenizer().save_pretrained(tmp_path / "dense")
     with pytest.raises(UserError, match="smaller packed than dense"):
-        export_vllm(tmp_path / "dense", tmp_path / "out")
+        export_checkpoint(tmp_path / "dense", "vllm", tmp_path / "out")
     with pytest.raises(UserError, match="quantised or packed"):
-        export_vllm(exported[1], tmp_path / "out")
+        export_checkpoint(exported[1], "vllm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

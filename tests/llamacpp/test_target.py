@@ -20,7 +20,7 @@ from sparsedeploy.runtimes.environments import Environment
 from sparsedeploy.runtimes.llamacpp import build_of, offer
 from sparsedeploy.runtimes.options import EngineOptions, ServeOptions
 from sparsedeploy.runtimes.serving import serve
-from sparsedeploy.targets.llamacpp import LlamacppOptions, export_llamacpp
+from sparsedeploy.targets.registry import export_checkpoint
 from tests.formats.test_transformers import save_sparse_model
 from tests.small_models import byte_tokenizer, save_model
 
@@ -62,7 +62,7 @@ def test_same_tokens_packed_and_dense(
 ) -> None:
     family = "qwen2" if case == "qwen2" else "llama"  # Qwen2 has biases
     folder = sparse_model(tmp_path / "model", family, tie_word_embeddings=case == "tied")
-    artifact = export_llamacpp(folder, tmp_path / "out", LlamacppOptions(quantize=quantize))  # type: ignore[arg-type]
+    artifact = export_checkpoint(folder, "llamacpp", tmp_path / "out", {"quantize": quantize})
     assert artifact.check is not None
     assert artifact.sparsity.fraction == pytest.approx(0.7, abs=0.02)
     assert artifact.dtype == (quantize or "f32")
@@ -85,7 +85,7 @@ def test_same_tokens_packed_and_dense(
 
 
 def test_pruned_model_equals_transformers(llama: Path, runtime: Environment, tmp_path: Path) -> None:
-    export_llamacpp(llama, tmp_path / "out")
+    export_checkpoint(llama, "llamacpp", tmp_path / "out")
     reference = AutoModelForCausalLM.from_pretrained(llama)
     wanted = reference.generate(torch.tensor([PROMPT]), max_new_tokens=32, do_sample=False, eos_token_id=None)
     with open_model(tmp_path / "out", prompt_length=len(PROMPT), new_tokens=32) as model:
@@ -97,7 +97,7 @@ def test_programs_of_the_build_take_the_backend(llama: Path, runtime: Environmen
 
     In float32: with 8-bit activations a random model's ties fall either way.
     """
-    export_llamacpp(llama, tmp_path / "out")
+    export_checkpoint(llama, "llamacpp", tmp_path / "out")
     build = build_of(runtime)
     options = ["--temp", "0", "-n", "16", "-t", "1", "-no-cnv", "--no-warmup", "-p", "Once upon", "--ignore-eos"]
     command = [str(build.program("llama-completion")), "-m", str(tmp_path / "out" / "model.gguf"), *options]
@@ -122,7 +122,7 @@ def test_programs_of_the_build_take_the_backend(llama: Path, runtime: Environmen
 
 
 def test_server_answers_and_streams(llama: Path, runtime: Environment, tmp_path: Path) -> None:
-    export_llamacpp(llama, tmp_path / "out", LlamacppOptions(quantize="q8_0"))
+    export_checkpoint(llama, "llamacpp", tmp_path / "out", {"quantize": "q8_0"})
     with serve(tmp_path / "out", ServeOptions(port=8765, length=128), EngineOptions(cores=1)) as served:
         body = {"model": "model", "prompt": "Once upon", "max_tokens": 8, "temperature": 0}
         whole = json.loads(post(served.url, body))["choices"][0]["text"]
@@ -141,7 +141,7 @@ def post(url: str, body: dict[str, object]) -> str:
 
 
 def test_several_sequences_at_once(llama: Path, runtime: Environment, tmp_path: Path) -> None:
-    export_llamacpp(llama, tmp_path / "out", LlamacppOptions(quantize="q8_0"))
+    export_checkpoint(llama, "llamacpp", tmp_path / "out", {"quantize": "q8_0"})
     with open_model(tmp_path / "out", prompt_length=24, new_tokens=8, batch=8) as model:
         timing = model.measure(PROMPT, 4, batch=8)
     assert timing.prefill_seconds > 0
@@ -156,5 +156,5 @@ def test_tokenizer_that_llama_cpp_does_not_have(llama: Path, runtime: Environmen
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match=r"llama.cpp cannot convert .*splits text"):
-        export_llamacpp(folder or tmp_path / "model", tmp_path / "out")
+        export_checkpoint(folder or tmp_path / "model", "llamacpp", tmp_path / "out")
     assert not (tmp_path / "out").exists()

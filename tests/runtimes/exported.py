@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsedeploy.models.structure import find_decoder_stack
-from sparsedeploy.targets.deepsparse import DeepSparseOptions, export_deepsparse
+from sparsedeploy.targets.registry import export_checkpoint
 from tests.small_models import byte_tokenizer
 from tests.targets.graphs import config_for_export
 
@@ -22,9 +23,7 @@ class Exported:
     model: PreTrainedModel
 
 
-def export_small(
-    folder: Path, family: str, sparsity: float = 0.0, options: DeepSparseOptions | None = None
-) -> Exported:
+def export_small(folder: Path, family: str, sparsity: float = 0.0, options: dict[str, Any] | None = None) -> Exported:
     """Export a small random model; the smallest weights of each row of its decoder's linears are zeroed."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_for_export(family)).eval().requires_grad_(False)
@@ -36,6 +35,6 @@ def export_small(
     model.save_pretrained(folder / "checkpoint")
     byte_tokenizer().save_pretrained(folder / "checkpoint")
     artifact = folder / f"{family}-{int(100 * sparsity)}"
-    export_deepsparse(folder / "checkpoint", artifact, options)
+    export_checkpoint(folder / "checkpoint", "deepsparse", artifact, options)
     model.set_attn_implementation("eager")
     return Exported(artifact, model)

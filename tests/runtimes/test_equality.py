@@ -18,7 +18,6 @@ from sparsedeploy.cli.generate import generate_command
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import Environment
-from sparsedeploy.targets.deepsparse import DeepSparseOptions
 from tests.runtimes.exported import Exported, export_small
 from tests.targets.graphs import GraphRunner, open_graph, random_tokens
 
@@ -95,7 +94,7 @@ def test_families(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("deepsparse_runtime")
 def test_weights_beside_the_graph(tmp_path: Path) -> None:
-    exported = export_small(tmp_path, "llama", 0.5, DeepSparseOptions(largest_single_file=0))
+    exported = export_small(tmp_path, "llama", 0.5, {"largest_single_file": 0})
     assert (exported.folder / "model.data").is_file()
     ids = random_tokens(1, 12)[0].tolist()
     with open_model(exported.folder, prompt_length=8, new_tokens=4, cores=1) as model:

@@ -30,7 +30,7 @@ from sparsedeploy.runtimes.options import EngineOptions, ServeOptions
 from sparsedeploy.runtimes.self_test import _lengths
 from sparsedeploy.runtimes.serving import serve
 from sparsedeploy.runtimes.specification import load_runtime
-from sparsedeploy.targets.vllm import export_vllm
+from sparsedeploy.targets.registry import export_checkpoint
 from tests.formats.test_transformers import save_sparse_model
 from tests.runtimes.exported import export_small
 
@@ -55,7 +55,7 @@ def refresh(folder: Path, **changes: object) -> Path:
 
 def packed(folder: Path) -> Path:
     save_sparse_model(folder / "dense", "llama", torch.float32)
-    export_vllm(folder / "dense", folder / "packed")
+    export_checkpoint(folder / "dense", "vllm", folder / "packed")
     return folder / "packed"
 
 

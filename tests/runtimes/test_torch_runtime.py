@@ -13,7 +13,7 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import check, install, remove, require, status
 from sparsedeploy.runtimes.specification import runtime_for_target
-from sparsedeploy.targets.vllm import export_vllm
+from sparsedeploy.targets.registry import export_checkpoint
 from tests.formats.test_transformers import save_sparse_model
 from tests.targets.graphs import random_tokens, save_for_export
 
@@ -38,7 +38,7 @@ def test_plain_checkpoint(tmp_path: Path) -> None:
 
 def test_packed_folder_computes_what_the_dense_one_does(tmp_path: Path) -> None:
     save_sparse_model(tmp_path / "dense", "llama", torch.float32)
-    export_vllm(tmp_path / "dense", tmp_path / "packed")
+    export_checkpoint(tmp_path / "dense", "vllm", tmp_path / "packed")
     ids = random_tokens(1, 12)[0].tolist()
     found = []
     for name in ("dense", "packed"):

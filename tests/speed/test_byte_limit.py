@@ -12,7 +12,6 @@ from sparsedeploy.artifacts.traffic import bitmask_bytes
 from sparsedeploy.errors import UserError
 from sparsedeploy.speed.byte_limit import bytes_per_token, decode_limit
 from sparsedeploy.targets.registry import export_checkpoint
-from sparsedeploy.targets.vllm import export_vllm
 from tests.formats.test_transformers import save_sparse_model
 from tests.runtimes.artifacts import describe
 from tests.small_models import byte_tokenizer, save_model
@@ -47,7 +46,7 @@ def test_plain_folder_counts_the_head_and_no_lookup(tmp_path: Path, tied: bool) 
 
 def test_packed_folder_counts_the_packed_tensors(tmp_path: Path) -> None:
     save_sparse_model(tmp_path / "dense", "llama", torch.float32)
-    artifact = export_vllm(tmp_path / "dense", tmp_path / "packed")
+    artifact = export_checkpoint(tmp_path / "dense", "vllm", tmp_path / "packed")
     tensors = load_file(tmp_path / "packed" / "model.safetensors")
     counted = sum(tensor.nbytes for name, tensor in tensors.items() if "embed_tokens" not in name)
     dense = describe_folder(tmp_path / "dense")

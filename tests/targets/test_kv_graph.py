@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from sparsedeploy.artifacts.description import Artifact
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.structure import find_decoder_stack
-from sparsedeploy.targets.deepsparse import export_deepsparse
 from sparsedeploy.targets.kv_graph import KVCacheGraph
+from sparsedeploy.targets.registry import export_checkpoint
 from tests.small_models import random_model
 from tests.targets.graphs import FAMILIES, SLIDING, GraphRunner, open_graph, random_tokens, save_for_export
 
@@ -37,7 +37,7 @@ class Exported(NamedTuple):
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp(request.param)
     model = save_for_export(folder / "model", request.param)
-    artifact = export_deepsparse(folder / "model", folder / "out")
+    artifact = export_checkpoint(folder / "model", "deepsparse", folder / "out")
     return Exported(request.param, model, folder / "out", artifact, open_graph(folder / "out" / "model.onnx"))
 
 

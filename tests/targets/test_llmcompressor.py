@@ -25,7 +25,6 @@ from sparsedeploy.runtimes import llmcompressor
 from sparsedeploy.runtimes.environments import Environment
 from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.targets.registry import export_checkpoint
-from sparsedeploy.targets.vllm import VllmOptions, export_vllm
 from sparsedeploy.workflows.options import PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 from sparsedeploy.workflows.prune_by_llmcompressor import mask_from_zeros, prune_with_llmcompressor
@@ -154,8 +153,8 @@ def test_pruned_weights_stay_zero_when_quantised(
     scheme: str, algorithm: Any, environment: Environment, checkpoint: Callable[[str], Checkpoint], tmp_path: Path
 ) -> None:
     pruned = checkpoint("sparsegpt")
-    options = VllmOptions(quantize=scheme, algorithm=algorithm, windows=8)
-    export_vllm(pruned.folder, tmp_path / "out", options)
+    options = {"quantize": scheme, "algorithm": algorithm, "windows": 8}
+    export_checkpoint(pruned.folder, "vllm", tmp_path / "out", options)
     artifact = load_artifact(tmp_path / "out", verify=True)
     found = artifact.quantization
     assert found is not None

@@ -155,11 +155,11 @@ def test_transformers_uses_the_kernels(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from sparsedeploy.formats import hf
-    from sparsedeploy.targets.vllm import export_vllm
+    from sparsedeploy.targets.registry import export_checkpoint
     from tests.formats.test_transformers import PROMPT, logits, save_sparse_model
 
     dense = save_sparse_model(tmp_path / "dense", "llama", torch.float32)
-    export_vllm(dense, tmp_path / "packed")
+    export_checkpoint(dense, "vllm", tmp_path / "packed")
     hf._kernels.cache_clear()
     assert hf._kernels() is not None
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")

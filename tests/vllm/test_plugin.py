@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.environments import Environment, check, require
 from sparsedeploy.runtimes.installation import process_environment
-from sparsedeploy.targets.vllm import export_vllm
+from sparsedeploy.targets.registry import export_checkpoint
 from tests.formats.test_transformers import save_sparse_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
@@ -58,7 +58,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("plugin")
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1}
     save_sparse_model(folder / "dense", "llama", torch.float32, **sizes)
-    export_vllm(folder / "dense", folder / "packed")
+    export_checkpoint(folder / "dense", "vllm", folder / "packed")
     return folder / "dense", folder / "packed"
 
 
@@ -159,7 +159,7 @@ def test_ranks_that_cannot_cut_the_weights_are_refused(runtime: Environment, tmp
     """Half of 200 columns is not whole bytes of mask bits."""
     sizes = {"hidden_size": 128, "intermediate_size": 200, "num_attention_heads": 2, "num_key_value_heads": 2}
     save_sparse_model(tmp_path / "dense", "llama", torch.float32, **sizes)
-    export_vllm(tmp_path / "dense", tmp_path / "packed")
+    export_checkpoint(tmp_path / "dense", "vllm", tmp_path / "packed")
     core = min(os.sched_getaffinity(0))
     done = run_offline(
         runtime, tmp_path / "packed", CANDIDATES[:1], tmp_path, 2, VLLM_CPU_OMP_THREADS_BIND=f"{core}|{core}"

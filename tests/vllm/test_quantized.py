@@ -15,7 +15,7 @@ from sparsedeploy.models.loading import load_config, load_model
 from sparsedeploy.reference import reference_model
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import require
-from sparsedeploy.targets.vllm import VllmOptions, export_vllm
+from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.workflows.options import PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 
@@ -38,7 +38,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.llmcompressor
 @pytest.mark.parametrize("scheme", ["fp8-dynamic", "w8a8", "w4a16"])
 def test_vllm_predicts_what_the_pruned_model_predicts(scheme: str, pruned: Path, tmp_path: Path) -> None:
-    export_vllm(pruned, tmp_path / "out", VllmOptions(quantize=scheme, windows=0))
+    export_checkpoint(pruned, "vllm", tmp_path / "out", {"quantize": scheme, "windows": 0})
     tokens = calibration_set(pruned, load_config(pruned), TEXT).tokens[0]
     with torch.no_grad():
         expected = load_model(pruned)(tokens[None]).logits[0, :-1].log_softmax(dim=-1).numpy()
