@@ -6,11 +6,13 @@ does, unless ``--quiet``), so importing the package never prints.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,6 +20,7 @@ from rich.text import Text
 
 T = TypeVar("T")
 _visible = False
+_terminal: TextIO | None = None  # where bars and notes go; None for standard error
 # Between two lines of a log, in seconds.
 _LINE_SECONDS = 30.0
 
@@ -55,7 +58,23 @@ def show(visible: bool = True) -> None:
 def note(text: str) -> None:
     """Print one line about what happens next, on standard error, when progress is shown."""
     if _visible:
-        SafeConsole(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
+        SafeConsole(file=_stream(), highlight=False).print(text, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Drop what else is printed inside, by other libraries: bars and notes are shown all the same."""
+    global _terminal  # noqa: PLW0603 - standard error belongs to the process
+    before, _terminal = _terminal, _stream()
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+    finally:
+        _terminal = before
+
+
+def _stream() -> TextIO:
+    return sys.stderr if _terminal is None else _terminal
 
 
 @contextmanager
@@ -81,7 +100,7 @@ def bar(description: str, total: int | None, unit: str = "", *, done: int = 0) -
     if not _visible:
         yield lambda steps=1, status="": None
         return
-    console = SafeConsole(stderr=True, highlight=False)
+    console = SafeConsole(file=_stream(), highlight=False)
     if not console.is_terminal:
         console.print(description, markup=False)
         yield _lines(console, description, total, unit, done)

@@ -63,3 +63,19 @@ def test_a_log_gets_lines_with_the_time_left(
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (61, "1 min 1 s"), (7500, "2 h 5 min")])
 def test_duration(seconds: float, text: str) -> None:
     assert progress.duration(seconds) == text
+
+
+def test_what_others_print_is_dropped_and_notes_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    from tqdm import tqdm
+
+    progress.show(True)
+    try:
+        with progress.alone():
+            print("bootstrapping")
+            assert list(tqdm(range(3))) == [0, 1, 2]
+            progress.note("ours")
+            assert list(progress.track([1], "our bar")) == [1]
+    finally:
+        progress.show(False)
+    print("after")
+    assert tuple(capsys.readouterr()) == ("after\n", "ours\nour bar\n")

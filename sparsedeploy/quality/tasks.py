@@ -266,22 +266,14 @@ def _metrics(row: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness's log and bars off standard error: ours tell what is going on."""
-    from tqdm import tqdm
-
+    """Keep what the harness logs and prints away from our output."""
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
-    start: Callable[..., None] = tqdm.__init__
-
-    def disabled(self: Any, *arguments: Any, **more: Any) -> None:
-        start(self, *arguments, **{**more, "disable": True})
-
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    tqdm.__init__ = disabled
     try:
-        yield
+        with progress.alone():
+            yield
     finally:
-        tqdm.__init__ = start
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from sparsedeploy.cli.edge import Command
 from tests.cli.conftest import Outcome
 from tests.cli.test_bad_input import refused
+from tests.cli.test_flags import COMMANDS
 
 Cli = Callable[..., Outcome]
 
@@ -51,6 +53,12 @@ def test_what_several_processes_cannot_share_is_refused(
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     refused(cli(*command), "2 processes cannot share", model.parent)
+
+
+def test_every_command_checks_its_processes() -> None:
+    leaves = {name: command for name, command in COMMANDS.items() if not hasattr(command, "commands")}
+    assert len(leaves) > 10
+    assert [name for name, command in leaves.items() if not isinstance(command, Command)] == []
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ from sparsedeploy.pruning.layers import assign
 from tests.small_models import random_model, save_model
 
 
-def run(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run(processes: int, *arguments: object, place: Path | None = None) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*launcher, "-m", "sparsedeploy", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment, cwd=place)
 
 
 @pytest.fixture
@@ -62,6 +62,27 @@ def test_bad_input_is_one_line_from_all_processes_together(tmp_path: Path, text:
         "error: 1 calibration sequences cannot be split over 2 processes. Use more --samples or fewer processes."
     ]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "prune dense -o out -s 0.5 -m magnitude --recover lora --train-data text.txt",
+        "recover dense -o out --train-data text.txt",
+        "eval dense -d text.txt",
+        "runtime list",
+    ],
+)
+def test_two_processes_refuse_what_they_cannot_share(command: str, tmp_path: Path, text: Path) -> None:
+    save_model(tmp_path / "dense")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    outcome = run(2, *command.split(), place=tmp_path)
+    assert outcome.returncode != 0
+    lines = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "2 processes cannot share" in lines[0]
+    assert outcome.stdout == ""
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
 def test_linears_with_one_input_go_to_one_process() -> None:
