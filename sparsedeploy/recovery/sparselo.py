@@ -24,7 +24,6 @@ from sparsedeploy.models.structure import plain_linears
 from sparsedeploy.options import Options, option
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
 from sparsedeploy.pruning.base import Pruned
-from sparsedeploy.pruning.magnitude import MagnitudeOptions
 from sparsedeploy.pruning.selection import keep_by_target
 from sparsedeploy.pruning.wanda import WandaOptions
 from sparsedeploy.recovery.base import Recovered, RecoveryJob
@@ -39,10 +38,10 @@ _PCP_RATE, _PCP_LAST_RATE = 1e-2, 1e-3
 class SparseLoOptions(Options):
     """What is kept sparse, and how its low-rank complement is found."""
 
-    variant: Literal["pruner", "wanda", "magnitude", "random", "lowrank-only", "dense"] = option(
+    variant: Literal["pruner", "wanda", "random", "lowrank-only"] = option(
         "pruner",
-        "What chooses S: `pruner` the method that `prune` was given, `wanda`, `magnitude` (per row), `random`; "
-        "`lowrank-only` keeps no sparse part, `dense` changes nothing (to test the conversion).",
+        "What chooses S: `pruner`, the method that `prune` was given (the released magnitude variant is magnitude with "
+        "scope=row), `wanda`, or `random`; `lowrank-only` keeps no sparse part.",
     )
     rank: int = option(128, "Of B A, capped by each matrix's smaller side.", at_least=1)
     refine: Literal["none", "iterative", "pcp"] = option(
@@ -71,13 +70,12 @@ class Split:
 
     Attributes:
         sparse: ``[rows, columns]``, zero outside ``mask``.
-        factors: None when nothing is beside S.
         residual: |W - S - B A| / |W| in Frobenius norms.
     """
 
     sparse: torch.Tensor
     mask: torch.Tensor
-    factors: LowRank | None
+    factors: LowRank
     residual: float
 
 
@@ -109,11 +107,10 @@ def sparselo(job: RecoveryJob, options: SparseLoOptions) -> Recovered:
                 split = split_weight(linear.weight.data, pruned, options, seed=job.seed)
                 linear.weight.data.copy_(split.sparse)
                 masks[name], residuals[name] = split.mask.cpu(), split.residual
-                if split.factors is not None:
-                    low_rank[name] = split.factors
-                    if options.attach == "before":
-                        replaced[name] = LowRankLinear(linear, split.factors)
-                        _replace(job.model, name, replaced[name])
+                low_rank[name] = split.factors
+                if options.attach == "before":
+                    replaced[name] = LowRankLinear(linear, split.factors)
+                    _replace(job.model, name, replaced[name])
             advance()
     density = effective_density(masks, low_rank)
     progress.note(f"effective density {density:.2%}: nonzeros of S and both factors, over the dense weights")
@@ -132,8 +129,6 @@ def sparselo(job: RecoveryJob, options: SparseLoOptions) -> Recovered:
 
 def split_weight(weight: torch.Tensor, pruned: Pruned, options: SparseLoOptions, *, seed: int = 0) -> Split:
     """S and the rank-r factors of W - S, refined when asked; factors in the weight's type, residuals in float32."""
-    if options.variant == "dense":
-        return Split(weight.clone(), pruned.mask, None, 0.0)
     reference = weight if weight.dtype == torch.float64 else weight.float()
     sparse = apply_mask(pruned.weight.to(reference.dtype), pruned.mask)
     if options.refine != "none" and bool(pruned.mask.any()):
@@ -210,12 +205,11 @@ def _tail(rest: torch.Tensor, options: SparseLoOptions, seed: int) -> float:
 
 
 def _plan(job: RecoveryJob, options: SparseLoOptions) -> SparsityPlan:
-    """The targets of the variant; lowrank-only and dense have theirs."""
-    if options.variant in ("lowrank-only", "dense"):
-        zeros = options.variant == "lowrank-only"
+    """The targets of the variant; lowrank-only has its own."""
+    if options.variant == "lowrank-only":
         modules = [module for layer in model_layers(job.model) for module in layer]
-        targets = tuple(ModuleTarget(m.name, m.rows, m.columns, m.columns if zeros else 0) for m in modules)
-        return SparsityPlan(float(zeros), "unstructured", "uniform", targets, model_sha256=job.model_sha256)
+        targets = tuple(ModuleTarget(m.name, m.rows, m.columns, m.columns) for m in modules)
+        return SparsityPlan(1.0, "unstructured", "uniform", targets, model_sha256=job.model_sha256)
     if job.plan is not None:
         return job.plan
     name = job.allocation or "uniform"
@@ -250,8 +244,6 @@ def _choose(
         return PRUNERS.get(job.pruner).function(weight, statistics, target, job.pruner_options)
     if options.variant == "wanda":
         return PRUNERS.get("wanda").function(weight, statistics, target, WandaOptions())
-    if options.variant == "magnitude":
-        return PRUNERS.get("magnitude").function(weight, statistics, target, MagnitudeOptions(scope="row"))
     if options.variant == "random":
         generator = torch.Generator().manual_seed(_seed_of(target.name, job.seed))
         scores = torch.rand(weight.shape, generator=generator).to(weight.device)

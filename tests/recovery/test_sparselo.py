@@ -64,7 +64,6 @@ def test_zeros_of_s_hold_and_the_residual_is_eckart_youngs(refine: Any) -> None:
     weight = matrix()
     choice = pruned(weight)
     split = split_weight(weight, choice, SparseLoOptions(rank=4, refine=refine, iterations=20))
-    assert split.factors is not None
     assert not split.sparse[~choice.mask].any()
     assert torch.equal(split.mask, choice.mask)
     rest = weight - split.sparse
@@ -112,7 +111,7 @@ def test_pruned_only_loses_more_than_base_and_base_more_than_iterative() -> None
     assert nothing > base > iterative
 
 
-@pytest.mark.parametrize("variant", ["pruner", "wanda", "magnitude", "random"])
+@pytest.mark.parametrize("variant", ["pruner", "wanda", "random"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_variants_keep_the_planned_zeros_and_restore_plain_linears(variant: Any, pattern: str) -> None:
     work = job(sparsity=0.5, pattern=pattern, pruner="sparsegpt" if variant == "pruner" else "wanda")
@@ -137,17 +136,6 @@ def test_random_masks_differ_from_module_to_module_and_are_seeded() -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
     q = [mask for name, mask in first.items() if name.endswith("q_proj")]
     assert not torch.equal(q[0], q[1])
-
-
-def test_the_dense_variant_changes_no_logit() -> None:
-    model = random_model("qwen2")
-    tokens = torch.randint(0, 250, (2, 16))
-    with torch.no_grad():
-        before = model(input_ids=tokens).logits
-        result = sparselo(job(model), SparseLoOptions(variant="dense"))
-        assert torch.equal(model(input_ids=tokens).logits, before)
-    assert result.low_rank == {}
-    assert result.report["effective_density"] == 1.0
 
 
 def test_lowrank_only_at_full_rank_is_the_dense_model() -> None:

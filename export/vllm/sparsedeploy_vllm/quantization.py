@@ -2,13 +2,13 @@
 
 A checkpoint's packed tensors do not have the shape of the layer's weight, and merged layers (``qkv_proj``,
 ``gate_up_proj``) get several of them. So the layer starts with empty parameters whose loaders collect the tensors of
-each part, check them, and cut this rank's share, all of it packed; when loading ends, parts of one format are joined.
+each part (``parts.py``); when loading ends, parts of one format are joined.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +18,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
-    QKVParallelLinear,
-    RowParallelLinear,
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -34,12 +32,12 @@ from sparsedeploy.formats.nm import NMWeight
 from sparsedeploy.formats.packed import PackedWeight
 from sparsedeploy.plan import NM
 from sparsedeploy_vllm import choice
+from sparsedeploy_vllm.parts import Part, loader, share_of_rank
 from sparsedeploy_vllm.product import packed_product, prepare
 
 logger = init_logger("vllm.plugins.sparsedeploy")
 
 _PARTS = ("weight", "weight_mask", "weight_values", "weight_offsets", "weight_positions")
-_NUMBERS = {"q": 0, "k": 1, "v": 2}
 _ANOTHER_SIZE = "Choose a tensor-parallel size that divides it into whole groups of 64 columns."
 
 
@@ -117,24 +115,6 @@ def _read(config: dict[str, Any]) -> PackedConfig:
     return packed
 
 
-@dataclass
-class _Part:
-    """Rows of a layer that the checkpoint stores as one module.
-
-    Attributes:
-        entry: its packed format; None for a dense member of a merged layer.
-        shares: rows of it on every rank, and this rank's number, for each of the logical weights that it holds.
-        collected: tensors that have been read and not been used yet.
-        weights: what this rank keeps of it, one for each of its logical weights.
-    """
-
-    name: str
-    entry: ModuleFormat | None
-    shares: list[tuple[int, int]]
-    collected: dict[str, torch.Tensor] = field(default_factory=dict)
-    weights: list[PackedWeight | torch.Tensor] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class _Segment:
     """Consecutive rows of the finished layer in one format; its tensors are the layer's parameters.
@@ -189,7 +169,7 @@ class PackedLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        ranks = _ranks(layer, len(output_partition_sizes))
+        ranks = share_of_rank(layer, len(output_partition_sizes))
         shares = list(zip(output_partition_sizes, ranks, strict=True))
         fused = len(self.entries) == 1
         if not fused and len(self.entries) != len(shares):
@@ -198,7 +178,7 @@ class PackedLinearMethod(LinearMethodBase):
                 "Export the checkpoint again, or use the vLLM version that the plugin was made for.",
             )
         layer.packed_parts = [
-            _Part(self.prefix, entry, shares if fused else [shares[index]]) for index, entry in enumerate(self.entries)
+            Part(self.prefix, entry, shares if fused else [shares[index]]) for index, entry in enumerate(self.entries)
         ]
         layer.packed_columns = (input_size_per_partition, input_size)
         layer.packed_dtype = params_dtype
@@ -206,7 +186,7 @@ class PackedLinearMethod(LinearMethodBase):
         for part in _PARTS:
             empty = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
             layer.register_parameter(part, empty)
-            set_weight_attrs(empty, {"weight_loader": _loader(layer, part)})
+            set_weight_attrs(empty, {"weight_loader": loader(layer, part)})
 
     def _check_sizes(self, layer: Any, output_size: int) -> None:
         """Refuse, before anything is read, sizes that do not fit or that this tensor-parallel size cannot cut."""
@@ -306,90 +286,6 @@ def _vllm_dense(weight: torch.Tensor) -> choice.Product:
     method = UnquantizedLinearMethod()
     method.process_weights_after_loading(layer)
     return lambda x: method.apply(layer, x)
-
-
-def _loader(layer: Any, tensor_name: str) -> Any:
-    """The ``weight_loader`` of one of the layer's empty parameters."""
-
-    def load(param: nn.Parameter, loaded: torch.Tensor, shard_id: str | int | None = None) -> None:
-        index = _NUMBERS[shard_id] if isinstance(shard_id, str) else shard_id or 0
-        part: _Part = layer.packed_parts[index]
-        part.collected[tensor_name] = loaded
-        wanted = ["weight"] if part.entry is None else list(packing.tensor_layout(part.entry))
-        if all(name in part.collected for name in wanted):
-            device = param.device
-            part.weights = [_to(weight, device, layer.packed_dtype) for weight in _cut(layer, part)]
-            part.collected.clear()
-
-    return load
-
-
-def _cut(layer: Any, part: _Part) -> list[PackedWeight | torch.Tensor]:
-    """This rank's share of a part, for each of its logical weights."""
-    mine, every = layer.packed_columns
-    first = layer.tp_rank * mine if isinstance(layer, RowParallelLinear) and mine != every else 0
-    rows = part.collected["weight"].shape[0] if part.entry is None else part.entry.rows
-    world = _repetitions(layer, part, rows)
-    result: list[PackedWeight | torch.Tensor] = []
-    offset = 0
-    for (size, rank), ranks in zip(part.shares, world, strict=True):
-        start = offset + rank * size
-        offset += size * ranks
-        if part.entry is None:
-            result.append(part.collected["weight"][start : start + size, first : first + mine])
-            continue
-        packed = packing.from_tensors(part.name, part.entry, part.collected)
-        if (start, size) != (0, rows):
-            packed = packing.cut_rows(packed, start, start + size)
-        if mine != every:
-            packed = packing.cut_columns(packed, first, first + mine)
-        result.append(packed)
-    if offset != rows:
-        raise UserError(f"{part.name} has {rows} rows, vLLM expects {offset}", "Export the checkpoint again.")
-    return result
-
-
-def _ranks(layer: Any, count: int) -> list[int]:
-    """For each logical weight of a layer, which of its equal shares this rank takes."""
-    if isinstance(layer, RowParallelLinear) or not hasattr(layer, "output_size_per_partition"):
-        return [0] * count
-    if isinstance(layer, QKVParallelLinear) and count == 3:
-        repeated = layer.tp_rank // layer.num_kv_head_replicas
-        return [layer.tp_rank, repeated, repeated]
-    return [layer.tp_rank] * count
-
-
-def _repetitions(layer: Any, part: _Part, rows: int) -> list[int]:
-    """Into how many shares each logical weight of a part is divided."""
-    if len(part.shares) == 1:
-        return [rows // part.shares[0][0]]
-    if isinstance(layer, QKVParallelLinear):
-        keys = max(1, layer.tp_size // layer.num_kv_head_replicas)
-        return [layer.tp_size, keys, keys]
-    return [layer.tp_size] * len(part.shares)
-
-
-def _to(weight: PackedWeight | torch.Tensor, device: torch.device, dtype: torch.dtype) -> PackedWeight | torch.Tensor:
-    """A copy on the layer's device with values of its dtype."""
-    if isinstance(weight, torch.Tensor):
-        return weight.to(device, dtype, copy=True)
-    if isinstance(weight, BitmaskWeight):
-        return BitmaskWeight(
-            weight.rows,
-            weight.columns,
-            weight.mask.to(device, copy=True),
-            weight.values.to(device, dtype, copy=True),
-            weight.offsets.to(device, copy=True),
-        )
-    if not isinstance(weight, NMWeight):
-        raise TypeError("weights of int8 and int4 codes are refused when the configuration is read")
-    return NMWeight(
-        weight.rows,
-        weight.columns,
-        weight.pattern,
-        weight.values.to(device, dtype, copy=True),
-        weight.positions.to(device, copy=True),
-    )
 
 
 def _join(weights: Sequence[PackedWeight | torch.Tensor]) -> list[PackedWeight | torch.Tensor]:

@@ -1,5 +1,8 @@
 // The packed matrix product for CPUs: y = x W^T (+ bias), W in the bitmask format.
 //
+// One file of more than 400 lines, because the plugin compiles it on the user's machine with one call of the compiler,
+// and its parts (types, instruction sets, blocks) are templates that inline each other.
+//
 // A C interface without Python or torch in it, so one binary serves every version of both. It is compiled once for each
 // instruction set (see cpu.py); the preprocessor picks the code for the one it is compiled for. Rows are shared out with
 // OpenMP, whose functions are those that torch has loaded already: one pool of threads, no two that fight.
