@@ -57,14 +57,15 @@ def convert(source: Path, checkpoint: str, output: str, kind: str) -> None:
     if is_byte_level(Path(checkpoint) / "tokenizer.json"):
         # It takes every tokenizer with a byte fallback for one of Llama 2.
         TextModel._set_vocab_llama_hf = refuse
-        add = SpecialVocab.add_to_gguf
+        vocabulary: Any = SpecialVocab  # its types are known only where gguf is installed
+        add = vocabulary.add_to_gguf
 
         def with_merges(self: Any, *arguments: Any, **options: Any) -> None:
             # llama.cpp wants at least one; this one never applies: symbols start as single characters.
             self.merges = self.merges or ["none none"]
             add(self, *arguments, **options)
 
-        SpecialVocab.add_to_gguf = with_merges
+        vocabulary.add_to_gguf = with_merges
     TextModel.get_vocab_base_pre, TextModel._create_vocab_sentencepiece = describe, read_pieces
     sys.argv = ["convert_hf_to_gguf.py", checkpoint, "--outfile", output, "--outtype", kind]
     convert_hf_to_gguf.main()
