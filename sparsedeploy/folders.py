@@ -115,7 +115,7 @@ def locked(target: Path) -> Iterator[bool]:
                 lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"another run writes {shown(target)}", "Wait until it has ended, or choose another output."
+                f"another run is writing {shown(target)}", "Wait until it has ended, or choose another output."
             ) from None
         except OSError as error:
             reason, fix = disk_error(error) or (error.strerror or str(error), "Choose another place.")

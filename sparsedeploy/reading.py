@@ -21,7 +21,7 @@ from sparsedeploy.errors import UserError
 JSON_LIMIT = 1 << 28  # bytes; the largest published weight index has about 10 MB
 DEPTH_LIMIT = 100  # levels of lists and objects in each other
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-SOUND_COPY = "Get a sound copy of the model."
+SOUND_COPY = "Get an intact copy of the model."
 _MISSING: Any = object()
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ def read_bytes(path: Path, *, limit: int = JSON_LIMIT, fix: str) -> bytes:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}", fix) from error
     if len(content) > limit:
-        raise UserError(f"{path} is larger than {limit / 1e6:,.0f} MB, too large for what it should be", fix)
+        raise UserError(f"{path} is larger than {limit / 1e6:,.0f} MB, too large for such a file", fix)
     return content
 
 

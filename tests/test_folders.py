@@ -80,7 +80,10 @@ def test_a_second_run_on_one_output_is_refused_and_leaves_the_first_alone(tmp_pa
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     with claim(tmp_path / "out"), new_folder(tmp_path / "out") as staging:
-        assert other() == f"another run writes {tmp_path / 'out'}. Wait until it has ended, or choose another output.\n"
+        assert (
+            other()
+            == f"another run is writing {tmp_path / 'out'}. Wait until it has ended, or choose another output.\n"
+        )
         (staging / "file").write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (tmp_path / "out" / "file").unlink()

@@ -28,17 +28,19 @@ class ATPOptions(Options):
         "The step in sparsity from layer to layer; None takes half of the largest legal one, which is 0.0097 for 32 "
         "layers at 70 %.",
     )
-    search: bool = option(False, "Choose beta by trial: prune with each, and take the one with the lowest perplexity.")
-    step: float = option(0.002, "The distance between trial values, 0.002 in the paper.", above=0, only_with="search")
+    search: bool = option(
+        False, "Choose beta by trial: prune with each candidate and keep the one with the lowest perplexity."
+    )
+    step: float = option(0.002, "Distance between candidates; 0.002 in the paper.", above=0, only_with="search")
     trials: int = option(
         16,
-        "At most so many; where `step` would give more (shallow models), they are spread over the legal range.",
+        "Maximum number of trials; where `step` gives more (shallow models), they are spread over the legal range.",
         at_least=1,
         only_with="search",
     )
     patience: int = option(
         3,
-        "Stop after so many trials in a row without a better one; 0 tries them all, as the paper does.",
+        "Stop after this many trials in a row without an improvement; 0 runs them all, as the paper does.",
         at_least=0,
         only_with="search",
     )
@@ -49,9 +51,9 @@ class ATPOptions(Options):
         only_with="search",
     )
     text: str | None = option(
-        None, "The text to select on; None takes the calibration source's own split.", only_with="search"
+        None, "Text to select on; None takes the calibration source's own split.", only_with="search"
     )
-    windows: int = option(32, "How many windows of it are evaluated.", at_least=1, only_with="search")
+    windows: int = option(32, "Number of its windows to evaluate.", at_least=1, only_with="search")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +78,7 @@ class ATP:
         beta = bound / 2 if self.options.beta is None else self.options.beta
         if not 0 <= beta <= bound + 1e-12:
             raise UserError(
-                f"beta {beta:g} takes {count} layers around {sparsity:g} outside [0, 1]",
+                f"beta {beta:g} pushes the sparsity of some of the {count} layers around {sparsity:g} outside [0, 1]",
                 f"Use a beta from 0 to {bound:.6g}.",
             )
         deviations = [beta * (index - (count - 1) / 2) for index in range(count)]

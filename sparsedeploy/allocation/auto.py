@@ -18,10 +18,10 @@ class SearchOptions(Options):
 
     selection: Literal["validation", "test"] = option(
         "validation",
-        "The split of the text that plans are compared on; with `test` the reported perplexity is too good.",
+        "Split of the text that plans are compared on; with `test` the reported perplexity is optimistic.",
     )
-    text: str | None = option(None, "The text to compare on; None takes the calibration source's own split.")
-    windows: int = option(16, "How many windows of it are measured.", at_least=1)
+    text: str | None = option(None, "Text to compare on; None takes the calibration source's own split.")
+    windows: int = option(16, "Number of its windows to evaluate.", at_least=1)
     database: str | None = option(
         None, "Folder of the pruned levels, for this model, method and text; None keeps them in the user's cache."
     )

@@ -34,9 +34,9 @@ class EvolveOptions(SearchOptions):
     step: float = option(0.05, "Distance between the rates of the database.", above=0, at_most=0.5)
     spread: float = option(0.25, "How far the database's rates reach below and above the target.", above=0, below=1)
     highest: float = option(0.95, "The highest rate of the database.", above=0, below=1)
-    generations: int = option(50, "At most so many generations.", at_least=1)
-    offspring: int = option(16, "Mutants of each generation; a quarter of them survives each stage.", at_least=1)
-    patience: int = option(15, "Stop after so many generations without a better one; 0 never does.", at_least=0)
+    generations: int = option(50, "Maximum number of generations.", at_least=1)
+    offspring: int = option(16, "Mutants per generation; a quarter of them survive each stage.", at_least=1)
+    patience: int = option(15, "Stop after this many generations without an improvement; 0 runs them all.", at_least=0)
     seed: int = seed_option("Seed of the mutations.")
 
 

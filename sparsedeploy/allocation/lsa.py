@@ -41,13 +41,13 @@ class LSAOptions(Options):
     )
     removed: float = option(
         0.5,
-        "Share of the weights that the scoring drops (p); nothing is pruned by it.",
+        "Fraction of the weights that the scoring drops (p); it prunes nothing.",
         above=0,
         below=1,
     )
     group: int = option(
         128,
-        "Columns that the greedy choice runs over at once (B); 0 takes all of a row's, the released default.",
+        "Columns per step of the greedy choice (B); 0 takes a whole row, the released default.",
         at_least=0,
     )
     reference_tail: bool = option(

@@ -30,7 +30,7 @@ class MixedOptions(Options):
     )
     wanted: Literal["importance", "rates"] = option(
         "importance",
-        "Where `apportion` takes the wish from: the allocator's `importance`, or M (1 - s) of its `rates`.",
+        "Where `apportion` takes the desired N from: the allocator's `importance`, or M (1 - s) of its `rates`.",
     )
     strength: float = option(
         2.0,
@@ -255,7 +255,7 @@ def _bounds(
         total = sum(sizes)
         raise UserError(
             f"an average of {average:g} kept cannot be met with N from {least / total:g} to {most / total:g}",
-            "Choose an average inside, or other bounds (pattern options n_min, n_max).",
+            "Choose an average within them, or other bounds (pattern options n_min, n_max).",
         )
     return lows, highs
 

@@ -36,7 +36,7 @@ class RMIOptions(Options):
         "input",
         "Compare the hidden states that enter the layers (the released code) or that leave them (the paper).",
     )
-    samples: int | None = option(64, "So many of the calibration sequences are compared; None takes all.", at_least=2)
+    samples: int | None = option(64, "Number of calibration sequences to compare; None takes all.", at_least=2)
     scale: float = option(1.0, "b in I = exp(-b g); with `solver=exact` it changes only mixed N:M patterns.", above=0)
     solver: Literal["exact", "reference"] = option(
         "exact",

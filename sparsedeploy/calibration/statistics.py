@@ -110,7 +110,7 @@ class InputStatistics:
         become the Hessian, and of them the diagonal alone stays here.
         """
         if self.kind != "hessian":
-            raise ValueError("no Hessian was accumulated, or it was taken")
+            raise ValueError("no Hessian was accumulated, or it was already consumed")
         whole = self._total
         self._sum, self.kind = whole.diagonal().clone(), "sum_squares"
         return whole.mul_(2 / self.sequences).to(torch.float32)

@@ -67,7 +67,7 @@ def recorded_options(manifest: Manifest, *, data: str | None = None, field: str 
     if recorded is None:
         raise UserError(
             f"the checkpoint was pruned without calibration text ({manifest.method})",
-            "Prune with a method that reads text, such as wanda, or name a text where that is an option.",
+            "Prune with a method that reads text, such as wanda, or name a text where there is such an option.",
         )
     return CalibrationOptions(
         data=data or recorded.data,

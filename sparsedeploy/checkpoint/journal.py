@@ -62,7 +62,7 @@ def journalled_folder(output: Path, request: Mapping[str, Any], *, resume: bool,
     """Yield the journal of a folder in the making; on success it becomes ``output``.
 
     After a kill, any failure but bad input, or on a disk that fills up, what is finished stays, and a run with
-    ``resume`` goes on from there; the error says so. After bad input nothing stays.
+    ``resume`` continues from there; the error says so. After bad input nothing stays.
 
     Args:
         request: everything that decides the result, as flat plain data; it must be the same to resume.

@@ -56,7 +56,7 @@ class TensorWriter:
     def create(self) -> None:
         """Create the files: full length, with everything in them that pruning leaves alone, and safe on disk.
 
-        Not needed again in a later process that goes on with the same folder.
+        Not needed again in a later process that resumes with the same folder.
         """
         pruned = {one.tensor.name for target in self._targets for one in self._slices[target.name]}
         for shard in self._files.shards:

@@ -79,7 +79,7 @@ def _print_tasks(result: dict[str, Any]) -> None:
             table.add_row(f"mean of {len(result['tasks'])}", metric, _figure(mean))
     console.print(table)
     if harness["cut_prompts"]:
-        console.print(f"{harness['cut_prompts']} prompts were longer than the context and lost their beginning")
+        console.print(f"{harness['cut_prompts']} prompts were longer than the context and were truncated on the left")
 
 
 def _figure(value: float | None) -> str:

@@ -58,7 +58,7 @@ def _print(output: Path, artifact: Artifact) -> None:
             f"{artifact.check.largest_difference:.1e} (the largest is {artifact.check.largest_logit:.3g})"
         )
     elif artifact.opset is not None:
-        console.print("not checked against the model: install onnxruntime and export again to have it checked")
+        console.print("not checked against the model: install onnxruntime and export again to check it")
 
 
 def _print_quantization(quantization: Quantization) -> None:

@@ -116,7 +116,7 @@ class _Patient:
         os.close(nowhere)
         if self._strict and not isinstance(error, BrokenPipeError):
             raise UserError(
-                f"cannot write to standard output: {error.strerror}", "What the command made is complete."
+                f"cannot write to standard output: {error.strerror}", "The files that the command wrote are complete."
             ) from error
 
 

@@ -152,7 +152,9 @@ def _prune_elsewhere(
     if engine != ENGINE:
         raise UserError(f"unknown engine '{engine}'", f"Known: {OWN_ENGINE}, {ENGINE}.")
     if recovery is not None:
-        raise UserError("--recover does not go with --engine", f"Prune first, then: sparsedeploy recover {output}.")
+        raise UserError(
+            "--recover cannot be combined with --engine", f"Prune first, then: sparsedeploy recover {output}."
+        )
     if run.resume:
         raise UserError("a run of --engine llmcompressor cannot be resumed", "Leave --resume out.")
     for flag, asked in (("--reconstruct", options.reconstruct), ("--quantize", options.quantize)):

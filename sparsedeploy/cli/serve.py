@@ -18,7 +18,9 @@ def serve_command(artifact: ArtifactArgument, given: Given) -> None:
     progress.note("start the server")
     with serve(artifact, asked, engine) as served:
         try:
-            console.print(f"{served.runtime} answers at {served.url}, log: {served.log}", markup=False, soft_wrap=True)
+            console.print(
+                f"{served.runtime} is listening at {served.url}, log: {served.log}", markup=False, soft_wrap=True
+            )
             console.print(
                 f"curl -H 'Content-Type: application/json' {served.url} -d '{served.request}'",
                 markup=False,

@@ -88,7 +88,7 @@ def prunable_linears(prefix: str, layer: nn.Module) -> dict[str, PrunableLinear]
     A slice of a fused expert tensor is named after its expert: ``mlp.experts.3.down_proj``.
 
     Raises:
-        UserError: experts that keep their weights in a form that is not known.
+        UserError: experts that keep their weights in an unknown form.
     """
     found: dict[str, PrunableLinear] = {}
     for name, module in layer.named_modules():
@@ -118,7 +118,7 @@ def _expert_slices(path: str, module: nn.Module) -> dict[str, LinearView]:
     weights = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
     if unknown := sorted(weights.keys() - set(_EXPERT_WEIGHTS)):
         raise UserError(
-            f"the experts of {path} keep weights in {unknown[0]}, a form that is not known",
+            f"the experts of {path} keep weights in {unknown[0]}, an unknown form",
             "Use a model whose experts have gate_up_proj and down_proj.",
         )
     transposed = _is_transposed(path, module, weights)
@@ -141,7 +141,7 @@ def _is_transposed(path: str, module: nn.Module, weights: Mapping[str, torch.Ten
     turned = shapes[0][0] == shapes[1][1] and shapes[0][1] in (shapes[1][0], 2 * shapes[1][0])
     if plain == turned:
         raise UserError(
-            f"it cannot be told whether the experts of {path} are stored transposed", "Use another model family."
+            f"it is unclear whether the experts of {path} are stored transposed", "Use another model family."
         )
     return turned
 

@@ -50,7 +50,7 @@ def resolve_model(source: str | Path) -> Path:
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"'{text}' is no local folder and could not be fetched from the hub ({type(error).__name__}: {reason})",
+            f"'{text}' is not a local folder and could not be fetched from the hub ({type(error).__name__}: {reason})",
             "Check the name, or download the model and give its folder.",
         ) from error
 
@@ -103,7 +103,7 @@ def build_empty(folder: Path, config: Any, *, dtype: torch.dtype | None = None, 
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
             f"{folder} is not a causal LM that can be built from its config.json ({reason})",
-            "Use a decoder-only language model with a sound configuration.",
+            "Use a decoder-only language model with a valid configuration.",
         ) from error
     return model.requires_grad_(False).eval()
 

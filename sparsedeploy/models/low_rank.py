@@ -65,7 +65,7 @@ def attach_low_rank(model: nn.Module, factors: Mapping[str, LowRank]) -> None:
             linear = None
         if not isinstance(linear, nn.Linear):
             raise UserError(
-                f"the adapter names {name}, which is no linear of the model", "Use the adapter's own model."
+                f"the adapter names {name}, which is not a linear of the model", "Use the adapter's own model."
             )
         if factor.a.shape[1] != linear.in_features or factor.b.shape[0] != linear.out_features:
             raise UserError(f"the adapter's factors do not fit {name}", "Use the adapter's own model.")

@@ -76,7 +76,7 @@ def check_finite(name: str, weight: torch.Tensor) -> None:
         UserError: naming the module.
     """
     if not all_finite(weight):
-        raise UserError(f"{name}.weight holds NaN or infinite values", "Get a sound copy of the checkpoint.")
+        raise UserError(f"{name}.weight holds NaN or infinite values", "Get an intact copy of the checkpoint.")
 
 
 def plain_linears(linears: Mapping[str, PrunableLinear], purpose: str) -> dict[str, nn.Linear]:

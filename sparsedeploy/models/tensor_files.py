@@ -171,7 +171,7 @@ def check_tensor(name: str, tensor: torch.Tensor) -> None:
         UserError: naming it.
     """
     if tensor.is_floating_point() and tensor.numel() and tensor.element_size() > 1 and not all_finite(tensor):
-        raise UserError(f"{name} holds NaN or infinite values", "Get a sound copy of the checkpoint.")
+        raise UserError(f"{name} holds NaN or infinite values", "Get an intact copy of the checkpoint.")
 
 
 def _read_tensor(file: FileIO, stored: StoredTensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ def weight_files(folder: Path) -> list[Path]:
     if single.exists() and SINGLE not in names:
         raise UserError(
             f"{folder} holds two models: {SINGLE}, and the shards that {INDEX} names",
-            "Remove the one that is not meant.",
+            "Remove the one that you do not want.",
         )
     for path in paths:
         if not path.exists():
@@ -112,14 +112,14 @@ def _none(folder: Path) -> UserError:
     pickles = [*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
     if pickles:
         return UserError(
-            f"{folder} holds its weights as {pickles[0].name}, a pickle that could run code when it is read",
+            f"{folder} holds its weights as {pickles[0].name}, a pickle, which can run code when it is loaded",
             "Convert it to safetensors where you trust it: python -c 'import sys; from transformers import "
             "AutoModelForCausalLM as M; M.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])' OLD NEW",
         )
     others = sorted(path.name for path in folder.glob("*.safetensors") if path.exists())
     if others:
         return UserError(
-            f"{folder} holds {others[0]} but neither {SINGLE} nor {INDEX}, so which files are the model is not known",
+            f"{folder} holds {others[0]} but neither {SINGLE} nor {INDEX}, so it is unclear which files are the model",
             f"Rename the file to {SINGLE}, or add the index.",
         )
     return UserError(

@@ -36,8 +36,8 @@ class ALPSOptions(Options):
     )
     penalty: float = option(0.2, "The first penalty, relative to the Hessian's scaled diagonal.", above=0)
     last: float = option(2.0, "The last penalty of the short schedule.", above=0)
-    levels: int = option(3, "Penalties of the short schedule.", at_least=1)
-    steps: int = option(3, "Steps with each penalty.", at_least=1)
+    levels: int = option(3, "Number of penalties in the short schedule.", at_least=1)
+    steps: int = option(3, "Steps per penalty.", at_least=1)
     relaxation: float = option(
         1.6, "Over-relaxation of the splitting; 1 is none, as in the paper.", at_least=1, below=2
     )
@@ -45,7 +45,9 @@ class ALPSOptions(Options):
         "matrix", "Weights compete within the whole matrix, as in the paper, or within each output row."
     )
     iterations: int = option(2, "Conjugate gradient iterations on the final mask.", at_least=0)
-    damping: float = option(DAMPING, "Share of the Hessian's mean diagonal that is added to it.", above=0)
+    damping: float = option(
+        DAMPING, "Damping: the fraction of the Hessian's mean diagonal that is added to it.", above=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,7 +26,7 @@ class SparseGPTOptions(Options):
 
     damping: float = option(
         DAMPING,
-        "Share of the Hessian's mean diagonal that is added to it; times 10 on each failed factorisation.",
+        "Damping: the fraction of the Hessian's mean diagonal added to it; times 10 on each failed factorisation.",
         above=0,
     )
     block: int = option(

@@ -50,7 +50,7 @@ class TaskOptions(Options):
         flag="--tasks",
     )
     folders: tuple[Path, ...] = option(
-        (), "Folder of task files of your own.", flag="--task-path", repeated=True, only_with="names"
+        (), "Folder with your own task files.", flag="--task-path", repeated=True, only_with="names"
     )
     limit: int | None = option(None, "Use only the first N documents of each task.", at_least=1, only_with="names")
     fewshot: int | None = option(

@@ -99,7 +99,9 @@ def run_tasks(
             )
         except (AssertionError, ValueError) as error:
             reason = " ".join(str(error).split())[:240] or type(error).__name__
-            raise UserError(f"the harness cannot run this ({reason})", "Choose other tasks, or see --debug.") from error
+            raise UserError(
+                f"lm-evaluation-harness refused this run ({reason})", "Choose other tasks, or see --debug."
+            ) from error
     scores = {name: _metrics(found["results"][name]) for name in tasks}
     means = {}
     for key in next(iter(scores.values())):
@@ -135,7 +137,7 @@ def _check_harness() -> None:
 def _unknown(name: str, known: list[str]) -> UserError:
     close = difflib.get_close_matches(name, [*GROUPS, *known], n=4, cutoff=0.5)
     fix = f"Closest: {', '.join(close)}." if close else f"Known, among others: papers, {', '.join(PAPER_TASKS)}."
-    return UserError(f"unknown task '{name}'", f"{fix} Tasks of your own come from --task-path FOLDER.")
+    return UserError(f"unknown task '{name}'", f"{fix} For your own tasks, give --task-path FOLDER.")
 
 
 def _load(manager: Any, name: str, folders: list[Path]) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def _scorer(model: nn.Module, tokenizer: Any, context: int, batch_size: int) -> 
     from lm_eval.models.huggingface import HFLM
 
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has neither a first nor a last token", "Set its bos_token or eos_token.")
+        raise UserError("the tokenizer has neither a BOS nor an EOS token", "Set its bos_token or eos_token.")
 
     class Scorer(HFLM):
         def __init__(self) -> None:

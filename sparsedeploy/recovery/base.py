@@ -36,7 +36,7 @@ class RecoveryJob:
         mixed: how mixed N:M patterns choose their N.
         calibration: text for statistics and reconstruction losses.
         data: text to train on.
-        state: what ``--resume`` goes on from.
+        state: what ``--resume`` continues from.
     """
 
     model: nn.Module

@@ -39,24 +39,27 @@ _CODE_RANK = 8  # the size of the released code's adapters: it slices them, so l
 class LosaOptions(Options):
     """The steps and the adapters; the defaults are the published settings."""
 
-    steps: int = option(5, "Of pruning and training.", at_least=1)
-    schedule: Shape = option("cubic", "How sparsity grows over them.")
+    steps: int = option(5, "Number of rounds of pruning and training.", at_least=1)
+    schedule: Shape = option("cubic", "How sparsity grows over the steps.")
     first_rank: float = option(6.0, "Mean rank of the first step.", above=0)
-    rank_increment: float = option(1.0, "What each further step adds to the mean rank.")
-    r_max: int = option(16, "The largest rank of a layer.", at_least=1)
+    rank_increment: float = option(1.0, "Increase of the mean rank per step.")
+    r_max: int = option(16, "Maximum rank of a layer.", at_least=1)
     alpha: float = option(16.0, "The adapters' output is scaled by alpha / 8.", above=0)
-    dropout: float = option(0.1, "Share of the adapters' inputs that is dropped in training.", at_least=0, below=1)
+    dropout: float = option(0.1, "Dropout on the adapters' inputs in training.", at_least=0, below=1)
     regrow: Literal["reinit", "retain"] = option(
-        "reinit", "A rank that grows again starts its new part anew (the paper) or where it was (the released code)."
+        "reinit",
+        "A rank that grows again starts its new part from scratch (the paper) or where it was (the released code).",
     )
-    layer_rates: bool = option(True, "Spread sparsity by the allocation; off: the same rate everywhere.")
-    rank_allocation: bool = option(True, "Spread ranks by reconstruction error; off: the mean rank everywhere.")
+    layer_rates: bool = option(True, "Allocate sparsity per layer; false: the same rate everywhere.")
+    rank_allocation: bool = option(True, "Allocate ranks by reconstruction error; false: the mean rank everywhere.")
     dynamic: bool = option(
         True,
-        "Off: prune once to the target and train once, on all the data, with the average of the mean ranks.",
+        "False: prune once to the target and train once, on all the data, with the average of the mean ranks.",
     )
-    reference_ranks: bool = option(False, "The released code's: one pass of the budget fix, nothing above rank 8.")
-    reference_slices: bool = option(False, "The released code's share of the data for each step.")
+    reference_ranks: bool = option(
+        False, "Use the released code's rank allocation: one pass of the budget correction, nothing above rank 8."
+    )
+    reference_slices: bool = option(False, "Give each step the released code's share of the data.")
 
 
 @RECOVERIES.register("losa", LosaOptions, starts_from="dense", trains=True, calibrates=True, allocation=_ALLOCATION)

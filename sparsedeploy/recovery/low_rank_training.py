@@ -16,9 +16,9 @@ from sparsedeploy.recovery.training import TrainingReport, train_adapters
 class LoraOptions(Options):
     """The adapters."""
 
-    rank: int = option(8, "Of every adapter.", at_least=1)
+    rank: int = option(8, "Rank of every adapter.", at_least=1)
     alpha: float = option(16.0, "The adapters' output is scaled by alpha / 8 whatever the rank.", above=0)
-    dropout: float = option(0.1, "Share of the adapters' inputs that is dropped in training.", at_least=0, below=1)
+    dropout: float = option(0.1, "Dropout on the adapters' inputs in training.", at_least=0, below=1)
 
 
 def train_on_pruned(

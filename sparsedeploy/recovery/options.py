@@ -27,13 +27,15 @@ class DataOptions(Options):
         flag="--train-length",
         at_least=2,
     )
-    min_length: int = option(8, "Shorter training sequences are left out.", flag="--train-min-length", at_least=2)
+    min_length: int = option(
+        8, "Minimum length of a training sequence; shorter ones are left out.", flag="--train-min-length", at_least=2
+    )
     seed: int = seed_option("Seed of the choice of training sequences.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.min_length > self.max_length:
             raise UserError(
-                f"training lengths from {self.min_length} to {self.max_length} tokens make no sense",
+                f"the minimum training length {self.min_length} is above the maximum {self.max_length}",
                 "Use a minimum that is not above the maximum.",
             )

@@ -43,25 +43,25 @@ class SparseLoOptions(Options):
         "What chooses S: `pruner`, the method that `prune` was given (the released magnitude variant is magnitude with "
         "scope=row), `wanda`, or `random`; `lowrank-only` keeps no sparse part.",
     )
-    rank: int = option(128, "Of B A, capped by each matrix's smaller side.", at_least=1)
+    rank: int = option(128, "Rank of B A, capped by each matrix's smaller side.", at_least=1)
     refine: Literal["none", "iterative", "pcp"] = option(
         "none",
         "`iterative` moves the tail of W - S into S on its support; `pcp` learns S so that W - S has a small nuclear "
         "norm; the result is kept only where the rank-r residual falls.",
     )
-    iterations: int = option(50, "Of the refinement.", at_least=1)
+    iterations: int = option(50, "Iterations of the refinement.", at_least=1)
     rank_schedule: Literal["linear", "fixed"] = option(
         "fixed",
         "Iterative refinement's rank rises to `rank` (`linear`, the released code) or is `rank` throughout.",
     )
     pcp_norm: Literal["induced", "entrywise"] = option(
-        "induced", "Of S: the induced 1-norm of the released code, or the entrywise one of its documentation."
+        "induced", "Norm of S: the induced 1-norm of the released code, or the entrywise one of its documentation."
     )
     attach: Literal["before", "after"] = option(
         "before",
         "Later layers see the low-rank part (`before`), or only S, as in the released base variant (`after`).",
     )
-    svd: SVDMethod = option("auto", "Full, randomised (seeded), or by size.")
+    svd: SVDMethod = option("auto", "Full or randomised (seeded) decomposition; `auto` decides by size.")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class RunState:
     Args:
         output: the folder that the run will write, which the run has claimed.
         request: everything that decides the result, as plain data; it must be the same to resume.
-        resume: go on with what is there; otherwise what is there is dropped.
+        resume: continue from what is there; otherwise it is dropped.
 
     Raises:
         UserError: a changed request, naming what changed; the interrupted run is kept.

@@ -33,11 +33,13 @@ class TrainingOptions(Options):
     """How adapters are trained; the defaults are LoSA's, but for the warm-up."""
 
     learning_rate: float = option(
-        2e-4, "Peak; after a linear warm-up over `warmup_ratio` of the steps it falls linearly to zero.", above=0
+        2e-4,
+        "Peak learning rate: a linear warm-up over `warmup_ratio` of the steps, then a linear decay to zero.",
+        above=0,
     )
-    warmup_ratio: float = option(0.03, "Share of the steps that warm up.", at_least=0, at_most=1)
-    weight_decay: float = option(0.001, "Of AdamW.", at_least=0)
-    clip: float = option(0.3, "Largest gradient norm.", above=0)
+    warmup_ratio: float = option(0.03, "Fraction of the steps that warm up.", at_least=0, at_most=1)
+    weight_decay: float = option(0.001, "Weight decay of AdamW.", at_least=0)
+    clip: float = option(0.3, "Maximum gradient norm.", above=0)
     batch_size: int = option(
         4, "Sequences per forward pass; `accumulation` passes make one optimizer step.", at_least=1
     )
@@ -51,10 +53,8 @@ class TrainingOptions(Options):
     checkpoint_gradients: bool = option(
         False, "Recompute each layer's activations in the backward pass to save memory."
     )
-    group_by_length: bool = option(
-        True, "Sequences of about one length share a batch, so that little padding is computed."
-    )
-    save_every: int = option(50, "Optimizer steps between two saves of what `--resume` continues from.", at_least=1)
+    group_by_length: bool = option(True, "Batch sequences of similar length, so that little padding is computed.")
+    save_every: int = option(50, "Optimizer steps between checkpoints for `--resume`.", at_least=1)
 
 
 @dataclass(frozen=True)

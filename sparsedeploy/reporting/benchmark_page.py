@@ -29,7 +29,7 @@ from sparsedeploy.reporting.page import commands_block, figure, items, note, pag
 from sparsedeploy.speed.options import BenchmarkOptions
 
 _WHISKERS = (
-    "Thin lines: 95 % intervals. Dashes: the byte limit of decoding. Line at 1: the baseline. Not drawn: what failed."
+    "Thin lines: 95 % intervals. Dashes: the byte limit of decoding. Line at 1: the baseline. Failed measurements are not drawn."
 )
 _SPEED_HEADERS = ("", "sparsity", "ms", "tokens/s", "speedup", "95 % interval", "limit")
 
@@ -95,7 +95,7 @@ def profile_sections(result: Mapping[str, Any]) -> Iterator[Markup]:
         chart = line_chart(
             lines, title=f"Time by decoder layer, {phase}", x_label="decoder layer", y_label="ms", whole_x=True
         )
-        caption = f"The engine's own times: {found[0]['what']}. The least of several runs of its profile."
+        caption = f"The engine's own times: {found[0]['what']}. The minimum of several profiled runs."
         tables = Markup("").join(
             note(profile_title(one)) + table(PROFILE_HEADERS, profile_rows(one, result)) for one in found
         )

@@ -329,7 +329,7 @@ def _pareto_sections(report: Mapping[str, Any]) -> Iterator[Markup]:
             lower_is_better=lower,
         )
         caption = (
-            f"Right and {'down' if lower else 'up'} is better. Dashed: what no other model beats in both. "
+            f"Right and {'down' if lower else 'up'} is better. Dashed: the Pareto front. "
             "The area of a mark is the size on disk."
         )
         again = [*_step(report, "eval"), repeat_command(first["benchmark"])]
@@ -353,7 +353,7 @@ def _quality_section(report: Mapping[str, Any]) -> Markup:
         (model["name"], f"{model['sparsity']:.1%}", f"{model['quality']['perplexity']:.3f}")
         for model in report["models"]
     ]
-    shown = figure(chart, "Perplexity on text that no calibration saw; lower is better.", _step(report, "eval"))
+    shown = figure(chart, "Perplexity on held-out text; lower is better.", _step(report, "eval"))
     return section("Perplexity and sparsity", shown, table(("model", "sparsity", "perplexity"), rows))
 
 
@@ -403,7 +403,7 @@ def _layers_figure(models: Sequence[Mapping[str, Any]], title: str, commands: Se
     lines = [Series(model["name"], list(enumerate(model["layer_sparsity"]))) for model in models]
     chart = line_chart(lines, title=title, x_label="decoder layer", y_label="sparsity", whole_x=True)
     return figure(
-        chart, "Each layer's share of masked weights among its prunable ones; the file may hold more zeros.", commands
+        chart, "Fraction of masked weights in each layer; the file may hold more zeros.", commands
     )
 
 

@@ -208,7 +208,7 @@ def remove(name: str) -> int:
     runtime = load_runtime(name)
     name = runtime.name
     if not runtime.own_environment:
-        raise UserError(f"runtime {name} is a part of sparsedeploy's own environment", "Uninstall sparsedeploy itself.")
+        raise UserError(f"runtime {name} is part of sparsedeploy's own environment", "Uninstall sparsedeploy itself.")
     home = _home(name)
     with _lock(name):
         if not home.is_dir():

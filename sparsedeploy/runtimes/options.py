@@ -21,9 +21,9 @@ class RuntimeOptions(Options):
     runtime: str | None = option(
         None, "Engine to run on [default: the one that the folder was exported for].", choices=runtime_names
     )
-    python: str | None = option(None, "Interpreter of an environment of your own that has the runtime.")
+    python: str | None = option(None, "Python interpreter of your own environment with the runtime.")
     dtype: Dtype = option("auto", f"With the torch runtime only. {DTYPE_HELP}")
-    timeout: float = option(600.0, "Seconds that loading, or one step after it, may take.", above=0)
+    timeout: float = option(600.0, "Time limit in seconds for loading, and for each step after it.", above=0)
 
     @property
     def computes_in(self) -> str | None:

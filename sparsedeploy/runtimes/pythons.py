@@ -43,7 +43,8 @@ def named_python(runtime: Runtime, python: str) -> Path:
     version = None if found is None else _version_of(Path(found))
     if found is None or version is None:
         raise UserError(
-            f"{python} is not a Python that runs", "Give the path of an interpreter, such as /usr/bin/python3.11."
+            f"{python} is not a working Python interpreter",
+            "Give the path of an interpreter, such as /usr/bin/python3.11.",
         )
     if not runtime.accepts_python(version):
         low, high = runtime.python

@@ -185,7 +185,7 @@ class Worker:
             if reply is None or reply["id"] != number:
                 self._group.kill()
                 raise UserError(
-                    f"the {self.name} worker wrote something else than an answer: {line.strip()[:120]!r}",
+                    f"the {self.name} worker sent an unexpected line: {line.strip()[:120]!r}",
                     f"Its environment may be damaged: run sparsedeploy runtime check {self.name}. Its log: {self.log}.",
                 )
             if "error" in reply:

@@ -87,7 +87,7 @@ def parse_threshold(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise UserError(f"the threshold is '{text}'", "Give a part such as 5% or 0.05.")
+        raise UserError(f"the threshold is '{text}'", "Give a fraction such as 5% or 0.05.")
     return value
 
 

@@ -29,8 +29,8 @@ class BenchmarkOptions(RuntimeOptions):
         (1,), "Sequences at once, such as 1,4, where a runtime supports it.", flag="--batch", at_least=1
     )
     decode_tokens: int = option(64, "Tokens to decode after the prompt.", at_least=1)
-    rounds: int = option(10, "Times that each folder is measured.", short="-r", at_least=1)
-    warmup_rounds: int = option(2, "Rounds before that, not counted.", flag="--warmup", at_least=0)
+    rounds: int = option(10, "Rounds in which each folder is measured.", short="-r", at_least=1)
+    warmup_rounds: int = option(2, "Warm-up rounds, not counted.", flag="--warmup", at_least=0)
     chunk: int | None = option(None, "Prompt tokens run at once [default: the whole prompt, at most 64].", at_least=1)
     profile: bool = option(False, "Also show the time of each layer, where the engine reports it.")
     seed: int = seed_option("Seed of the random prompt.")

@@ -72,20 +72,22 @@ class DeepSparseOptions(Options):
         only_with="int8",
     )
     data: str | None = option(
-        None, "The calibration text; None takes the one that the checkpoint's manifest names, again.", only_with="int8"
+        None, "Calibration text; None takes the one that the checkpoint's manifest names.", only_with="int8"
     )
     field: str | None = option(
         None,
         "Its text column, for JSONL rows and data sets; None takes the one that the manifest names.",
         only_with="int8",
     )
-    sequences: int = option(16, "Sequences of that text to take the ranges from.", at_least=1, only_with="int8")
+    sequences: int = option(
+        16, "Number of its sequences that the ranges are measured on.", at_least=1, only_with="int8"
+    )
     max_positions: int | None = option(
-        None, "Positions that the export is for; None takes the model's own.", at_least=2
+        None, "Maximum number of positions of the export; None takes the model's own.", at_least=2
     )
     windows: int = option(
         16,
-        "Windows of the text's test split to take the perplexity on, before and after; 0 takes none.",
+        "Windows of the text's test split for the perplexity before and after; 0 skips it.",
         at_least=0,
         only_with="int8",
     )

@@ -281,8 +281,8 @@ def _rotary_tables(model: PreTrainedModel, config: Any, positions: int) -> nn.Mo
             continue
         if positions == 0:
             raise UserError(
-                f"{type(model).__name__} does not say for how many positions it is",
-                "Say it: --target-option max_positions=N.",
+                f"{type(model).__name__} does not state its maximum number of positions",
+                "Give it: --target-option max_positions=N.",
             )
         by_type = parameters[2:3] == ["layer_type"]
         layer_types = sorted(set(config.layer_types)) if by_type else [None]

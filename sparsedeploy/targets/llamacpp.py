@@ -68,7 +68,7 @@ class LlamacppOptions(Options):
         "checkpoint's own type, which for one that was pruned with --quantize is `q8_0` or `q4_0` with its own codes. "
         "Pruned weights stay zero in all of them.",
     )
-    timeout: float = option(3600.0, "Seconds that one step may take.", above=0)
+    timeout: float = option(3600.0, "Time limit of one step in seconds.", above=0)
 
 
 @TARGETS.register("llamacpp", LlamacppOptions)
@@ -260,7 +260,7 @@ def _check_packed(
     theirs, ours = (float(np.sqrt(np.mean((found - wanted) ** 2))) for found in (dense, sparse))
     if not ours <= _AS_EXACT * theirs + 1e-3 * largest:
         raise UserError(
-            f"packed weights compute something else than the model's (logits are off by {ours:.3g}, llama.cpp's own "
+            f"the packed weights do not reproduce the model (logits are off by {ours:.3g}, llama.cpp's own "
             f"kernels by {theirs:.3g})",
             "Report this as a bug.",
         )

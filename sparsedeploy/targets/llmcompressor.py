@@ -62,7 +62,7 @@ class LlmcompressorOptions(Options):
     model: str | None = option(
         None, "Folder or hub id of the dense model; None takes the one that the checkpoint's manifest names."
     )
-    data: str | None = option(None, "The calibration text; None takes the one that the manifest names.")
+    data: str | None = option(None, "Calibration text; None takes the one that the manifest names.")
     field: str | None = option(
         None, "Its text column, for JSONL rows and data sets; None takes the one that the manifest names."
     )

@@ -45,11 +45,11 @@ class OnnxRuntimeOptions(Options):
     """Where Optimum runs."""
 
     python: str | None = option(
-        None, "Interpreter of an environment of the user's own that has Optimum; None for the managed one."
+        None, "Python interpreter of your own environment with Optimum; None takes the managed one."
     )
-    timeout: float = option(3600.0, "Seconds that the export may take.", above=0)
+    timeout: float = option(3600.0, "Time limit of the export in seconds.", above=0)
     max_positions: int | None = option(
-        None, "Positions that the export is for; None takes the model's own.", at_least=2
+        None, "Maximum number of positions of the export; None takes the model's own.", at_least=2
     )
 
 

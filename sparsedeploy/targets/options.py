@@ -14,7 +14,7 @@ from sparsedeploy.registry import TARGETS
 class ExportOptions(Options):
     """What a model is exported for."""
 
-    target: str = option(help="What to export for: {choices}.", short="-t", choices=TARGETS.names)
+    target: str = option(help="Target to export for: {choices}.", short="-t", choices=TARGETS.names)
     quantize: str | None = option(
         None,
         "Quantise the pruned weights too. vllm: fp8-dynamic, w8a8, w4a16; llamacpp: q8_0, q4_0, f16.",

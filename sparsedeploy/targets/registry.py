@@ -43,7 +43,7 @@ def export_checkpoint(
         able = [each.name for each in TARGETS if "quantize" in {item.name for item in described(each.options)}]
         if target not in able:
             raise UserError(
-                f"--quantize does not go with --target {target}", f"Use --target {' or '.join(able)}, or leave it out."
+                f"--target {target} cannot quantise", f"Use --target {' or '.join(able)}, or leave --quantize out."
             )
         options = {**(options or {}), "quantize": quantize}
     chosen = method.make_options(options)

@@ -54,17 +54,17 @@ class VllmOptions(Options):
         None,
         "Instead of packing, quantise the pruned weights with llm-compressor, their zeros kept: `fp8-dynamic` (8-bit "
         "floats), `w8a8` (8-bit integers), both with activations quantised on the fly, or `w4a16` (4-bit integer "
-        "weights). The options that follow belong to it.",
+        "weights). The options below belong to it.",
     )
     algorithm: Literal["round", "gptq"] = option(
         "round",
         "`round` to the nearest value, or `gptq`, which needs the calibration text. GPTQ moves errors on to later "
-        "weights, and where those are pruned they are lost: measured on 70 % sparse weights, rounding is the better "
+        "weights, and where those are pruned they are lost: on 70 % sparse weights, rounding measured better, "
         "one, with 4 bits too.",
         only_with="quantize",
     )
     data: str | None = option(
-        None, "The calibration text; None takes the one that the checkpoint's manifest names.", only_with="quantize"
+        None, "Calibration text; None takes the one that the checkpoint's manifest names.", only_with="quantize"
     )
     field: str | None = option(
         None,
@@ -73,12 +73,12 @@ class VllmOptions(Options):
     )
     text: str | None = option(
         None,
-        "What to take the perplexity on, before and after (its test split); None takes the calibration text's.",
+        "Text for the perplexity before and after (its test split); None takes the calibration text.",
         only_with="quantize",
     )
     windows: int = option(
         32,
-        "Windows of it, each min(2048, the model's positions) long; 0 takes no perplexity.",
+        "Windows of it, each min(2048, the model's positions) long; 0 skips the perplexity.",
         at_least=0,
         only_with="quantize",
     )
@@ -167,7 +167,7 @@ class _Packer:
         packed = packing.pack(weight, kind if self.options.format == "auto" else BITMASK)
         packing.check(packed, module)
         if not torch.equal(packing.unpack(packed), weight):
-            raise UserError(f"{module} did not come back equal from its packed form", "Report this as a bug.")
+            raise UserError(f"{module} changed when it was packed and unpacked", "Report this as a bug.")
         self.modules[module] = packing.describe(packed)
         self._count(weight, packing.size(packed))
         return {f"{module}.{part}": tensor.contiguous() for part, tensor in packed.tensors().items()}

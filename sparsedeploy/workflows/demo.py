@@ -223,7 +223,7 @@ def _pruned(dense: Path, folder: Path, sparsity: float, options: DemoOptions) ->
     assert options.samples is not None
     calibration = CalibrationOptions(data=_DATA, sequences=options.samples, length=_length(dense))
     if folder.is_dir() and _is_made_of(folder, dense, sparsity, options):
-        progress.note(f"     {folder.name} is there already")
+        progress.note(f"     {folder.name} exists already")
         return folder
     progress.note(f"     {folder.name}")
     asked = PruneOptions(
@@ -278,7 +278,7 @@ def _quality(folder: Path, path: Path, tasks: TaskOptions, size: _Size) -> dict[
 def _exported(checkpoint: Path, target: str, folder: Path) -> Path:
     try:
         if load_artifact(folder).source.sha256 == model_sha256(checkpoint):
-            progress.note(f"     {target}/{folder.name} is there already")
+            progress.note(f"     {target}/{folder.name} exists already")
             return folder
     except UserError:
         pass

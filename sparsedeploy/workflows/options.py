@@ -21,7 +21,7 @@ _SPREAD = ("allocation", "allocation_options")
 
 @dataclass(frozen=True)
 class RunOptions(LoadOptions):
-    """What only matters at the run: how models are loaded, and what happens to a folder that is there already."""
+    """What only matters at the run: how models are loaded, and what happens to a folder that exists already."""
 
     resume: bool = option(False, "Continue an interrupted run of this command; the result is identical.")
     overwrite: bool = option(False, "Replace the output if it exists.")
@@ -68,12 +68,12 @@ class PruneOptions(Options):
     pattern_options: Mapping[str, Any] | None = option(
         None, "For a mixed pattern, such as strength=1, n_max=4, rule=marginal.", flag="--pattern-option"
     )
-    reconstruct: bool = option(False, "Give each mask its least-squares weights: better at high sparsity.")
+    reconstruct: bool = option(False, "Solve the kept weights of each mask by least squares: better at high sparsity.")
     quantize: Literal["int8", "int4"] | None = option(
-        None, "Round the kept weights in the sweep that prunes, so that the columns to come make up for both."
+        None, "Quantise the kept weights in the pruning sweep, so that later columns compensate for both errors."
     )
     quantize_group: Literal["32", "64", "128"] = option(
-        "32", "Columns that share a scale of --quantize; GGUF files have 32.", only_with="quantize"
+        "32", "Columns that share a scale of --quantize; GGUF files need 32.", only_with="quantize"
     )
     plan: SparsityPlan | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
@@ -107,7 +107,7 @@ class RecoverOptions(Options):
     training: Mapping[str, Any] | None = option(
         None, "For training, such as learning_rate=2e-4.", flag="--train-option"
     )
-    seed: int = seed_option("Seed of everything that is random.")
+    seed: int = seed_option("Seed of all random choices.")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class DemoOptions(Options):
         None, "Calibration sequences [default: 64; above 50 M weights 16].", short="-n", at_least=1
     )
     tasks: tuple[str, ...] = option(
-        (), "Also measure tasks of lm-evaluation-harness, separated by commas, such as python_lines."
+        (), "Also run these tasks of lm-evaluation-harness, separated by commas, such as python_lines."
     )
     preset: str = option("default", "The small model: default (shipped) or tiny (trained in seconds).")
     prompt_length: int = option(128, "Tokens of the benchmark's prompt.", at_least=1)

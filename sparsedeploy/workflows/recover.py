@@ -113,7 +113,7 @@ def _from_checkpoint(
     if (checkpoint / ADAPTER).is_dir():
         raise UserError(
             f"{checkpoint} has been recovered with adapters beside its weights",
-            "Recover the folder before it.",
+            "Recover the checkpoint that it was made from.",
         )
     if method.traits["starts_from"] == "pruned":
         return _from_pruned(checkpoint, output, manifest, recover, method, run)
@@ -122,7 +122,7 @@ def _from_checkpoint(
         folder = resolve_model(name)
     except UserError as error:
         raise UserError(
-            f"{recover.method} starts from the dense model, which is not at {name}", "Say where it is: --dense."
+            f"{recover.method} starts from the dense model, which is not at {name}", "Give its location: --dense."
         ) from error
     if model_sha256(folder) != manifest.source.sha256:
         raise UserError(f"{name} is not the model that {checkpoint} was pruned from", "Give that one: --dense.")
@@ -193,8 +193,8 @@ def _from_dense(
     folder, choice, calibration = prepared.folder, prepared.choice, prepared.calibration
     if method.traits["starts_from"] == "dense" and (prune.reconstruct or (choice and choice.compares_levels)):
         raise UserError(
-            f"{recover.method} prunes in its own way",
-            "Leave out --reconstruct and a searched allocation; of the search, give the plan with --plan.",
+            f"{recover.method} does its own pruning",
+            "Leave out --reconstruct and a searched allocation; pass the plan that a search found with --plan.",
         )
     if own_allocation and (choice is None or choice.searches):
         raise UserError(

@@ -231,7 +231,7 @@ def _search(
     folder: Path,
     windows: torch.Tensor,
 ) -> Generation:
-    """Evolve, keeping every generation beside the database: the same search goes on from the last one."""
+    """Evolve, keeping every generation beside the database: the same search resumes from the last one."""
     rng = random.Random(options.seed)
     starts = [space.nearest([target.zeros for target in each], rng) for each in targets.values()]
     asked = {
@@ -253,7 +253,7 @@ def _search(
             os.fsync(file.fileno())
 
     if resumed is not None and resumed.number:
-        progress.note(f"goes on after generation {resumed.number}, best KL {resumed.fitness:.4f}")
+        progress.note(f"resumes after generation {resumed.number}, best KL {resumed.fitness:.4f}")
     return evolve(space, starts, fitness, windows=len(windows), options=options, resumed=resumed, record=record)
 
 

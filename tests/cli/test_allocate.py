@@ -89,7 +89,10 @@ def test_plans_and_checkpoints_side_by_side(cli: Cli, model: Path, text: Path) -
     ("options", "message"),
     [
         (["-s", "0.995", "-a", "atp"], "cannot be met with rates between 0 and 0.99"),
-        (["-s", "0.6", "-a", "atp", "--allocation-option", "beta=0.9"], "beta 0.9 takes 2 layers around 0.6 outside"),
+        (
+            ["-s", "0.6", "-a", "atp", "--allocation-option", "beta=0.9"],
+            "beta 0.9 pushes the sparsity of some of the 2 layers around 0.6 outside",
+        ),
         (
             ["-s", "0.6", "-a", "atp", "--allocation-option", "beta=nan"],
             "option beta is 'nan'. It takes a finite number",

@@ -19,7 +19,7 @@ Cli = Callable[..., Outcome]
         (["--engine", "nosuch"], "unknown engine 'nosuch'. Known: sparsedeploy, llmcompressor"),
         (["--engine", "llmcompressor", "-m", "magnitude"], "cannot prune by magnitude"),
         (["--engine", "llmcompressor", "--resume"], "cannot be resumed"),
-        (["--engine", "llmcompressor", "--recover", "losa"], "--recover does not go with --engine"),
+        (["--engine", "llmcompressor", "--recover", "losa"], "--recover cannot be combined with --engine"),
         (["--engine", "llmcompressor", "--trust-remote-code"], "does not run a model's own code"),
         (["--engine", "llmcompressor"], "runtime llmcompressor is not installed"),
     ],
@@ -35,7 +35,7 @@ def test_prune_with_another_engine(
     ("options", "message"),
     [
         (["vllm", "--quantize", "int3"], "option quantize is 'int3'. It takes fp8-dynamic or w8a8 or w4a16"),
-        (["deepsparse", "--quantize", "w8a8"], "--quantize does not go with --target deepsparse"),
+        (["deepsparse", "--quantize", "w8a8"], "--target deepsparse cannot quantise"),
         (["vllm", "--quantize", "w8a8"], "has no sparsity.json"),
         (
             ["vllm", "--quantize", "w8a8", "--target-option", "windows=-1"],

@@ -89,7 +89,7 @@ def test_python_too_new_or_too_old_names_the_fix(monkeypatch: pytest.MonkeyPatch
         pythons.find_python(new)
     with pytest.raises(UserError, match=rf"Python {running} at .* is too new for DeepSparse"):
         pythons.find_python(old, sys.executable)
-    with pytest.raises(UserError, match=r"is not a Python that runs"):
+    with pytest.raises(UserError, match=r"is not a working Python interpreter"):
         pythons.find_python(deepsparse, str(tmp_path / "nothing"))
 
 

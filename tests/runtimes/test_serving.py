@@ -105,7 +105,7 @@ def test_a_signal_to_the_command_ends_the_engines_server_too(
     options = ["--length", "64", "--cores", "1"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as cli:
         assert cli.stdout is not None
-        assert cli.stdout.readline().startswith("deepsparse answers at")
+        assert cli.stdout.readline().startswith("deepsparse is listening at")
         started = psutil.Process(cli.pid).children(recursive=True)
         assert any("deepsparse/server.py" in " ".join(process.cmdline()) for process in started)
         cli.send_signal(number)

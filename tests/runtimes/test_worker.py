@@ -148,7 +148,7 @@ def test_death_is_told_with_the_logs_words(start: Callable[..., Worker], operati
 
 @pytest.mark.parametrize("operation", ["noise", "foreign"])
 def test_anything_but_an_answer_is_refused(start: Callable[..., Worker], operation: str) -> None:
-    with start() as worker, pytest.raises(UserError, match=r"toy worker wrote something else than an answer"):
+    with start() as worker, pytest.raises(UserError, match=r"toy worker sent an unexpected line"):
         worker.call(operation)
     assert not is_running(worker.ready["pid"])
 

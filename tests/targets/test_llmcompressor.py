@@ -279,7 +279,7 @@ def test_what_cannot_be_replayed_or_quantised_is_refused(
             sparse,
             "deepsparse",
             "w8a8",
-            "--quantize does not go with --target deepsparse. Use --target llamacpp or vllm, or leave it out",
+            "--target deepsparse cannot quantise. Use --target llamacpp or vllm, or leave --quantize out",
         ),
     ):
         with pytest.raises(UserError, match=message):

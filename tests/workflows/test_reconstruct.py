@@ -48,6 +48,6 @@ def test_magnitudes_mask_gets_better_weights(tmp_path: Path, source: str, calibr
 
 def test_a_recovery_that_prunes_itself_refuses_it(tmp_path: Path, source: str, calibration: CalibrationOptions) -> None:
     asked = PruneOptions(sparsity=0.5, method="wanda", reconstruct=True, calibration=calibration)
-    with pytest.raises(UserError, match="sparselo prunes in its own way"):
+    with pytest.raises(UserError, match="sparselo does its own pruning"):
         prune_and_recover(source, tmp_path / "out", asked, RecoverOptions(method="sparselo"), RunOptions(device="cpu"))
     assert not (tmp_path / "out").exists()
