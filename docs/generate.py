@@ -577,10 +577,8 @@ def _first_sentence(text: str | None) -> str:
 
 
 def _prose(text: str | None) -> str:
-    """A docstring as Markdown: without references to the design notes, with code spans for roles."""
+    """A docstring as Markdown, with code spans for roles."""
     text = inspect.cleandoc(text or "")
-    text = re.sub(r" ?\(methods [\d., ]+\)", "", text)
-    text = re.sub(r"\b[Mm]ethods [\d.]*\d[.,] ?", "", text)
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text)
     return text.replace("``", "`")
 

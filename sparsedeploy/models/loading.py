@@ -172,7 +172,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def exact_matmul() -> None:
-    """Turn TF32 off: statistics and solves need full fp32 products (methods: Hessians lose rank in TF32)."""
+    """Turn TF32 off: statistics and solves need full fp32 products (Hessians lose rank in TF32)."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")

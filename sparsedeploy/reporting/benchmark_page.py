@@ -29,7 +29,8 @@ from sparsedeploy.reporting.page import commands_block, figure, items, note, pag
 from sparsedeploy.speed.options import BenchmarkOptions
 
 _WHISKERS = (
-    "Thin lines: 95 % intervals. Dashes: the byte limit of decoding. Line at 1: the baseline. Failed measurements are not drawn."
+    "Thin lines: 95 % intervals. Dashes: the byte limit of decoding. Line at 1: the baseline. Failed measurements are "
+    "not drawn."
 )
 _SPEED_HEADERS = ("", "sparsity", "ms", "tokens/s", "speedup", "95 % interval", "limit")
 

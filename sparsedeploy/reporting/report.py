@@ -402,9 +402,7 @@ def _layers_section(report: Mapping[str, Any]) -> Markup:
 def _layers_figure(models: Sequence[Mapping[str, Any]], title: str, commands: Sequence[str]) -> Markup:
     lines = [Series(model["name"], list(enumerate(model["layer_sparsity"]))) for model in models]
     chart = line_chart(lines, title=title, x_label="decoder layer", y_label="sparsity", whole_x=True)
-    return figure(
-        chart, "Fraction of masked weights in each layer; the file may hold more zeros.", commands
-    )
+    return figure(chart, "Fraction of masked weights in each layer; the file may hold more zeros.", commands)
 
 
 def _allocation_sections(report: Mapping[str, Any]) -> Iterator[Markup]:
