@@ -65,6 +65,8 @@ def arguments(job: str, model: Path, text: Path, output: Path, cli: Cli) -> list
             assert cli("prune", model, "-o", pruned, "-s", 0.5, "-m", "magnitude", "-q").code == 0
         words = ["recover", pruned, "-o", output, "-m", "sparse-lora", "--train-data", text, "--train-samples", 8]
         words += ["--train-length", 32, "-q"]
+        for option in ("batch_size=2", "accumulation=1", "save_every=1"):
+            words += ["--train-option", option]
     return [str(word) for word in words]
 
 
