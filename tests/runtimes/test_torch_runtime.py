@@ -52,7 +52,7 @@ def test_it_is_always_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert status("torch").state == install("torch").state == "installed"
     assert require("torch").python == Path(sys.executable)
     assert check("torch").largest_difference < 1e-4
-    with pytest.raises(UserError, match="a part of sparsedeploy's own environment"):
+    with pytest.raises(UserError, match="is part of sparsedeploy's own environment"):
         remove("torch")
     assert not (tmp_path / "runtimes" / "torch").exists()
 
