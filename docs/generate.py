@@ -434,7 +434,8 @@ def _method_index() -> str:
         for name, recipe in recipes
     ]
     parts.append(f"## Recipes (`--recipe`)\n\n{_table(('name', 'what it does', 'settings from'), listed)}")
-    parts.append("Patterns, unstructured and N:M, are on [a page of their own](patterns.md), and so is [rounding](rounding.md).\n")
+    patterns, rounding = "[patterns](patterns.md), unstructured and N:M", "[rounding](rounding.md)"
+    parts.append(f"Pages of their own: {patterns}, and {rounding}.\n")
     return "\n".join(parts)
 
 
