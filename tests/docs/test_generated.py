@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def generate() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "docs"))  # as for a script
     specification = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
     assert specification is not None
     assert specification.loader is not None
