@@ -35,8 +35,10 @@ def deploy_command(
     and measures it against the dense model. Stopped, the same command goes on; another target in the same folder takes
     the search over.
     """
-    from sparsedeploy.workflows.deploy import deploy, plan, prepare, sentence
+    from sparsedeploy.workflows.deploy import deploy, plan
     from sparsedeploy.workflows.deploy_plan import shown_time
+    from sparsedeploy.workflows.deploy_report import sentence
+    from sparsedeploy.workflows.deploy_request import prepare
 
     calibration = given.build("calibration", CalibrationOptions)
     options = replace(given.build("deploy", DeployOptions), calibration=calibration)

@@ -73,6 +73,6 @@ def test_a_single_rate_is_one_trial() -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("5%", 0.05), ("0.05", 0.05), ("0", 0.0), ("150%", 1.5)])
 def test_bound(text: str, value: float) -> None:
-    from sparsedeploy.workflows.deploy import parse_bound
+    from sparsedeploy.workflows.deploy_request import parse_bound
 
     assert parse_bound(text) == pytest.approx(value)

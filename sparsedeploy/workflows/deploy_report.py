@@ -1,0 +1,211 @@
+"""The result of ``deploy``: one sentence, plain data, and the report with the command behind each figure."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sparsedeploy import progress
+from sparsedeploy.artifacts.description import load_artifact
+from sparsedeploy.checkpoint.manifest import load_manifest
+from sparsedeploy.errors import UserError
+from sparsedeploy.models.tokenizer import load_tokenizer
+from sparsedeploy.quality.samples import prompts_of, sample_generations
+from sparsedeploy.reporting.levels import module_rows
+from sparsedeploy.reporting.report import FORMAT, layer_sparsity
+from sparsedeploy.runtimes.engine import find_deployment
+from sparsedeploy.version import __version__
+from sparsedeploy.workflows.deploy_request import Prepared, State, held_out_windows
+from sparsedeploy.workflows.deploy_search import Trial
+
+
+def sentence(result: dict[str, Any]) -> str:
+    """What came out, in one line."""
+    speed, best = result["decode_speedup"], result["chosen"]
+    unsure = "" if speed["low"] > 1 or speed["high"] < 1 else " (its 95 % interval includes 1)"
+    return (
+        f"{speed['median']:.2f}x decode over the dense model in {result['baseline']}{unsure}, perplexity "
+        f"{100 * best['growth']:+.1f} % ({result['dense']['perplexity']:.2f} to {best['perplexity']:.2f} on "
+        f"{result['held_out']}), {best['bytes'] / result['baseline_bytes']:.2f} of the size; "
+        f"{'serve' if result['serves'] else 'run'} it with: {result['run']}"
+    )
+
+
+def result_of(
+    prepared: Prepared,
+    state: State,
+    best: Trial,
+    within: dict[str, dict[str, Any]],
+    baseline: str,
+    measured: dict[str, Any],
+) -> dict[str, Any]:
+    """The fastest format that stays within the bound.
+
+    Raises:
+        UserError: the benchmark failed for the baseline or for every format.
+    """
+    rows = {row["name"]: row for row in measured["rows"] if row["status"] == "measured"}
+    base = next((row for row in measured["rows"] if row["baseline"]), None)
+    alive = {name: rows[Path(one["folder"]).name] for name, one in within.items() if Path(one["folder"]).name in rows}
+    if base is None or base["status"] != "measured" or not alive:
+        reasons = "; ".join(str(row["reason"]) for row in measured["rows"] if row["status"] != "measured")
+        raise UserError(f"the speed could not be measured ({reasons})", "Run the same command again.")
+    name = max(alive, key=lambda each: alive[each]["decode"]["speedup"]["median"])
+    folder = prepared.output / within[name]["folder"]
+    assert state.dense is not None
+    growth = within[name]["perplexity"] / state.dense["perplexity"] - 1
+    run = f"sparsedeploy serve {shlex.quote(str(folder))}"
+    if not prepared.aim.serves:
+        run = f'sparsedeploy generate {shlex.quote(str(folder))} "Once upon a time"'
+    return {
+        "model": prepared.source,
+        "target": prepared.aim.name,
+        "within": prepared.within,
+        "held_out": _short(prepared.held_out),
+        "dense": {"perplexity": state.dense["perplexity"]},
+        "baseline": prepared.aim.baseline or "its own type",
+        "baseline_bytes": _folder_bytes(Path(baseline.rpartition("=")[2])),
+        "chosen": {
+            **asdict(best),
+            "format": name,
+            "artifact": str(folder),
+            "checkpoint": str(prepared.output / "checkpoints" / best.name),
+            "perplexity": within[name]["perplexity"],
+            "growth": growth,
+            "bytes": _folder_bytes(folder),
+        },
+        "decode_speedup": alive[name]["decode"]["speedup"],
+        "prefill_speedup": alive[name]["prefill"]["speedup"],
+        "trials": state.trials,
+        "formats": state.formats,
+        "report": str(prepared.output / f"report-{prepared.aim.name}.html"),
+        "serves": prepared.aim.serves,
+        "run": run,
+    }
+
+
+def report_of(
+    prepared: Prepared,
+    state: State,
+    best: Trial,
+    within: dict[str, dict[str, Any]],
+    baseline: str,
+    measured: dict[str, Any],
+    result: dict[str, Any],
+    command: str,
+) -> dict[str, Any]:
+    """See :mod:`sparsedeploy.reporting.report` for the form."""
+    assert state.dense is not None
+    checkpoint = prepared.output / "checkpoints" / best.name
+    dense, steps = Path(baseline.rpartition("=")[2]), _commands(prepared, best, result)
+    manifest = load_manifest(checkpoint)
+    plan_values = manifest.plan.to_dict()
+    weights = sum(module["rows"] * module["columns"] for module in plan_values["modules"])
+    models = [
+        {
+            "name": next(row["name"] for row in measured["rows"] if row["baseline"]),
+            "sparsity": 0.0,
+            "artifact_bytes": result["baseline_bytes"],
+            "prunable_weights": weights,
+            "nonzero_weights": weights,
+            "allocation": None,
+            "layer_sparsity": None,
+            "quality": state.dense,
+            "checkpoint": str(prepared.folder),
+            "artifact": str(dense),
+            "commands": {"eval": steps["eval dense"]},
+        }
+    ]
+    for name, one in within.items():
+        folder = prepared.output / one["folder"]
+        sparsity = load_artifact(folder).sparsity
+        models.append(
+            {
+                "name": folder.name,
+                "sparsity": sparsity.fraction,
+                "artifact_bytes": _folder_bytes(folder),
+                "prunable_weights": sparsity.weights,
+                "nonzero_weights": sparsity.weights - sparsity.zeros,
+                "allocation": plan_values["allocation"],
+                "layer_sparsity": layer_sparsity(plan_values),
+                "modules": module_rows(manifest),
+                "quality": {**state.dense, **{key: one[key] for key in ("perplexity", "windows", "context")}},
+                "checkpoint": str(checkpoint),
+                "artifact": str(folder),
+                "commands": {"prune": steps["prune"], "export": _export_line(prepared, checkpoint, folder, name)},
+            }
+        )
+    prompts = prompts_of(held_out_windows(prepared))
+    for model in models:
+        model["samples"] = _samples(prepared, Path(model["artifact"]), prompts)
+    settings = {**prepared.request["options"], **prepared.request["calibration"], **prepared.measuring}
+    settings |= {"target": prepared.aim.name, "held-out text": prepared.held_out}
+    return {
+        "format": FORMAT,
+        "title": f"sparsedeploy deploy {_short(prepared.source)} for {prepared.aim.name}",
+        "sparsedeploy": __version__,
+        "command": command,
+        "summary": sentence(result),
+        "settings": settings,
+        "bound": state.dense["perplexity"] * (1 + prepared.within),
+        "trials": state.trials,
+        "models": models,
+        "commands": [steps[name] for name in ("prune", "eval dense", "eval")]
+        + [model["commands"]["export"] for model in models[1:]],
+        "benchmark": measured,
+    }
+
+
+def _samples(prepared: Prepared, folder: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """What a model makes of some prompts; none where its runtime fails, as everything else is measured by then."""
+    try:
+        deployment = find_deployment(folder, prepared.aim.name)
+        return sample_generations(deployment, load_tokenizer(prepared.folder), prompts, cores=prepared.options.cores)
+    except UserError as error:
+        progress.note(f"     no samples of {folder.name}: {error.message}")
+        return []
+
+
+def _commands(prepared: Prepared, best: Trial, result: dict[str, Any]) -> dict[str, str]:
+    """Each step alone, as a command."""
+    text, options = prepared.options.calibration, prepared.options
+    words: list[object] = ["sparsedeploy", "prune", prepared.source, "-o", result["chosen"]["checkpoint"]]
+    words += ["--sparsity", f"{best.rate:g}", "--method", best.method, "--allocation", best.allocation]
+    if load_manifest(Path(result["chosen"]["checkpoint"])).calibration is not None:
+        words += ["--data", text.data, "--samples", text.sequences, "--seed", text.seed]
+        words += ["--calibration-length", text.length] if text.length else []
+    judge: list[object] = ["--data", prepared.held_out, "--context", prepared.context]
+    judge += ["--max-windows", options.windows, "--dtype", "float32"]
+    return {
+        "prune": _line(words),
+        "eval": _line(["sparsedeploy", "eval", result["chosen"]["checkpoint"], *judge]),
+        "eval dense": _line(["sparsedeploy", "eval", prepared.source, *judge]),
+    }
+
+
+def _export_line(prepared: Prepared, checkpoint: Path, folder: Path, name: str) -> str:
+    words: list[object] = ["sparsedeploy", "export", checkpoint, "--target", prepared.aim.name, "-o", folder]
+    for key, value in format_options(prepared, prepared.aim.formats[name]).items():
+        words += ["--target-option", f"{key}={value}"]
+    return _line(words)
+
+
+def format_options(prepared: Prepared, how: Mapping[str, str]) -> dict[str, str]:
+    """The options of an export; the calibration text is named, as a method that reads none leaves no record of it."""
+    text = prepared.options.calibration
+    return {**how, **({"data": text.data, "field": text.field} if "int8" in how else {})}
+
+
+def _line(words: Iterable[object]) -> str:
+    return shlex.join(map(str, words))
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def _short(name: str) -> str:
+    return Path(name).name if Path(name).exists() else name

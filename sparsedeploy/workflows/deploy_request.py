@@ -1,0 +1,190 @@
+"""What ``deploy`` was asked for, checked, and what is known of it, in a file that outlives the process."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsedeploy.calibration.samples import default_length
+from sparsedeploy.errors import UserError
+from sparsedeploy.folders import write_json
+from sparsedeploy.models.fingerprint import model_sha256
+from sparsedeploy.models.loading import load_config, resolve_model
+from sparsedeploy.models.tokenizer import load_tokenizer
+from sparsedeploy.plan import check_sparsity
+from sparsedeploy.quality.perplexity import text_windows
+from sparsedeploy.reading import read_object
+from sparsedeploy.registry import ALLOCATORS, PRUNERS
+from sparsedeploy.version import __version__
+from sparsedeploy.workflows.deploy_plan import Aim, choose_aim
+from sparsedeploy.workflows.deploy_search import Trial
+from sparsedeploy.workflows.options import DeployOptions
+
+STATE = "deploy.json"
+_FORMAT = 1
+SPLIT = "test"
+_NAMED = ("stdlib", "c4")
+# The options that decide the search, and those of the benchmark.
+_SEARCH = ("within", "rates", "methods", "allocations", "held_out", "windows", "context")
+_MEASURING = ("prompt_length", "decode_tokens", "rounds", "cores")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request.
+
+    Attributes:
+        held_out: the text that quality is judged on; ``context`` and ``windows`` its windows.
+        within: the growth of perplexity that is allowed, as a part.
+        request: what decides the search; the state file must agree with it.
+        measuring: what decides the benchmark.
+    """
+
+    source: str
+    folder: Path
+    output: Path
+    aim: Aim
+    options: DeployOptions
+    held_out: str
+    context: int
+    within: float
+    request: dict[str, Any]
+    measuring: dict[str, Any]
+
+
+def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
+    """Check everything that can be checked before the work.
+
+    Raises:
+        UserError: see :func:`deploy`.
+    """
+    within = parse_bound(options.within)
+    for rate in options.rates:
+        check_sparsity(rate)
+    for registry, names in ((PRUNERS, options.methods), (ALLOCATORS, options.allocations)):
+        for name in names:
+            registry.get(name)
+    if not (options.rates and options.methods and options.allocations):
+        raise UserError("there is nothing to try", "Give at least one rate, method and allocation.")
+    data = options.calibration.data
+    held_out = options.held_out or data
+    if _is_file(held_out) and (options.held_out is None or _same(held_out, data)):
+        raise UserError(
+            f"the text {held_out} has no split of its own to judge quality on",
+            "Name another text that calibration does not see: --held-out FILE.",
+        )
+    for text in (data, held_out):
+        if _is_file(text) and not Path(text).expanduser().exists():
+            raise UserError(f"no text at '{text}'", "Name a file, a folder, stdlib, c4 or datasets:NAME.")
+    aim = choose_aim(options.target)
+    folder = resolve_model(source)
+    config = load_config(folder)
+    context = options.context or min(512, default_length(config))
+    request = {
+        "model_sha256": model_sha256(folder),
+        "sparsedeploy": __version__,
+        "options": {name: _plain(getattr(options, name)) for name in _SEARCH},
+        "calibration": _plain(options.calibration),
+    }
+    _check_output(output, request)
+    measuring = {name: getattr(options, name) for name in _MEASURING}
+    return Prepared(source, folder, output, aim, options, held_out, context, within, request, measuring)
+
+
+def parse_bound(text: str) -> float:
+    """``5%`` or ``0.05`` as a part.
+
+    Raises:
+        UserError: not a number, or negative.
+    """
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise UserError(f"the bound is '{text}'", "Give the growth of perplexity that is allowed, such as 5% or 0.05.")
+    return value
+
+
+class State:
+    """What is known, in a file that is written anew after each step.
+
+    Attributes:
+        formats: of this target: name -> folder, perplexity in the engine, and why there is none.
+        result: of this target; None until everything was measured as it is asked for now.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._path = prepared.output / STATE
+        values = read_object(self._path, fix="Name a new folder.") if self._path.exists() else {}
+        self._request, self._target, self._measuring = prepared.request, prepared.aim.name, prepared.measuring
+        self.dense: dict[str, Any] | None = values.get("dense")
+        self.trials: list[dict[str, Any]] = values.get("trials", [])
+        self._targets: dict[str, dict[str, Any]] = values.get("targets", {})
+        known = self._targets.get(self._target, {})
+        self.formats: dict[str, dict[str, Any]] = known.get("formats", {})
+        self.result: dict[str, Any] | None = known.get("result") if known.get("measuring") == self._measuring else None
+
+    @property
+    def results(self) -> dict[Trial, float]:
+        """Trial -> its perplexity; infinity where there is none."""
+        return {
+            Trial(one["rate"], one["method"], one["allocation"]): math.inf
+            if one["perplexity"] is None
+            else one["perplexity"]
+            for one in self.trials
+        }
+
+    def save(self) -> None:
+        here = {"measuring": self._measuring, "formats": self.formats, "result": self.result}
+        self._targets = {**self._targets, self._target: here}
+        values = {"dense": self.dense, "trials": self.trials, "targets": self._targets}
+        write_json(self._path, {"format": _FORMAT, "request": self._request, **values})
+
+
+def held_out_windows(prepared: Prepared) -> torch.Tensor:
+    tokenizer = load_tokenizer(prepared.folder)
+    field, limit = prepared.options.calibration.field, prepared.options.windows
+    return text_windows(prepared.held_out, tokenizer, prepared.context, field=field, split=SPLIT, limit=limit)
+
+
+def _check_output(output: Path, request: dict[str, Any]) -> None:
+    """Refuse a folder with other content, or with a deployment of another request."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"output {output} is a file", "Name a folder.")
+    path = output / STATE
+    if not path.exists():
+        if any(output.iterdir()):
+            raise UserError(f"output {output} holds other files", "Name a new folder.")
+        return
+    known = read_object(path, fix="Name a new folder.").get("request")
+    known = known if isinstance(known, dict) else {}
+    if known != request:
+        keys = [key for key in request if known.get(key) != request[key]]
+        if keys == ["options"] and isinstance(known.get("options"), dict):
+            keys = [k for k, value in request["options"].items() if known["options"].get(k) != value] or keys
+        raise UserError(
+            f"{output} holds a deployment that was asked for differently ({', '.join(keys)})",
+            "Give the same options to go on with it, or name a new folder: -o FOLDER.",
+        )
+
+
+def _is_file(data: str) -> bool:
+    return data not in _NAMED and not data.startswith("datasets:")
+
+
+def _same(one: str, two: str) -> bool:
+    return Path(one).exists() and Path(two).exists() and Path(one).resolve() == Path(two).resolve()
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {key: _plain(item) for key, item in asdict(value).items()}
+    return list(value) if isinstance(value, tuple) else value
