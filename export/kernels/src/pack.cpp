@@ -53,15 +53,27 @@ struct Block {
 uint64_t word_of(const Block& block, int w, int lane) {
   uint64_t word = 0;
   for (int r = 0; r < kTileRows; ++r) {
-    // Four bytes of 0 or 1 to four bits.
-    uint64_t bits = 0;
-    for (int c = 0; c < 4; ++c) bits |= uint64_t(block.kept[r][4 * w + c]) << c;
+    // Four bytes of 0 or 1 to four bits: the product brings byte c to bit 24 + c.
+    uint32_t bytes;
+    memcpy(&bytes, block.kept[r] + 4 * w, 4);
+    const uint64_t bits = bytes * 0x01020408u >> 24 & 0xf;
     if (lane == 4) word |= bits << (4 * r);
     else if (lane == 2) word |= (bits & 3) << (2 * r) | (bits >> 2) << (2 * kTileRows + 2 * r);
     else for (int c = 0; c < 4; ++c) word |= (bits >> c & 1) << (kTileRows * c + r);
   }
   return word;
 }
+
+// Row and column of each bit of a word.
+struct Places {
+  uint8_t row[64], column[64];
+  explicit Places(int lane) {
+    for (int bit = 0; bit < 64; ++bit) {
+      row[bit] = uint8_t(bit / lane % kTileRows);
+      column[bit] = uint8_t(bit / (lane * kTileRows) * lane + bit % lane);
+    }
+  }
+};
 
 uint64_t mask_of(const sd_matrix* m, int64_t tile, int64_t g, int w) {
   return m->masks ? m->masks[(tile * m->groups + g) * kWords + w] : ~uint64_t(0);
@@ -93,6 +105,7 @@ int pack(const Source& prototype, int type, int scale_group, int64_t rows, int64
     return SD_ERROR_MEMORY;
   }
   const int lane = lane_columns(type);
+  const Places places(lane);
   std::atomic<int> status{SD_OK};
   std::atomic<int64_t> count{0};
   const auto blocks_of = [&](int64_t first, int64_t last, auto&& visit) {
@@ -152,9 +165,7 @@ int pack(const Source& prototype, int type, int scale_group, int64_t rows, int64
         int64_t index = 0;
         for (uint64_t mask = mask_of(m, tile, g, w); mask; mask &= mask - 1, ++index) {
           const int bit = __builtin_ctzll(mask);
-          const int r = bit / lane % kTileRows;
-          const int c = 4 * w + bit / (lane * kTileRows) * lane + bit % lane;
-          const uint32_t value = block.values[r][c];
+          const uint32_t value = block.values[places.row[bit]][4 * w + places.column[bit]];
           if (type == SD_INT4) next[index / 2] |= uint8_t((value & 0xf) << (index % 2 * 4));
           else memcpy(next + index * value_bits(type) / 8, &value, value_bits(type) / 8);
         }
@@ -175,19 +186,25 @@ struct DenseSource {
 
   void start(int64_t) {}
   int read(int64_t tile, int64_t g, Block& block, uint16_t*) const {
-    const int size = value_bits(type) / 8;
-    const uint32_t magnitude = type == SD_F32 ? 0x7fffffff : 0x7fff;
+    if (type == SD_F32) fill<uint32_t>(tile, g, block, 0x7fffffff);
+    else fill<uint16_t>(tile, g, block, 0x7fff);
+    return SD_OK;
+  }
+
+  template <typename Bits>
+  void fill(int64_t tile, int64_t g, Block& block, uint32_t magnitude) const {
+    const int used = int(columns - g * kGroup < kGroup ? columns - g * kGroup : kGroup);
     for (int r = 0; r < kTileRows && tile * kTileRows + r < rows; ++r) {
       const int64_t row = tile * kTileRows + r;
-      for (int c = 0; c < kGroup && g * kGroup + c < columns; ++c) {
-        const int64_t column = g * kGroup + c;
-        uint32_t value = 0;
-        memcpy(&value, weights + row * row_bytes + column * size, size);
-        block.values[r][c] = value;
-        block.kept[r][c] = mask ? mask[row * columns + column] != 0 : (value & magnitude) != 0;
+      Bits bits[kGroup] = {};
+      memcpy(bits, weights + row * row_bytes + g * kGroup * sizeof(Bits), used * sizeof(Bits));
+      for (int c = 0; c < kGroup; ++c) {
+        block.values[r][c] = bits[c];
+        block.kept[r][c] = (bits[c] & magnitude) != 0;
       }
+      if (mask)
+        for (int c = 0; c < used; ++c) block.kept[r][c] = mask[row * columns + g * kGroup + c] != 0;
     }
-    return SD_OK;
   }
 };
 

@@ -115,6 +115,38 @@ bool may_be_full(ggml_type type) {
   return type != GGML_TYPE_Q4_1 && (policy() == Policy::always || rule(type).full);
 }
 
+// The share of zeros, on at most some hundred rows spread evenly; less than 0 for a type whose zeros cannot be seen.
+double share_of_zeros(const ggml_tensor* weights, const void* data) {
+  const int64_t rows = weights->ne[1], columns = weights->ne[0], step = rows / 256 + 1;
+  int64_t zeros = 0, seen = 0;
+  for (int64_t r = 0; r < rows; r += step, seen += columns) {
+    const uint8_t* row = static_cast<const uint8_t*>(data) + r * weights->nb[1];
+    switch (weights->type) {
+      case GGML_TYPE_F32: {
+        const float* values = reinterpret_cast<const float*>(row);
+        for (int64_t c = 0; c < columns; ++c) zeros += values[c] == 0.0f;
+        break;
+      }
+      case GGML_TYPE_F16:
+      case GGML_TYPE_BF16: {
+        const uint16_t* bits = reinterpret_cast<const uint16_t*>(row);
+        for (int64_t c = 0; c < columns; ++c) zeros += (bits[c] & 0x7fff) == 0;
+        break;
+      }
+      case GGML_TYPE_Q8_0:
+        for (int64_t block = 0; block < columns / 32; ++block)
+          for (int i = 0; i < 32; ++i) zeros += row[34 * block + 2 + i] == 0;
+        break;
+      case GGML_TYPE_Q4_0:
+        for (int64_t block = 0; block < columns / 32; ++block)
+          for (int i = 0; i < 16; ++i) zeros += ((row[18 * block + 2 + i] & 0xf) == 8) + (row[18 * block + 2 + i] >> 4 == 8);
+        break;
+      default: return -1;
+    }
+  }
+  return double(zeros) / double(seen);
+}
+
 struct Totals {
   int packed, full, dense;
   double dense_bytes, packed_bytes;
@@ -153,13 +185,14 @@ sd_matrix* pack(const ggml_tensor* weights, const void* data) {
   };
   sd_matrix* matrix = nullptr;
   int status = SD_OK;
-  if (is_layer_matrix(weights)) {
+  const double least = policy() == Policy::always ? 0.0 : rule(weights->type).least_zeros;
+  const double seen = share_of_zeros(weights, data);
+  if (is_layer_matrix(weights) && (seen < 0 || seen >= least)) {
     status = by(sd_pack_gguf, &matrix);
-    sd_info info;
     if (status == SD_OK) {
+      sd_info info;
       sd_describe(matrix, &info);
-      const double zeros = 1.0 - double(info.values) / (double(info.rows) * double(info.columns));
-      if (policy() == Policy::always || zeros >= rule(weights->type).least_zeros) {
+      if (1.0 - double(info.values) / (double(info.rows) * double(info.columns)) >= least || seen >= 0) {
         totals.packed += 1;
         totals.dense_bytes += double(ggml_nbytes(weights));
         totals.packed_bytes += double(info.bytes);
