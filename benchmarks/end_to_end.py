@@ -352,8 +352,8 @@ def table(results: dict[str, Any]) -> str:
         "after it, one sequence (x1) and eight at once (x8, tokens of all of them); medians of interleaved rounds. "
         "*llama.cpp* is as it is; *ours* is the same llama.cpp with the backend for sparse weights; *no zeros* are the "
         "dense weights in our kernels. `decode` is against llama.cpp's dense type of the same name. Memory is the "
-        "process's, Python included. Where one thread was timed by its processor time, other work ran on the machine: it "
-        "takes less from a thread's own time than from the clock, and from all cells alike.",
+        "process's, Python included. Where one thread was timed by its processor time, other work ran on the machine: "
+        "it takes less from a thread's own time than from the clock, and from all cells alike.",
         "",
     ]
     for name, model in results["models"].items():
