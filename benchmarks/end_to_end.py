@@ -79,6 +79,7 @@ def main() -> None:
     quality.add_argument("folder", type=Path)
     quality.add_argument("--text", type=Path, required=True)
     quality.add_argument("--chunks", type=int, default=16, help="windows of 512 tokens of it")
+    quality.add_argument("--only", default="", help="a regular expression of files and ways")
     arguments = parser.parse_args()
     if arguments.command == "prepare":
         prepare(
@@ -98,7 +99,7 @@ def main() -> None:
             name, kind = file.stem.rsplit("-", 1)
             found = model["perplexity"].setdefault(f"{name} {kind}", {})
             for way in ("dense",) if name == "dense" else ("dense", "sparse"):
-                if way not in found:
+                if way not in found and re.search(arguments.only, f"{file.stem} {way}"):
                     found[way] = perplexity(file, way, arguments.text, arguments.chunks)
                     print(file.stem, way, found[way], flush=True)
                     write_json(path, results)
@@ -372,7 +373,7 @@ def table(results: dict[str, Any]) -> str:
             cells += [f"{statistics.median(ratios):.2f}x" if ratios else "", f"{quality:.2f}" if quality else ""]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-        both = {key: found for key, found in model["perplexity"].items() if "sparse" in found}
+        both = {key: found for key, found in model["perplexity"].items() if len(found) == 2}
         if both:
             worst = max(abs(found["sparse"] / found["dense"] - 1) for found in both.values())
             lines += [f"The same pruned files with and without the backend: perplexities agree within {worst:.2%}.", ""]
