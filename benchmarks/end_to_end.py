@@ -359,6 +359,8 @@ def table(results: dict[str, Any]) -> str:
     ]
     for name, model in results["models"].items():
         head = ["", "file MB", "load s", "memory MB", *(key.replace(" ", " x") for key in keys), "decode", "perplexity"]
+        if not any(entry["runs"] for entry in model["cells"].values()):
+            continue
         lines += [f"## {name}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for title, entry in sorted(model["cells"].items(), key=lambda item: -(middle(item[1], "decode 1") or 0)):
             if not entry["runs"]:
@@ -373,7 +375,8 @@ def table(results: dict[str, Any]) -> str:
             cells += [f"{statistics.median(ratios):.2f}x" if ratios else "", f"{quality:.2f}" if quality else ""]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-        both = {key: found for key, found in model["perplexity"].items() if len(found) == 2}
+        perplexities = results["models"].get(name.removesuffix(ALONE), model)["perplexity"]
+        both = {key: found for key, found in perplexities.items() if len(found) == 2}
         if both:
             worst = max(abs(found["sparse"] / found["dense"] - 1) for found in both.values())
             lines += [f"The same pruned files with and without the backend: perplexities agree within {worst:.2%}.", ""]
