@@ -29,7 +29,7 @@ class CalibrationOptions(Options):
         None, "Sequences per layer call; no effect on results [default: by free memory].", at_least=1, recorded=False
     )
     accumulate: Literal["float32", "float64"] = option(
-        "float32", "Sum statistics in float32, or in float64 for the same bits on any process count."
+        "float32", "Sum statistics in float32, or in float64 for bit-identical sums at any number of processes."
     )
 
     @property

@@ -18,7 +18,10 @@ def card_command(
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace a README.md that was edited or is not ours; it is kept beside it."),
+        typer.Option(
+            "--overwrite",
+            help="Replace a README.md that was edited or that sparsedeploy did not write; a copy is kept.",
+        ),
     ] = False,
 ) -> None:
     """Write a pruned folder's model card, with measured perplexities."""

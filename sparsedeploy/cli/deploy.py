@@ -24,16 +24,17 @@ def deploy_command(
     model: DenseModelArgument,
     given: Given,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for checkpoint, artifact and report; resumed if it is there.")
+        Path,
+        typer.Option("--output", "-o", help="Folder for checkpoint, artifact and report; an existing one is resumed."),
     ] = Path("deployed"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done, with rough times.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the steps, with rough times.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """From a model to a measured artifact, within a bound on quality.
 
-    Finds the highest sparsity whose perplexity stays within the bound, exports it in the fastest format that does too,
-    and measures it against the dense model. Stopped, the same command goes on; another target in the same folder takes
-    the search over.
+    Finds the highest sparsity whose perplexity stays within the bound, exports it in the fastest format that stays
+    within it too, and measures it against the dense model. If it is interrupted, run the same command again to resume;
+    another target in the same folder reuses the search.
     """
     from sparsedeploy.workflows.deploy import deploy, plan
     from sparsedeploy.workflows.deploy_plan import shown_time

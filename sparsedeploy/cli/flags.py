@@ -175,8 +175,10 @@ class _Flag:
     def declare(self) -> inspect.Parameter:
         """The parameter that stands for it in the command's signature."""
         values = self.item.values
+        long, *short = self.declared
         option = typer.Option(
-            *self.declared,
+            f"{long}/--no-{long[2:]}" if self.item.default is True else long,
+            *short,
             help=self.item.facts.text,
             rich_help_panel=self.panel,
             metavar="|".join(map(str, values)) or _metavar(self.item),

@@ -22,7 +22,7 @@ def import_command(
     given: Given,
     as_json: JsonOption = False,
 ) -> None:
-    """Make an ordinary model folder of a GGUF file: weights dequantised, tokenizer included."""
+    """Convert a GGUF file to an ordinary model folder: weights dequantised, tokenizer included."""
     from sparsedeploy.workflows.import_model import import_gguf
 
     run = given.build("run", RunOptions)

@@ -23,7 +23,7 @@ def inspect_command(
     ],
     against: Annotated[
         Path | None,
-        typer.Option("--against", help="Compare one folder with this one: configuration, tensors, zeros and masks."),
+        typer.Option("--against", help="Compare the folder with this one: configuration, tensors, zeros and masks."),
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the plans into this .svg or .png.")] = None,
     mask: Annotated[
@@ -31,13 +31,15 @@ def inspect_command(
     ] = None,
     module: Annotated[
         str | None,
-        typer.Option("--module", help="With --mask: the matrix, by the end of its name [default: what lost most]."),
+        typer.Option(
+            "--module", help="With --mask: the matrix, by the end of its name [default: the one with the largest loss]."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what was pruned and verify it; compare two folders, or several plans.
 
-    For one folder also the layers that lost most, what each format would take, and a picture of a mask.
+    For one folder also the layers with the largest loss, the size in each format, and a picture of a mask.
     """
     if mask is None:
         given.refuse_own(("module",), "there is no --mask")

@@ -16,13 +16,13 @@ from sparsedeploy.workflows.options import PushOptions
 @takes(Section("push", PushOptions))
 def push_command(
     folder: Annotated[Path, typer.Argument(help="Folder that prune, recover or export wrote.")],
-    repo: Annotated[str, typer.Argument(help="Repository on the hub: OWNER/NAME. It is made when it is not there.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the hub: OWNER/NAME. It is created if it does not exist.")],
     given: Given,
     as_json: JsonOption = False,
 ) -> None:
-    """Verify a folder and send it to the Hugging Face hub.
+    """Verify a folder and upload it to the Hugging Face hub.
 
-    HF_ENDPOINT names another hub, HF_TOKEN the token.
+    HF_ENDPOINT sets another hub, HF_TOKEN the token.
     """
     from sparsedeploy.workflows.push import push
 

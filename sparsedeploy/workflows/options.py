@@ -115,7 +115,8 @@ class ImportOptions(Options):
     """How a file becomes a folder."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Of the stored weights; auto is the file's own, and float32 for quantised ones, which keeps them exact."
+        "auto",
+        "Type of the stored weights; auto keeps the file's own, and float32 (exact) for quantised ones.",
     )
 
 
@@ -128,7 +129,9 @@ class DemoOptions(Options):
         "What to run on: smollm2 (135 M weights, fetched once), a model folder or a hub id [default: the small model "
         "that is shipped].",
     )
-    train: bool = option(False, "Train the small model anew, on this Python's library, in place of the shipped one.")
+    train: bool = option(
+        False, "Train the small model from scratch on this Python's library instead of using the shipped one."
+    )
     sparsities: tuple[float, ...] = option(
         (),
         "Repeat for several [default: 0.5, 0.7, 0.9; above 50 M weights 0.5, 0.6, 0.7].",
@@ -150,7 +153,7 @@ class DemoOptions(Options):
     decode_tokens: int = option(32, "Tokens to decode after it.", at_least=1)
     rounds: int = option(10, "Benchmark rounds.", short="-r", at_least=1)
     profile: bool = option(False, "Also measure the time of each layer.")
-    probe: bool = option(True, "Where layers are narrow, also measure the speed of a wider random model.")
+    probe: bool = option(True, "If layers are narrow, also measure the speed of a wider random model.")
     cores: int | None = option(None, "Cores to measure on [default: all].", short="-c", at_least=1)
     python: str | None = option(None, "Python for DeepSparse's environment, 3.8 to 3.11.")
 
@@ -170,31 +173,31 @@ class DeployOptions(Options):
         flag="--for",
         choices=lambda: ("cpu", "deepsparse", "llamacpp", "onnxruntime", "vllm"),
     )
-    within: str = option("5%", "Growth of perplexity that is allowed, such as 5%.")
+    within: str = option("5%", "Allowed increase of the perplexity, such as 5%.")
     rates: tuple[float, ...] = option(
         (0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
-        "Sparsities to choose from; repeat for several [default: 0.3, 0.4 to 0.8].",
+        "Sparsities to choose from.",
         flag="--rate",
     )
     methods: tuple[str, ...] = option(
         ("wanda", "sparsegpt", "alps"),
-        "Pruning methods to choose from; repeat for several [default: wanda, sparsegpt, alps].",
+        "Pruning methods to choose from.",
         flag="--method",
         short="-m",
         choices=PRUNERS.names,
     )
     allocations: tuple[str, ...] = option(
         ("uniform", "lsa"),
-        "Allocations to choose from; repeat for several [default: uniform, lsa].",
+        "Allocations to choose from.",
         flag="--allocation",
         short="-a",
         choices=ALLOCATORS.names,
     )
     held_out: str | None = option(
-        None, "Text to judge quality on [default: the test split of the calibration text's set]."
+        None, "Text to measure quality on [default: the test split of the calibration text's set]."
     )
-    windows: int = option(32, "Windows of that text.", at_least=1)
-    context: int | None = option(None, "Tokens of a window [default: min(512, positions)].", at_least=2)
+    windows: int = option(32, "Number of its windows.", at_least=1)
+    context: int | None = option(None, "Tokens per window [default: min(512, positions)].", at_least=2)
     prompt_length: int = option(128, "Tokens of the benchmark's prompt.", at_least=1)
     decode_tokens: int = option(32, "Tokens to decode after it.", at_least=1)
     rounds: int = option(10, "Benchmark rounds.", short="-r", at_least=1)
@@ -207,9 +210,9 @@ class DeployOptions(Options):
 class PushOptions(Options):
     """How a folder is sent to a hub."""
 
-    private: bool = option(False, "Make the repository private, where it is new.")
+    private: bool = option(False, "Make a new repository private.")
     message: str | None = option(None, "Message of the commit.")
-    overwrite: bool = option(False, "Replace what the repository holds, in a new commit.")
+    overwrite: bool = option(False, "Replace the contents of the repository, in a new commit.")
 
 
 def recipe_names() -> list[str]:

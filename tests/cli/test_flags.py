@@ -44,6 +44,14 @@ def test_flags_of_a_command_differ_and_are_explained(name: str) -> None:
     assert not unexplained
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_on_can_be_turned_off(name: str) -> None:
+    stuck = [
+        p.name for p in COMMANDS[name].params if getattr(p, "is_flag", False) and p.default and not p.secondary_opts
+    ]
+    assert not stuck
+
+
 def test_help_of_quantize_names_the_schemes_of_every_target() -> None:
     text = next(item for item in described(ExportOptions) if item.name == "quantize").facts.help
     for target in TARGETS:
