@@ -1,5 +1,7 @@
 """What pruning and recovery do to a real pretrained model: the tables behind the README and the guide.
 
+One script of more than 400 lines, because the four parts share their cells, their shards and one results file.
+
     python benchmarks/real_model.py MODEL CALIBRATION_TEXT TEST_TEXT [--parts allocation recovery tasks cost]
         [--train TEXT] [--shard 1/2] [--limit-minutes 5] [--cells "PART|..." ...]
 

@@ -27,7 +27,7 @@ def demo_command(
     Takes a model (a small one is shipped), prunes it, measures its quality, exports it, runs it in DeepSparse (and in
     llama.cpp where that is installed), and reports what became faster, what it cost, and why.
     """
-    from sparsedeploy.reporting.report import notes, summary_table
+    from sparsedeploy.reporting.summary import notes, summary_table
     from sparsedeploy.workflows.demo import demo
 
     report = demo(output, given.build("demo", DemoOptions), command=shlex.join(["sparsedeploy", *sys.argv[1:]]))

@@ -31,7 +31,8 @@ from sparsedeploy.reading import read_object
 from sparsedeploy.reference import reference_model
 from sparsedeploy.reporting.explain import NARROW, why
 from sparsedeploy.reporting.levels import module_rows
-from sparsedeploy.reporting.report import FORMAT, html_report, layer_sparsity
+from sparsedeploy.reporting.report import FORMAT, html_report
+from sparsedeploy.reporting.summary import layer_sparsity
 from sparsedeploy.runtimes.engine import find_deployment
 from sparsedeploy.runtimes.environments import install, status
 from sparsedeploy.speed.benchmark import benchmark

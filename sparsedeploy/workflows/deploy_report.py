@@ -15,7 +15,8 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.quality.samples import prompts_of, sample_generations
 from sparsedeploy.reporting.levels import module_rows
-from sparsedeploy.reporting.report import FORMAT, layer_sparsity
+from sparsedeploy.reporting.report import FORMAT
+from sparsedeploy.reporting.summary import layer_sparsity
 from sparsedeploy.runtimes.engine import find_deployment
 from sparsedeploy.version import __version__
 from sparsedeploy.workflows.deploy_request import Prepared, State, held_out_windows

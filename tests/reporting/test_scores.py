@@ -1,7 +1,8 @@
 """Which metric stands for a task in a report: the papers' own, and named."""
 
 from sparsedeploy.quality.tasks import PAPER_TASKS
-from sparsedeploy.reporting.report import accuracy, html_report, score
+from sparsedeploy.reporting.report import html_report
+from sparsedeploy.reporting.summary import accuracy, score
 from tests.reporting.results import report
 
 BOTH = {"acc_norm": 0.7, "acc_norm_stderr": 0.02, "acc": 0.5, "acc_stderr": 0.01}

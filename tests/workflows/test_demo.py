@@ -12,7 +12,7 @@ from rich.console import Console
 from sparsedeploy.checkpoint.inspection import inspect_checkpoint
 from sparsedeploy.errors import UserError
 from sparsedeploy.reporting.explain import why
-from sparsedeploy.reporting.report import notes, summary_markdown, summary_table
+from sparsedeploy.reporting.summary import notes, summary_markdown, summary_table
 from sparsedeploy.workflows import demo_probe
 from sparsedeploy.workflows.demo import _commands, demo
 from sparsedeploy.workflows.options import DemoOptions, PruneOptions
