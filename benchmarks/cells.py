@@ -116,16 +116,15 @@ class Setting:
     sequences: int = 8
     length: int = 512
     test_bytes: int = 60_000
-    selection_windows: int = 8
+    selection_windows: int = 32
     selection_length: int = 256
 
     def header(self) -> dict[str, Any]:
-        """What every figure of this setting depends on."""
+        """What every figure depends on; the selection, which decides searched plans, is in their cells."""
         return {
             "model": {"name": self.model.name, "sha256": model_sha256(self.model)},
             "calibration": asdict(self.calibration_set(0).describe()),
             "test": {"data": self.test.name, "bytes": self.test_bytes, "context": self.length},
-            "selection": {"windows": self.selection_windows, "context": self.selection_length},
         }
 
     @cached_property
@@ -209,7 +208,8 @@ def prune_cell(
     model = setting.dense_model()
     began, used = time.perf_counter(), time.process_time()
     chosen = ALLOCATORS.get(allocation)
-    if isinstance(chosen.traits.get("searches"), bool):
+    searched = isinstance(chosen.traits.get("searches"), bool)
+    if searched:
         plan = _searched(setting, model, name, allocation, level, seed, reconstruct, levels, search_options or {})
     else:
         plan = allocate(model, tokens, sparsity, pattern, allocation, chosen.make_options())
@@ -225,6 +225,7 @@ def prune_cell(
         "plan_cpu_s": round(planned_used - used, 1),
         "prune_cpu_s": round(pruned_used - planned_used, 1),
         "search": plan.details.get("search"),
+        "selection": [setting.selection_windows, setting.selection_length] if searched else None,
     }
     return {**cell, "tasks": setting.accuracy(model, tasks)} if tasks else cell
 
@@ -335,6 +336,7 @@ def recovery_cell(
         job = RecoveryJob(
             model=model,
             dense=lambda: StreamedLayers(folder, device=torch.device("cpu"), dtype=torch.float32),
+            dense_model=lambda: load_model(folder, dtype=torch.float32),
             sparsity=sparsity,
             pattern=pattern,
             pruner=pruner,

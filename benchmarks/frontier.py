@@ -34,7 +34,7 @@ CELLS = [
     for allocation in ("uniform", "owl", "auto", "evolve")
     for method in ("wanda", "wanda+ls", "sparsegpt", "alps")
 ]
-OPTIONS: dict[str, dict[str, Any]] = {"evolve": {"offspring": 8, "generations": 8}}
+OPTIONS: dict[str, dict[str, Any]] = {"evolve": {"offspring": 8, "generations": 6, "confirm": 1}}
 
 
 class Bench:

@@ -107,7 +107,6 @@ class Bench:
         self.setting = Setting(arguments.model, arguments.calibration, arguments.test)
         train: Path = arguments.train or arguments.calibration
         header = {**self.setting.header(), "recovery": {**RECOVERY, "train": train.name}}
-        del header["selection"]
         self.train = train
         machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
         self.store = Store(arguments.output / RESULT, header, markdown, picture=picture, beside={"machine": machine})

@@ -97,11 +97,12 @@ def pages() -> dict[Path, str]:
     for command in commands:
         found[DOCS / "commands" / f"{command.name}.md"] = command_page(command)
     formulas = _formulas()
+    training = formulas.pop("training")
     found[DOCS / "methods" / "README.md"] = _method_index()
     found[DOCS / "methods" / "patterns.md"] = _patterns_page(formulas)
     for family in families():
         for method in family.registry:
-            page = _method_page(family, method, formulas.pop(f"{family.folder}: {method.name}", None))
+            page = _method_page(family, method, formulas.pop(f"{family.folder}: {method.name}", None), training)
             found[DOCS / "methods" / family.folder / f"{method.name}.md"] = page
     formulas.pop("patterns", None)
     rounding = formulas.pop("rounding: `--quantize`", None)
@@ -174,7 +175,7 @@ def _method_index() -> str:
     return "\n".join(parts)
 
 
-def _method_page(family: Family, method: Method[Any], formula: str | None) -> str:
+def _method_page(family: Family, method: Method[Any], formula: str | None, training: str) -> str:
     module = sys.modules[method.function.__module__]
     file = Path(inspect.getfile(module)).resolve().relative_to(ROOT).as_posix()
     parts = [f"{NOTE}# {method.name}\n", f"{prose(method.summary)}\n", f"{prose(module.__doc__)}\n"]
@@ -193,7 +194,7 @@ def _method_page(family: Family, method: Method[Any], formula: str | None) -> st
     parts.append(f"## Use\n\n{marker}```bash\n{example}\n```\n")
     parts.append(f"## Options\n\n{_options(method.options, family.option_flag)}")
     if method.traits.get("trains"):
-        parts.append(f"## Training\n\n{_options(TrainingOptions, '--train-option')}")
+        parts.append(f"## Training\n\n`--loss`:\n\n{training}\n\n{_options(TrainingOptions, '--train-option')}")
     parts.append(f"Code: [{file}](../../../{file}).\n")
     return "\n".join(parts)
 
@@ -207,7 +208,8 @@ def _facts(family: Family, method: Method[Any]) -> list[str]:
         start = {
             "dense": "Starts from the dense model: `prune --recover` runs it at once; `recover` finds the dense model "
             "by the checkpoint's own record, or by `--dense`.",
-            "pruned": "Starts from a pruned checkpoint and keeps its masks.",
+            "pruned": "Starts from a pruned checkpoint and "
+            f"{'moves its masks, at the same budget' if traits.get('moves_masks') else 'keeps its masks'}.",
         }
         facts.append(start[traits["starts_from"]])
         facts.append(f"Training text: {'yes (`--train-data`)' if traits['trains'] else 'no, nothing is trained'}.")

@@ -103,7 +103,8 @@ def refuse_several(work: str) -> None:
     count = environment_processes().count
     if count > 1:
         raise UserError(
-            f"{count} processes cannot share {work}: only prune without --recover is split over processes",
+            f"{count} processes cannot share {work}: prune without --recover, and recover with a method that trains a "
+            "pruned checkpoint, are split over processes",
             "Run it without torchrun.",
         )
 

@@ -1,4 +1,7 @@
-"""Auto: make every allocation's plan from one pass, prune by each from shared statistics, take the best."""
+"""Auto: make every allocation's plan from one pass, prune by each from shared statistics, confirm the best.
+
+A level is pruned from the dense model's statistics; in the end each layer is pruned from those that the pruned layers
+before it leave. The order of close plans differs between the two, so the closest ones are pruned for real."""
 
 from __future__ import annotations
 
@@ -21,7 +24,15 @@ class SearchOptions(Options):
         "Split of the text that plans are compared on; with `test` the reported perplexity is optimistic.",
     )
     text: str | None = option(None, "Text to compare on; None takes the calibration source's own split.")
-    windows: int = option(16, "Number of its windows to evaluate.", at_least=1)
+    windows: int = option(
+        16, "Number of its windows: the first quarter compares levels, all of them confirm the result.", at_least=1
+    )
+    confirm: int = option(
+        3,
+        "Number of plans, the closest by their levels, that are pruned layer after layer, as in the end, and compared "
+        "again; uniform always is. 0 trusts the levels.",
+        at_least=0,
+    )
     database: str | None = option(
         None, "Folder of the pruned levels, for this model, method and text; None keeps them in the user's cache."
     )

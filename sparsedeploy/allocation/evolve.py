@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,14 @@ from sparsedeploy.registry import ALLOCATORS
 Levels = tuple[int, ...]
 # (levels, windows to measure on) -> divergence from the dense model; not finite where the pruned one has diverged.
 Fitness = Callable[[Levels, range], float]
+# By module, what a level down and a level up are expected to change the divergence by; NaN where there is no level.
+Slopes = Sequence[tuple[float, float]]
 # A mutation switches levels so many times: the smaller of two draws, as in the paper.
 _SWITCHES = 3
 # Where a mutation finds nothing to switch, it is drawn again so often.
 _DRAWS = 100
+# Of the modules that a guided mutant could move, the share that it leaves alone: no two are the same.
+_LEFT_OUT = 0.3
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,9 @@ class EvolveOptions(SearchOptions):
     generations: int = option(50, "Maximum number of generations.", at_least=1)
     offspring: int = option(16, "Mutants per generation; a quarter of them survive each stage.", at_least=1)
     patience: int = option(15, "Stop after this many generations without an improvement; 0 runs them all.", at_least=0)
+    guided: bool = option(
+        True, "Half of the mutants follow the divergence's gradient; off: all are random, as in the paper."
+    )
     seed: int = seed_option("Seed of the mutations.")
 
 
@@ -124,6 +132,43 @@ class Space:
             moved = list(self.repaired(moved, others, rng))
         return tuple(moved)
 
+    def guided(self, levels: Levels, slopes: Slopes, rng: random.Random) -> Levels:
+        """A vector of the same budget: some modules a level down where that should help most for its weights.
+
+        For each of them others go a level up where it should cost least, as long as that costs less than it helps.
+        How many go down is drawn, and so is which modules stay as they are.
+        """
+        downs: deque[tuple[float, int]] = deque()
+        ups: deque[tuple[float, int]] = deque()
+        for unit, (down, up) in enumerate(slopes):
+            if rng.random() < _LEFT_OUT:
+                continue
+            if math.isfinite(down):
+                downs.append((down / self._step(levels, unit, -1), unit))
+            if math.isfinite(up):
+                ups.append((up / self._step(levels, unit, 1), unit))
+        downs, ups = deque(sorted(downs)), deque(sorted(ups))
+        moved, surplus, left = list(levels), self.surplus(levels), 2 ** rng.randint(0, len(levels).bit_length() - 1)
+        moves: set[int] = set()
+        while left and downs and ups and downs[0][0] + ups[0][0] < 0:
+            down, up = downs[0][1], ups[0][1]
+            if down in moves:
+                downs.popleft()
+            elif up in moves or up == down:
+                ups.popleft()
+            elif (step := self._step(levels, down, -1)) <= surplus:
+                moved[down], surplus, left = moved[down] - 1, surplus - step, left - 1
+                moves.add(down)
+            else:
+                moved[up], surplus = moved[up] + 1, surplus + self._step(levels, up, 1)
+                moves.add(up)
+        return self.repaired(moved, range(len(levels)), rng)
+
+    def _step(self, levels: Sequence[int], unit: int, by: int) -> int:
+        """The weights between a module's level and the next one; 1 where there is none."""
+        table, at = self.removed[unit], levels[unit]
+        return abs(table[at + by] - table[at]) if 0 <= at + by < len(table) else 1
+
     def _down(self, levels: Sequence[int], unit: int) -> int:
         """What a level down gives back; 0 for the lowest."""
         at = levels[unit]
@@ -177,6 +222,7 @@ def evolve(
     *,
     windows: int,
     options: EvolveOptions,
+    slopes: Callable[[Levels], Slopes | None] = lambda levels: None,
     resumed: Generation | None = None,
     record: Callable[[Generation], None] = lambda generation: None,
 ) -> Generation:
@@ -189,6 +235,7 @@ def evolve(
     Args:
         starts: vectors of the budget; not read when resumed.
         windows: how many there are.
+        slopes: what half of the mutants follow; asked for once for each parent.
         resumed: the last generation of an interrupted search.
         record: called with every finished generation; the starts are number 0.
 
@@ -204,12 +251,15 @@ def evolve(
         resumed = Generation(0, parent, best, 0)
         record(resumed)
     state = resumed
+    guide: tuple[Levels, Slopes | None] = ((), None)
     with progress.bar("evolve", options.generations, "generations") as advance:
         advance(state.number, f"best KL {state.fitness:.4f}")
         while state.number < options.generations and not 0 < options.patience <= state.since_better:
             number = state.number + 1
             rng = random.Random(f"{options.seed} {number}")
-            mutants = _mutants(space, state.levels, options.offspring, rng)
+            if guide[0] != state.levels:
+                guide = state.levels, slopes(state.levels) if options.guided else None
+            mutants = _mutants(space, state.levels, guide[1], options.offspring, rng)
             first = rng.randrange(windows)
             score = math.inf
             for count, width in stages(options.offspring, windows):
@@ -231,13 +281,13 @@ def evolve(
     return state
 
 
-def _mutants(space: Space, parent: Levels, count: int, rng: random.Random) -> list[Levels]:
-    """Different mutants, at most ``count``: small spaces have fewer."""
+def _mutants(space: Space, parent: Levels, slopes: Slopes | None, count: int, rng: random.Random) -> list[Levels]:
+    """Different mutants, at most ``count``: small spaces have fewer. Every other one follows the slopes."""
     found: dict[Levels, None] = {}
-    for _ in range(_DRAWS * count):
+    for draw in range(_DRAWS * count):
         if len(found) == count:
             break
-        mutant = space.mutated(parent, rng)
+        mutant = space.guided(parent, slopes, rng) if slopes and draw % 2 == 0 else space.mutated(parent, rng)
         if mutant != parent and space.holds(mutant):
             found[mutant] = None
     return list(found)

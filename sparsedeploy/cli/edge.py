@@ -19,9 +19,9 @@ _FILES = ("csv", "html", "plot", "mask")
 _OUTPUT = "output"
 _PLAIN = ("prompt",)
 # The commands whose --output is a folder; the workflows keep that one to themselves (folders.claim).
-_MAKE_FOLDERS = ("prune", "recover", "export", "demo", "deploy")
-# The only command that several processes can share.
-_SHARED = "prune"
+_MAKE_FOLDERS = ("prune", "recover", "sweep", "export", "demo", "deploy")
+# The commands that several processes can share; what they cannot share of it, the workflows refuse.
+_SHARED = ("prune", "recover")
 
 
 class Command(TyperCommand):
@@ -46,7 +46,7 @@ class Command(TyperCommand):
         Raises:
             UserError: a path or the processes are refused.
         """
-        if self.name != _SHARED:
+        if self.name not in _SHARED:
             refuse_several(f"the command {self.name}")
         check_paths(str(self.name), ctx)
         return super().invoke(ctx)

@@ -27,6 +27,7 @@ from sparsedeploy.cli.push import push_command
 from sparsedeploy.cli.recover import recover_command
 from sparsedeploy.cli.runtime import runtime_app
 from sparsedeploy.cli.serve import serve_command
+from sparsedeploy.cli.sweep import sweep_command
 from sparsedeploy.errors import UserError, hint_of
 from sparsedeploy.folders import disk_error
 from sparsedeploy.processes import environment_processes
@@ -78,6 +79,7 @@ app.command("import", cls=Command, rich_help_panel=_START)(import_command)
 app.command("prune", cls=Command, rich_help_panel=_MAKE)(prune_command)
 app.command("recover", cls=Command, rich_help_panel=_MAKE)(recover_command)
 app.command("allocate", cls=Command, rich_help_panel=_MAKE)(allocate_command)
+app.command("sweep", cls=Command, rich_help_panel=_MAKE)(sweep_command)
 app.command("inspect", cls=Command, rich_help_panel=_CHECK)(inspect_command)
 app.command("eval", cls=Command, rich_help_panel=_CHECK)(eval_command)
 app.command("card", cls=Command, rich_help_panel=_CHECK)(card_command)

@@ -31,12 +31,12 @@ def recover_command(
     output: OutputOption,
     given: Given,
     dense: Annotated[
-        str | None, typer.Option("--dense", help="Where the dense model is now, for methods that start from it.")
+        str | None, typer.Option("--dense", help="Where the dense model is now, for what starts or learns from it.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Recover a pruned model's quality inside its mask, by training small adapters or keeping a low-rank part."""
-    from sparsedeploy.workflows.recover import recover_checkpoint
+    from sparsedeploy.workflows.recover import reads_dense, recover_checkpoint
 
     run = given.build("run", RunOptions)
     options, method = take_recovery(given)
@@ -48,7 +48,7 @@ def recover_command(
             "calibration": f"{method.name} reads no calibration text",
         }
     )
-    if dense is not None and method.traits["starts_from"] != "dense":
+    if dense is not None and not reads_dense(options, method):
         raise UserError(f"--dense has no effect: {method.name} starts from the pruned model", "Leave it out.")
     manifest = recover_checkpoint(checkpoint, output, options, run, dense=dense, calibration=calibration)
     if as_json:
@@ -66,7 +66,7 @@ def take_recovery(given: Given, seed: int | None = None) -> tuple[RecoverOptions
     """
     method = RECOVERIES.get(given.value("recover", "method", RecoverOptions.method))
     trains = method.traits["trains"]
-    values = given.take("recover", without=() if trains else ("training",))
+    values = given.take("recover", without=() if trains else ("training", "loss"))
     if seed is not None:
         values.setdefault("seed", seed)
     text = {"seed": values.get("seed", 0), **given.take("train")} if trains else {}

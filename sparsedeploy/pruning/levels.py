@@ -1,12 +1,13 @@
 """The level database: each linear pruned at several rates from the dense model's statistics, on disk.
 
-A folder: ``levels.json`` says for which model, method and text it is; ``MODULE/ZEROS[-N-M].safetensors`` holds the mask
-(one bit a weight) and the kept weights of one level. A file appears whole or not at all, so an interrupted pass goes on
-where it stopped, and levels are added for every new target.
+A folder: ``levels.json`` says for which model, method and text it is; each file of ``MODULE/`` holds the levels of one
+pass, ``ZEROS[-N-M].mask`` (one bit a weight) and ``ZEROS[-N-M].kept`` (the kept weights). A file appears whole or not
+at all, so an interrupted pass goes on where it stopped, and levels are added for every new target.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from sparsedeploy import progress
 from sparsedeploy.calibration.driver import LayerContext, LayerDriver, iterate_weights
 from sparsedeploy.calibration.statistics import Kind
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import write_bytes, write_json
+from sparsedeploy.folders import check_free_space, write_bytes, write_json
 from sparsedeploy.masks import pack_bits, unpack_bits
 from sparsedeploy.models.layers import LayerSource
 from sparsedeploy.plan import ModuleTarget
@@ -28,7 +29,9 @@ from sparsedeploy.pruning.layers import prune_linear
 from sparsedeploy.registry import PRUNERS
 
 HEADER = "levels.json"
-FORMAT = 1
+FORMAT = 2
+_WEIGHT = 4  # bytes, at most
+_BATCH = 256 << 20  # bytes of levels that one file collects before it is written
 
 
 class LevelDatabase:
@@ -44,6 +47,7 @@ class LevelDatabase:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
+        self._files: dict[str, dict[str, Path]] = {}
         asked = {"format": FORMAT, **json.loads(json.dumps(dict(identity)))}
         path = self.folder / HEADER
         if not path.exists():
@@ -63,8 +67,12 @@ class LevelDatabase:
             )
 
     def holds(self, target: ModuleTarget) -> bool:
-        """Whether that level of that module is stored."""
-        return self._path(target).exists()
+        """Whether that level of that module is stored.
+
+        Raises:
+            UserError: a file that is broken.
+        """
+        return _level(target) in self._stored(target.name)
 
     def add(
         self,
@@ -81,14 +89,18 @@ class LevelDatabase:
         """Prune the dense model's linears at the levels that are not stored yet, in one pass; it is not changed.
 
         Raises:
-            UserError: no tokens for a method that needs them, or weights or activations that are not finite.
+            UserError: no tokens for a method that needs them, too little free space, or weights or activations that
+                are not finite.
         """
         missing: dict[str, list[ModuleTarget]] = {}
+        size = 0
         for target in dict.fromkeys(targets):
             if not self.holds(target):
                 missing.setdefault(target.name, []).append(target)
+                size += (target.size - target.zeros) * _WEIGHT + target.size // 8
         if not missing:
             return
+        check_free_space(self.folder, size)
         needs: Kind = "hessian" if reconstruct else PRUNERS.get(method).traits["needs"]
         if needs == "none":
             layers = iterate_weights(source)
@@ -112,10 +124,22 @@ class LevelDatabase:
     ) -> None:
         for name, linear in layer.linears.items():
             statistics = layer.statistics.get(name)
+            content: dict[str, torch.Tensor] = {}
             for target in missing.get(name, ()):
                 pruned = prune_linear(PRUNERS.get(method), linear, statistics, target, options, reconstruct)
-                content = {"mask": pack_bits(pruned.mask).cpu(), "kept": pruned.weight[pruned.mask].cpu()}
-                write_bytes(self._path(target), save(content))
+                content[f"{_level(target)}.mask"] = pack_bits(pruned.mask).cpu()
+                content[f"{_level(target)}.kept"] = pruned.weight[pruned.mask].cpu()
+                if sum(tensor.nbytes for tensor in content.values()) >= _BATCH:
+                    self._write(name, content)
+                    content = {}
+            if content:
+                self._write(name, content)
+
+    def _write(self, name: str, content: dict[str, torch.Tensor]) -> None:
+        digest = hashlib.sha256(" ".join(sorted(content)).encode()).hexdigest()[:16]
+        path = self.folder / name / f"{digest}.safetensors"
+        write_bytes(path, save(content))
+        self._stored(name).update(dict.fromkeys((key.rpartition(".")[0] for key in content), path))
 
     def read(self, target: ModuleTarget) -> torch.Tensor:
         """The weight ``[rows, columns]`` of a level.
@@ -123,21 +147,38 @@ class LevelDatabase:
         Raises:
             UserError: a file that is missing or broken.
         """
-        path = self._path(target)
+        path = self._stored(target.name).get(_level(target))
+        if path is None:
+            raise _broken(self.folder / target.name / f"({_level(target)})", "no such level")
         try:
             with safe_open(path, framework="pt") as file:
-                mask = unpack_bits(file.get_tensor("mask"), target.columns)
-                kept = file.get_tensor("kept")
+                mask = unpack_bits(file.get_tensor(f"{_level(target)}.mask"), target.columns)
+                kept = file.get_tensor(f"{_level(target)}.kept")
             return torch.zeros(target.rows, target.columns, dtype=kept.dtype).masked_scatter_(mask, kept)
         except (SafetensorError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(
-                f"the level database's file {path} is missing or broken ({reason})",
-                f"Delete {path.parent} and run the command again.",
-            ) from error
+            raise _broken(path, str(error)) from error
 
-    def _path(self, target: ModuleTarget) -> Path:
-        level = f"{target.zeros_per_row}"
-        if target.pattern is not None:
-            level += f"-{target.pattern.n}-{target.pattern.m}"
-        return self.folder / target.name / f"{level}.safetensors"
+    def _stored(self, name: str) -> dict[str, Path]:
+        """The levels of a module and their files."""
+        if name not in self._files:
+            found: dict[str, Path] = {}
+            for path in sorted((self.folder / name).glob("*.safetensors")):
+                try:
+                    with safe_open(path, framework="pt") as file:
+                        found.update(dict.fromkeys((key.rpartition(".")[0] for key in file.keys()), path))  # noqa: SIM118
+                except (SafetensorError, OSError) as error:
+                    raise _broken(path, str(error)) from error
+            self._files[name] = found
+        return self._files[name]
+
+
+def _level(target: ModuleTarget) -> str:
+    pattern = target.pattern
+    return f"{target.zeros_per_row}" + ("" if pattern is None else f"-{pattern.n}-{pattern.m}")
+
+
+def _broken(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"the level database's file {path} is missing or broken ({' '.join(reason.split())[:120]})",
+        f"Delete {path.parent} and run the command again.",
+    )

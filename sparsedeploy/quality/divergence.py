@@ -6,7 +6,7 @@ between these coarser distributions, never more than the full one, and needs no 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.predictions import coarse_logs, coarse_predictions, next_token_logits
 
 TOP = 256
 
@@ -41,10 +42,9 @@ def dense_predictions(model: nn.Module, windows: torch.Tensor, *, top: int = TOP
     """
     tokens, logs = [], []
     for window in progress.track(windows, "dense predictions", len(windows), "windows"):
-        logits = _logits(model, window)
-        found = logits.topk(min(top, logits.shape[-1] - 1), dim=-1).indices
-        tokens.append(found.to(torch.int32).cpu())
-        logs.append(_coarse(logits, found).cpu())
+        found, its_logs = coarse_predictions(next_token_logits(model, window[None])[0], top)
+        tokens.append(found.cpu())
+        logs.append(its_logs.cpu())
     result = DensePredictions(windows, torch.stack(tokens), torch.stack(logs))
     if not bool(torch.isfinite(result.logs).all()):
         raise UserError("the dense model's predictions are not finite", "Check the checkpoint, or use --dtype float32.")
@@ -58,27 +58,28 @@ def divergence(model: nn.Module, dense: DensePredictions, which: Iterable[int] |
     Args:
         which: the windows to measure on; None takes all.
     """
-    total, count = 0.0, 0
-    for index in range(len(dense.windows)) if which is None else which:
-        logits = _logits(model, dense.windows[index])
-        logs = dense.logs[index].to(logits.device)
-        other = _coarse(logits, dense.tokens[index].to(logits.device, torch.int64))
-        total += float((logs.exp() * (logs - other)).sum(dtype=torch.float64)) / len(logs)
-        count += 1
-    return total / count
+    chosen = range(len(dense.windows)) if which is None else list(which)
+    return sum(float(_of_window(model, dense, index)) for index in chosen) / len(chosen)
 
 
-def _logits(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
-    """float32 ``[context - 1, vocabulary]``."""
-    device = next(model.parameters()).device
-    logits: torch.Tensor = model(input_ids=window[None].to(device), use_cache=False).logits
-    return logits[0, :-1].float()
+def divergence_gradients(
+    model: nn.Module, dense: DensePredictions, weights: Mapping[str, torch.Tensor], which: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """The gradient of :func:`divergence` by each of the model's ``weights``; one of each in memory."""
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        for index in which:
+            (_of_window(model, dense, index) / len(which)).backward()
+        return {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+            weight.grad = None
 
 
-def _coarse(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of ``tokens [positions, top]`` and of all others together: ``[positions, top + 1]``."""
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    logs = logits.gather(-1, tokens) - total
-    # Never below float32's resolution: there a logarithm would tell rounding errors apart.
-    rest = (1 - logs.double().exp().sum(dim=-1, keepdim=True)).clamp_min(1e-6).log().float()
-    return torch.cat([logs, rest], dim=-1)
+def _of_window(model: nn.Module, dense: DensePredictions, index: int) -> torch.Tensor:
+    logits = next_token_logits(model, dense.windows[index][None])[0]
+    logs = dense.logs[index].to(logits.device)
+    other = coarse_logs(logits, dense.tokens[index].to(logits.device, torch.int64))
+    return (logs.exp() * (logs - other)).sum(dtype=torch.float64) / len(logs)

@@ -16,7 +16,9 @@ from sparsedeploy.models.layers import LayerSource
 from sparsedeploy.models.low_rank import LowRank
 from sparsedeploy.models.structure import find_decoder_stack, plain_linears
 from sparsedeploy.plan import NM, MixedNM, SparsityPlan
+from sparsedeploy.processes import SINGLE_PROCESS, Processes
 from sparsedeploy.recovery.data import TrainingData
+from sparsedeploy.recovery.objective import Loss, Objective, make_objective
 from sparsedeploy.recovery.state import RunState
 from sparsedeploy.recovery.training import TrainingOptions
 
@@ -29,6 +31,7 @@ class RecoveryJob:
         model: changed in place: the dense model, or the pruned one for methods that start from it. Its weights are
             those that are stored in the end.
         dense: the dense model's layers, for methods that compare with it.
+        dense_model: loads the whole dense model, for an objective that reads its predictions.
         plan, masks: of the pruned model; None for methods that start from the dense one.
         sparsity, pattern: the target, for methods that prune by themselves.
         pruner, pruner_options: the pruning method that they use.
@@ -36,11 +39,14 @@ class RecoveryJob:
         mixed: how mixed N:M patterns choose their N.
         calibration: text for statistics and reconstruction losses.
         data: text to train on.
+        loss: what training minimises.
         state: what ``--resume`` continues from.
+        processes: that share the training.
     """
 
     model: nn.Module
     dense: Callable[[], nn.Module | LayerSource]
+    dense_model: Callable[[], nn.Module]
     sparsity: float
     pattern: NM | MixedNM | None
     pruner: str
@@ -53,10 +59,12 @@ class RecoveryJob:
     calibration: CalibrationSet | None = None
     batch_size: int | None = None
     data: TrainingData | None = None
+    loss: Loss = "ce"
     training: TrainingOptions = field(default_factory=TrainingOptions)
     seed: int = 0
     state: RunState | None = None
     model_sha256: str | None = None
+    processes: Processes = SINGLE_PROCESS
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
@@ -71,6 +79,19 @@ class RecoveryJob:
         if self.data is None:
             raise UserError("this recovery trains and no training text was given", "Add --train-data FILE.jsonl.")
         return self.data
+
+    def objective(self) -> Objective:
+        """What training minimises, ready to be called."""
+        return make_objective(
+            self.loss,
+            self.training_data().sequences,
+            self.dense_model,
+            self.state,
+            weight=self.training.kl_weight,
+            temperature=self.training.kl_temperature,
+            top=self.training.kl_top,
+            processes=self.processes,
+        )
 
     def calibration_tokens(self) -> torch.Tensor:
         """int64 ``[sequences, length]``.
@@ -101,7 +122,7 @@ class Recovered:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
 
 
-# A recovery method. Traits: starts_from ("dense" or "pruned"), trains, calibrates (reads calibration text).
+# A recovery method. Traits: starts_from ("dense" or "pruned"), trains, calibrates (reads its text), moves_masks.
 RecoveryMethod = Callable[[RecoveryJob, Any], Recovered]
 
 

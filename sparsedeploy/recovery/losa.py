@@ -24,6 +24,7 @@ from sparsedeploy.recovery.adapter_ranks import allocate_ranks
 from sparsedeploy.recovery.adapters import Adapter, ReinitPolicy, merged, unmerged
 from sparsedeploy.recovery.base import Recovered, RecoveryJob
 from sparsedeploy.recovery.data import step_slices
+from sparsedeploy.recovery.objective import Objective
 from sparsedeploy.recovery.reconstruction import reconstruction_losses
 from sparsedeploy.recovery.schedule import Shape, mean_ranks, sparsity_schedule
 from sparsedeploy.recovery.step_plan import step_plan
@@ -79,21 +80,22 @@ def losa(job: RecoveryJob, options: LosaOptions) -> Recovered:
     if not options.dynamic:
         omegas, targets = [sum(omegas) / len(omegas)], [job.sparsity]
     slices = step_slices(len(data.sequences), len(targets), reference=options.reference_slices)
-    run = _Run(job, options)
+    run = _Run(job, options, job.objective())
     start = run.restore()
     for step in range(start, len(targets)):
         if not run.pruned(step):
             run.prune(step, targets[step], omegas[step])
-        run.train(step, [data.sequences[index] for index in slices[step]])
+        run.train(step, slices[step])
     return run.finish()
 
 
 class _Run:
     """The state between the phases: base weights in the model, adapters and masks beside them."""
 
-    def __init__(self, job: RecoveryJob, options: LosaOptions) -> None:
+    def __init__(self, job: RecoveryJob, options: LosaOptions, objective: Objective) -> None:
         self.job = job
         self.options = options
+        self.objective = objective
         self.linears = job.linears
         self.layers = model_layers(job.model)
         self.plan: SparsityPlan | None = None
@@ -144,14 +146,16 @@ class _Run:
         )
         self._save(step)
 
-    def train(self, step: int, sequences: list[torch.Tensor]) -> None:
-        """Train the adapters on the step's text; the base weights stay."""
+    def train(self, step: int, which: range) -> None:
+        """Train the adapters on those sequences of the text; the base weights stay."""
         report = train_adapters(
             self.job.model,
             self.adapters,
-            sequences,
+            self.job.training_data().sequences[which.start : which.stop],
             self.job.training,
             seed=self.job.seed * 1009 + step,
+            objective=self.objective,
+            first=which.start,
             description=f"train (LoSA step {step + 1})",
             state=self.job.state,
             tag=f"losa-{step}",

@@ -45,8 +45,10 @@ def train_on_pruned(
         data.sequences,
         job.training,
         seed=job.seed * 1009,
+        objective=job.objective(),
         description=f"train ({kind})",
         state=job.state,
+        processes=job.processes,
         tag=kind,
     )
     return adapters, masks, report

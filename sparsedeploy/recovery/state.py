@@ -29,15 +29,19 @@ class RunState:
         output: the folder that the run will write, which the run has claimed.
         request: everything that decides the result, as plain data; it must be the same to resume.
         resume: continue from what is there; otherwise it is dropped.
+        writes: False for a process that only reads what the first one of several writes.
 
     Raises:
         UserError: a changed request, naming what changed; the interrupted run is kept.
     """
 
-    def __init__(self, output: Path, request: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(self, output: Path, request: Mapping[str, Any], *, resume: bool, writes: bool = True) -> None:
         self.output = output
         self.folder = output.with_name(f".{output.name}.recovery")
         self._request = dict(request)
+        self._writes = writes
+        if not writes:
+            return
         if resume and (self.folder / _REQUEST).is_file():
             check_same(read_object(self.folder / _REQUEST, fix=START_OVER), request)
             return
@@ -49,6 +53,8 @@ class RunState:
         Raises:
             UserError: the disk is full or not writable; what was saved before is kept.
         """
+        if not self._writes:
+            return
         temporary = self.folder / f"{name}.tmp"
         try:
             if not (self.folder / _REQUEST).is_file():
@@ -66,15 +72,19 @@ class RunState:
                 raise found from error
             raise
 
+    def holds(self, name: str) -> bool:
+        """Whether a set was saved."""
+        return self._file(name).is_file()
+
     def load(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """A set, its tensors on the CPU; None when it was never saved.
 
         Raises:
             UserError: its file is damaged.
         """
-        if not self._file(name).is_file():
-            return None
         path = self._file(name)
+        if not path.is_file():
+            return None
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
@@ -83,11 +93,13 @@ class RunState:
             raise ResumeError(f"{path} is damaged", START_OVER) from error
 
     def drop(self, name: str) -> None:
-        self._file(name).unlink(missing_ok=True)
+        if self._writes:
+            self._file(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """The run is over: nothing is left to resume."""
-        discard(self.folder, self.output)
+        if self._writes:
+            discard(self.folder, self.output)
 
     @contextmanager
     def kept(self) -> Iterator[None]:

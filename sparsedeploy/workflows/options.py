@@ -11,6 +11,7 @@ from sparsedeploy.grid import KINDS, Grid
 from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.options import Options, described, option, plain_options, seed_option
 from sparsedeploy.plan import SparsityPlan
+from sparsedeploy.recovery.objective import Loss
 from sparsedeploy.recovery.options import DataOptions
 from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES
 from sparsedeploy.resources import shipped
@@ -108,6 +109,11 @@ class RecoverOptions(Options):
         None, "For training, such as learning_rate=2e-4.", flag="--train-option"
     )
     seed: int = seed_option("Seed of all random choices.")
+    loss: Loss = option(
+        "ce",
+        "What training minimises: `ce` the text's cross-entropy, `kl` the divergence from the dense model's "
+        "predictions, or `both`.",
+    )
 
 
 @dataclass(frozen=True)

@@ -56,13 +56,21 @@ def load_recipe(name: str) -> Recipe:
         path = shipped("recipes") / f"{name}.yaml"
     if not path.exists():
         raise UserError(f"no recipe '{name}'", f"Shipped: {', '.join(recipe_names())}; or give a YAML file.")
-    text = read_text(path, limit=_LIMIT, fix=_FORM)
+    return parse_recipe(read_yaml(path, "recipe", _FORM), name)
+
+
+def read_yaml(path: Path, kind: str, fix: str) -> Any:
+    """The plain data of a YAML file, of which ``kind`` says what it is.
+
+    Raises:
+        UserError: no such file, too large, or not YAML.
+    """
+    text = read_text(path, limit=_LIMIT, fix=fix)
     try:
-        value = yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"recipe {path} is not YAML ({reason})", _FORM) from error
-    return parse_recipe(value, name)
+        raise UserError(f"{kind} {path} is not YAML ({reason})", fix) from error
 
 
 def parse_recipe(value: Any, name: str) -> Recipe:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.tokenizer import check_tokens, load_tokenizer
 from sparsedeploy.options import build_options
 from sparsedeploy.plan import parse_pattern
-from sparsedeploy.processes import refuse_several
+from sparsedeploy.processes import SINGLE_PROCESS, Processes, local_device, process_group, refuse_several
 from sparsedeploy.pruning.layers import losses_of, prune_model
 from sparsedeploy.recovery.base import Recovered, RecoveryJob, check_masks
 from sparsedeploy.recovery.data import TrainingData, load_training_data
@@ -88,12 +89,18 @@ def recover_checkpoint(
     Raises:
         UserError: no manifest, masks that do not match the weights, a dense model that is missing or another one.
     """
-    refuse_several("the training of a recovery")
+    method = RECOVERIES.get(recover.method)
+    if method.traits["starts_from"] == "dense" or not method.traits["trains"]:
+        refuse_several(f"the recovery {method.name}")
+    on = local_device(resolve_device(run.device))
     read: list[str | Path] = [checkpoint, *_train_data(recover)]
     read += [dense] if dense else []
     read += [calibration["data"]] if calibration and "data" in calibration else []
-    with claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read):
-        return _from_checkpoint(checkpoint, output, recover, dense, calibration, run)
+    with process_group(on) as processes, ExitStack() as stack:
+        if processes.main:
+            stack.enter_context(claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read))
+        run = replace(run, device=str(on))
+        return _from_checkpoint(checkpoint, output, recover, dense, calibration, run, processes)
 
 
 def _train_data(recover: RecoverOptions) -> list[str]:
@@ -107,6 +114,7 @@ def _from_checkpoint(
     dense: str | None,
     calibration: Mapping[str, Any] | None,
     run: RunOptions,
+    processes: Processes,
 ) -> Manifest:
     method = RECOVERIES.get(recover.method)
     manifest = load_manifest(checkpoint)
@@ -115,20 +123,37 @@ def _from_checkpoint(
             f"{checkpoint} has been recovered with adapters beside its weights",
             "Recover the checkpoint that it was made from.",
         )
+    find = partial(_dense_folder, checkpoint, manifest, dense, recover.method)
     if method.traits["starts_from"] == "pruned":
-        return _from_pruned(checkpoint, output, manifest, recover, method, run)
+        folder = find() if reads_dense(recover, method) else None
+        return _from_pruned(checkpoint, output, manifest, recover, method, run, folder, processes)
+    name, folder = dense or manifest.source.name, find()
+    prune = _again(manifest, method, calibration or {})
+    check_writable(output, run.overwrite, (folder, prune.calibration.data))
+    return _from_dense(name, output, prune, recover, method, run)
+
+
+def reads_dense(recover: RecoverOptions, method: Method[Any]) -> bool:
+    """Whether a recovery of a pruned checkpoint also reads the dense model."""
+    return method.traits["starts_from"] == "dense" or recover.loss != "ce"
+
+
+def _dense_folder(checkpoint: Path, manifest: Manifest, dense: str | None, method: str) -> Path:
+    """The dense model that a checkpoint was pruned from.
+
+    Raises:
+        UserError: it is missing, or another one.
+    """
     name = dense or manifest.source.name
     try:
         folder = resolve_model(name)
     except UserError as error:
         raise UserError(
-            f"{recover.method} starts from the dense model, which is not at {name}", "Give its location: --dense."
+            f"{method} reads the dense model, which is not at {name}", "Give its location: --dense."
         ) from error
     if model_sha256(folder) != manifest.source.sha256:
         raise UserError(f"{name} is not the model that {checkpoint} was pruned from", "Give that one: --dense.")
-    prune = _again(manifest, method, calibration or {})
-    check_writable(output, run.overwrite, (folder, prune.calibration.data))
-    return _from_dense(name, output, prune, recover, method, run)
+    return folder
 
 
 def _again(manifest: Manifest, method: Method[Any], other: Mapping[str, Any]) -> PruneOptions:
@@ -209,6 +234,7 @@ def _from_dense(
         dense=lambda: StreamedLayers(
             folder, device=_device_of(model), dtype=_dtype_of(model), trust_remote_code=run.trust_remote_code
         ),
+        dense_model=_loader(folder, model, run),
         sparsity=choice.sparsity if choice else prune.plan.sparsity if prune.plan else 0.0,
         pattern=choice.pattern if choice else None,
         pruner=prune.method,
@@ -220,6 +246,7 @@ def _from_dense(
         calibration=calibration,
         batch_size=prune.calibration.batch_size,
         data=data,
+        loss=recover.loss,
         training=training,
         seed=recover.seed,
         state=state,
@@ -263,17 +290,24 @@ def _from_pruned(
     recover: RecoverOptions,
     method: Method[Any],
     run: RunOptions,
+    dense: Path | None,
+    processes: Processes,
 ) -> Manifest:
     options, training = _options(method, recover)
     plan = manifest.plan
     config = load_config(folder, trust_remote_code=run.trust_remote_code)
     masks = load_masks(folder / MASKS, {target.name: target.columns for target in plan.targets})
     data = _training_data(folder, config, recover, method, run)
-    request = {"model_sha256": model_sha256(folder), **_request(recover, options, training, data, run)}
+    request = {
+        "model_sha256": model_sha256(folder),
+        "dense_sha256": manifest.source.sha256 if dense else None,
+        **_request(recover, options, training, data, run),
+    }
     model = _loaded(folder, run)
     job = RecoveryJob(
         model=model,
         dense=lambda: model,
+        dense_model=_loader(dense or folder, model, run),
         sparsity=plan.sparsity,
         pattern=parse_pattern(plan.pattern),
         pruner=manifest.method,
@@ -281,12 +315,15 @@ def _from_pruned(
         plan=plan,
         masks=masks,
         data=data,
+        loss=recover.loss,
         training=training,
         seed=recover.seed,
         model_sha256=plan.model_sha256,
+        processes=processes,
     )
     check_masks(job.linears, masks, plan)
-    job.state = RunState(output, request, resume=run.resume)
+    job.state = RunState(output, request, resume=run.resume, writes=processes.main)
+    processes.broadcast_object(None)  # nobody reads the state before the first process has checked it
     recovered = _recovered(job, method, options)
     return _write(
         folder,
@@ -300,6 +337,14 @@ def _from_pruned(
         request={**manifest.request, **recovery_request(recover)},
         recovery=_recovery(recover, options, training, data, method, recovered),
         run=run,
+        processes=processes,
+    )
+
+
+def _loader(folder: Path, like: nn.Module, run: RunOptions) -> Callable[[], nn.Module]:
+    """Load a model in another one's type."""
+    return partial(
+        load_model, folder, dtype=_dtype_of(like), device=_device_of(like), trust_remote_code=run.trust_remote_code
     )
 
 
@@ -319,6 +364,8 @@ def _options(method: Method[Any], recover: RecoverOptions) -> tuple[Any, Trainin
             f"{method.name} trains and no training text was given",
             "Add --train-data: a .jsonl of rows with text, or with instruction and output; or any text.",
         )
+    if recover.loss != "ce" and not method.traits["trains"]:
+        raise UserError(f"{method.name} does not train: it has no loss", "Leave --loss out.")
     return method.make_options(recover.options), build_options("training", TrainingOptions, recover.training or {})
 
 
@@ -341,6 +388,7 @@ def _request(
     return {
         "recover": recover.method,
         "recover_options": asdict(options),
+        "loss": recover.loss,
         "training": {key: value for key, value in asdict(training).items() if key not in _CHANGEABLE},
         "training_data": data.describe() if data else None,
         "seed": recover.seed,
@@ -383,29 +431,34 @@ def _write(
     request: dict[str, dict[str, Any]],
     recovery: RecoveryRecord,
     run: RunOptions,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Manifest:
-    with _kept(job):
-        manifest = write_checkpoint(
-            folder,
-            output,
-            Provenance(
-                source_name,
-                recovered.plan,
-                *pruning,
-                calibration,
-                request,
-                recovery,
-                dtype=str(_dtype_of(job.model)).removeprefix("torch."),
-            ),
-            model=job.model,
-            masks=recovered.masks,
-            losses=recovered.losses or losses,
-            low_rank=recovered.low_rank,
-            overwrite=run.overwrite,
-        )
-    if job.state is not None:
-        job.state.remove()
-    return manifest
+    manifest = None
+    if processes.main:
+        with _kept(job):
+            manifest = write_checkpoint(
+                folder,
+                output,
+                Provenance(
+                    source_name,
+                    recovered.plan,
+                    *pruning,
+                    calibration,
+                    request,
+                    recovery,
+                    dtype=str(_dtype_of(job.model)).removeprefix("torch."),
+                ),
+                model=job.model,
+                masks=recovered.masks,
+                losses=recovered.losses or losses,
+                low_rank=recovered.low_rank,
+                overwrite=run.overwrite,
+            )
+        if job.state is not None:
+            job.state.remove()
+    written = processes.broadcast_object(manifest)
+    assert written is not None, "the first process writes"
+    return written
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

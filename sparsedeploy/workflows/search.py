@@ -8,7 +8,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ from torch import nn
 from sparsedeploy import progress
 from sparsedeploy.allocation.allocate import allocate_each
 from sparsedeploy.allocation.budget import integer_counts, meet_target, nm_target
-from sparsedeploy.allocation.evolve import EvolveOptions, Generation, Levels, Space, evolve
+from sparsedeploy.allocation.evolve import EvolveOptions, Generation, Levels, Slopes, Space, evolve
 from sparsedeploy.allocation.mixed import MixedOptions
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import ResidentLayers
 from sparsedeploy.models.linear_views import assign_weight
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, ModuleTarget, SparsityPlan
+from sparsedeploy.pruning.layers import prune_model
 from sparsedeploy.pruning.levels import LevelDatabase
-from sparsedeploy.quality.divergence import dense_predictions, divergence
+from sparsedeploy.quality.divergence import dense_predictions, divergence, divergence_gradients
 from sparsedeploy.registry import ALLOCATORS
 from sparsedeploy.resources import cache_home
 
@@ -49,12 +50,42 @@ class PlanScores:
         self._database = database
 
     def __call__(self, targets: Sequence[ModuleTarget], which: range | None = None) -> float:
+        self._load(targets)
+        return divergence(self._model, self._predictions, which)
+
+    def slopes(
+        self, targets: Sequence[ModuleTarget], choices: Sequence[tuple[ModuleTarget | None, ...]], which: Sequence[int]
+    ) -> list[tuple[float, ...]] | None:
+        """By module, what each other level of it is expected to change the divergence by: the gradient times the
+        difference of the weights. NaN for a level that is None; None where weights are slices of larger tensors.
+
+        Args:
+            choices: by module of ``targets``, its other levels.
+        """
+        weights = {name: linear.weight for name, linear in self._linears.items() if isinstance(linear, nn.Linear)}
+        if len(weights) < len(self._linears):
+            return None
+        self._load(targets)
+        gradients = divergence_gradients(self._model, self._predictions, weights, which)
+
+        def change(name: str, level: ModuleTarget | None) -> float:
+            if level is None or name not in gradients:
+                return math.nan
+            weight = weights[name].detach()
+            other = self._database.read(level).to(weight.device, weight.dtype)
+            return float(torch.sum(gradients[name] * (other - weight), dtype=torch.float64))
+
+        return [
+            tuple(change(target.name, level) for level in levels)
+            for target, levels in zip(targets, choices, strict=True)
+        ]
+
+    def _load(self, targets: Sequence[ModuleTarget]) -> None:
         for target in targets:
             if self._loaded.get(target.name) != target:
                 linear = self._linears[target.name]
                 assign_weight(linear, self._database.read(target).to(linear.weight.device, linear.weight.dtype))
                 self._loaded[target.name] = target
-        return divergence(self._model, self._predictions, which)
 
 
 def search_plan(
@@ -119,23 +150,34 @@ def search_plan(
         )
 
     add([target for each in (*targets.values(), *levels) for target in each])
-    score = PlanScores(model, database, windows)
-    scores = _compare(targets, score)
+    few = windows[: -(-len(windows) // 4)] if options.confirm else windows
+    score = PlanScores(model, database, few)
+    scores = _compare("compare allocations", targets, score)
     details: dict[str, Any] = {"selection": options.selection, "scores": scores}
+    if space is not None:
+        found = _search(space, levels, targets, score, options, folder, few)
+        evolved = _exact([levels[unit][at] for unit, at in enumerate(found.levels)], sparsity, pattern)
+        add(evolved)
+        targets["evolve"], scores["evolve"] = evolved, _plain(score(evolved))
+        details["generations"] = found.number
+    if options.confirm:
+        del score
+
+        def pruned(plan: Sequence[ModuleTarget]) -> float:
+            candidate = copy.deepcopy(model)
+            whole = replace(plans["uniform"], targets=tuple(plan))
+            with progress.hidden():
+                prune_model(candidate, tokens, whole, method, method_options, batch_size, reconstruct=reconstruct)
+            return divergence(candidate, dense)
+
+        dense = dense_predictions(model, windows)
+        finalists = _finalists(scores, options.confirm)
+        scores = details["confirmed"] = _compare("confirm", {name: targets[name] for name in finalists}, pruned)
     lowest, best = min((math.inf if value is None else value, name) for name, value in scores.items())
     if not math.isfinite(lowest):
         raise UserError(
             "the pruned model has diverged with every allocation", "Lower the sparsity or use another method."
         )
-    if space is not None:
-        found = _search(space, levels, targets, score, options, folder, windows)
-        evolved = _exact([levels[unit][at] for unit, at in enumerate(found.levels)], sparsity, pattern)
-        add(evolved)
-        reached = score(evolved)
-        targets["evolve"], scores["evolve"] = evolved, _plain(reached)
-        details["generations"] = found.number
-        if reached <= lowest:
-            lowest, best = reached, "evolve"
     progress.note(f"{allocation}: {best} is closest to the dense model (KL {lowest:.4f})")
     return SparsityPlan(
         sparsity=plans["uniform"].sparsity,
@@ -172,10 +214,17 @@ def _plans(
         return plans
 
 
-def _compare(targets: Mapping[str, Targets], score: PlanScores) -> dict[str, float | None]:
+def _finalists(scores: Mapping[str, float | None], count: int) -> list[str]:
+    """Uniform, what a search found, and the ``count`` closest of the others."""
+    always = [name for name in ("uniform", "evolve") if name in scores]
+    able = [(value, name) for name, value in scores.items() if value is not None and name not in always]
+    return [*always, *(name for _, name in sorted(able)[:count])]
+
+
+def _compare(title: str, targets: Mapping[str, Targets], score: Callable[[Targets], float]) -> dict[str, float | None]:
     """The divergence of each plan, None where the model has diverged; one line each on standard error."""
     scores: dict[str, float | None] = {}
-    with progress.bar("compare allocations", len(targets), "plans") as advance:
+    with progress.bar(title, len(targets), "plans") as advance:
         for name, each in targets.items():
             scores[name] = value = _plain(score(each))
             progress.note(f"{name:>14}  {'diverged' if value is None else f'KL {value:.4f}'}")
@@ -238,13 +287,19 @@ def _search(
         "space": [space.removed, space.wanted],
         "starts": starts,
         "windows": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
-        "options": {key: getattr(options, key) for key in ("offspring", "seed")},
+        "options": {key: getattr(options, key) for key in ("offspring", "guided", "seed")},
     }
     path = folder / f"search-{_digest(asked)}.jsonl"
     resumed = _last_generation(path)
 
     def fitness(vector: Levels, which: range) -> float:
         return score([levels[unit][at] for unit, at in enumerate(vector)], which)
+
+    def slopes(vector: Levels) -> Slopes | None:
+        at = [levels[unit][level] for unit, level in enumerate(vector)]
+        around = [_around(levels[unit], level) for unit, level in enumerate(vector)]
+        found = score.slopes(at, around, range(0, len(windows), 2))
+        return None if found is None else [(down, up) for down, up in found]
 
     def record(generation: Generation) -> None:
         with open(path, "a", encoding="utf-8") as file:
@@ -254,7 +309,21 @@ def _search(
 
     if resumed is not None and resumed.number:
         progress.note(f"resumes after generation {resumed.number}, best KL {resumed.fitness:.4f}")
-    return evolve(space, starts, fitness, windows=len(windows), options=options, resumed=resumed, record=record)
+    return evolve(
+        space,
+        starts,
+        fitness,
+        windows=len(windows),
+        options=options,
+        slopes=slopes,
+        resumed=resumed,
+        record=record,
+    )
+
+
+def _around(table: Sequence[ModuleTarget], at: int) -> tuple[ModuleTarget | None, ModuleTarget | None]:
+    """The levels below and above one."""
+    return (table[at - 1] if at else None, table[at + 1] if at + 1 < len(table) else None)
 
 
 def _last_generation(path: Path) -> Generation | None:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsedeploy.allocation.allocate import allocate
 from sparsedeploy.calibration.samples import CalibrationSet
 from sparsedeploy.plan import NM, MixedNM, parse_pattern
+from sparsedeploy.pruning.layers import prune_model
 from sparsedeploy.recovery.base import RecoveryJob
 from sparsedeploy.recovery.data import TrainingData
 from sparsedeploy.recovery.training import TrainingOptions
-from sparsedeploy.registry import PRUNERS
+from sparsedeploy.registry import ALLOCATORS, PRUNERS
 from tests.small_models import random_model
 
 
@@ -43,6 +45,7 @@ def job(
     return RecoveryJob(
         model=model,
         dense=lambda: dense,
+        dense_model=lambda: dense,
         sparsity=parsed.sparsity if parsed else float(sparsity or 0),
         pattern=parsed,
         pruner=pruner,
@@ -52,6 +55,17 @@ def job(
         training=training or TrainingOptions(learning_rate=1e-2, batch_size=4, accumulation=1, clip=1.0),
         **changes,
     )
+
+
+def pruned_job(**changes: Any) -> RecoveryJob:
+    """A job whose model is pruned by its plan."""
+    work = job(**changes)
+    uniform = ALLOCATORS.get("uniform").make_options()
+    tokens = work.calibration_tokens()
+    work.plan = allocate(work.model, tokens, work.sparsity, work.pattern, "uniform", uniform)
+    pruned = prune_model(work.model, tokens, work.plan, work.pruner, work.pruner_options)
+    work.masks = {name: module.mask for name, module in pruned.items()}
+    return work
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

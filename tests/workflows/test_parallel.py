@@ -1,5 +1,6 @@
 """Several processes on one pruning job (torchrun, gloo): the same result as one process."""
 
+import json
 import os
 import subprocess
 import sys
@@ -100,3 +101,47 @@ def test_sequences_are_split_without_loss() -> None:
     assert torch.equal(torch.cat(allocated), tokens)
     with pytest.raises(UserError, match="2 calibration sequences cannot be split over 3"):
         Processes(0, 3).shard(tokens[:2])
+
+
+@pytest.mark.parametrize("method", ["elsa", "sparse-lora"])
+def test_two_processes_train_as_one(method: str, tmp_path: Path, text: Path) -> None:
+    """Three passes a step, so that one process has more of them than the other; the dense model is learnt from too."""
+    source, pruned = save_model(tmp_path / "dense"), tmp_path / "pruned"
+    assert run(1, "prune", source, "-o", pruned, "-s", 0.6, "-m", "magnitude", "--device", "cpu").returncode == 0
+    options = ("--train-option", "accumulation=3", "--train-option", "batch_size=1", "--train-samples", 25)
+    weights, reports = [], []
+    for processes in (1, 2):
+        output = tmp_path / f"out{processes}"
+        outcome = run(
+            processes, "recover", pruned, "-o", output, "-m", method, "--loss", "both", "--train-data", text,
+            "--train-length", 32, *options, "--device", "cpu", "--json",
+        )  # fmt: skip
+        assert outcome.returncode == 0, outcome.stderr
+        assert inspect_checkpoint(output).problems == []
+        weights.append(load_file(output / "model.safetensors"))
+        reports.append(json.loads(outcome.stdout)["recovery"]["report"])
+    assert reports[0]["tokens"] == reports[1]["tokens"]
+    assert reports[0]["last_loss"] == pytest.approx(reports[1]["last_loss"], rel=1e-4)
+    one, two = weights
+    before = load_file(pruned / "model.safetensors")
+    assert any(not torch.equal(one[name], before[name]) for name in one)
+    # The sums of gradients differ in their last bits, which Adam may carry on where a gradient is almost zero.
+    for name, value in one.items():
+        close = torch.isclose(value, two[name], rtol=1e-3, atol=2e-5)
+        assert close.float().mean() > 0.99
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_more_processes_than_passes_are_refused(tmp_path: Path, text: Path) -> None:
+    source, pruned = save_model(tmp_path / "dense"), tmp_path / "pruned"
+    assert run(1, "prune", source, "-o", pruned, "-s", 0.6, "-m", "magnitude", "--device", "cpu").returncode == 0
+    outcome = run(
+        2, "recover", pruned, "-o", tmp_path / "out", "-m", "elsa", "--train-data", text, "--device", "cpu",
+        "--train-option", "accumulation=1",
+    )  # fmt: skip
+    assert outcome.returncode != 0
+    lines = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    assert lines == [
+        "error: 2 processes cannot share the 1 passes of a step. Use --train-option accumulation=2, or fewer processes."
+    ]
+    assert not (tmp_path / "out").exists()

@@ -49,7 +49,8 @@ def pruning(folder: Path, **changes: Any) -> PruneOptions:
 
 def options(folder: Path, method: str, **changes: Any) -> RecoverOptions:
     data = DataOptions(str(folder / "rows.jsonl"), max_length=48)
-    values: dict[str, Any] = {"losa": {"steps": 2, "first_rank": 2}, "sparselo": {"rank": 4}}.get(method, {"rank": 2})
+    known = {"losa": {"steps": 2, "first_rank": 2}, "sparselo": {"rank": 4}, "elsa": {"interval": 2}}
+    values: dict[str, Any] = known.get(method, {"rank": 2})
     return dataclasses.replace(RecoverOptions(method, values, data, TRAINING), **changes)
 
 
@@ -59,7 +60,7 @@ def logits(folder: Path) -> torch.Tensor:
         return load_model(folder)(input_ids=tokens).logits
 
 
-@pytest.mark.parametrize("method", ["losa", "sparse-lora", "lora", "sparselo"])
+@pytest.mark.parametrize("method", ["losa", "sparse-lora", "lora", "sparselo", "elsa"])
 def test_prune_with_recovery_writes_a_sound_checkpoint(method: str, folders: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     manifest = prune_and_recover(str(folders / "dense"), out, pruning(folders), options(folders, method))
@@ -78,7 +79,7 @@ def test_prune_with_recovery_writes_a_sound_checkpoint(method: str, folders: Pat
     assert not torch.equal(logits(out), logits(folders / "dense"))
 
 
-@pytest.mark.parametrize("method", ["losa", "sparse-lora", "lora", "sparselo"])
+@pytest.mark.parametrize("method", ["losa", "sparse-lora", "lora", "sparselo", "elsa"])
 def test_recover_a_checkpoint(method: str, folders: Path, tmp_path: Path) -> None:
     manifest = recover_checkpoint(folders / "pruned", tmp_path / "out", options(folders, method))
     assert inspect_checkpoint(tmp_path / "out").problems == []
@@ -237,3 +238,27 @@ def test_diverging_training_keeps_the_last_good_state(folders: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.recovery").is_dir()
     assert inspect_checkpoint(folders / "pruned").problems == []
+
+
+@pytest.mark.parametrize("method", ["sparse-lora", "elsa"])
+def test_a_checkpoint_learns_from_the_dense_model(method: str, folders: Path, tmp_path: Path) -> None:
+    wanted = options(folders, method, loss="kl")
+    one = prune_and_recover(str(folders / "dense"), tmp_path / "one", pruning(folders), wanted)
+    two = recover_checkpoint(folders / "pruned", tmp_path / "two", wanted)
+    assert one.recovery is not None
+    assert two.recovery is not None
+    assert one.recovery.report["last_loss"] == two.recovery.report["last_loss"]
+    assert two.request["recover"]["loss"] == "kl"
+    assert torch.equal(logits(tmp_path / "one"), logits(tmp_path / "two"))
+
+
+def test_the_dense_model_that_is_learnt_from_must_be_there_and_the_same(folders: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "other", seed=5)
+    wanted = options(folders, "sparse-lora", loss="both")
+    with pytest.raises(UserError, match="is not the model that"):
+        recover_checkpoint(folders / "pruned", tmp_path / "out", wanted, dense=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="reads the dense model, which is not at"):
+        recover_checkpoint(folders / "pruned", tmp_path / "out", wanted, dense=str(tmp_path / "none"))
+    with pytest.raises(UserError, match="sparselo does not train"):
+        recover_checkpoint(folders / "pruned", tmp_path / "out", options(folders, "sparselo", loss="kl"))
+    assert not (tmp_path / "out").exists()

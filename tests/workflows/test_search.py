@@ -1,6 +1,10 @@
 """``auto`` and ``evolve`` on a small model: never worse than any allocation on the selection text, exact, resumable."""
 
+import copy
 import json
+import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +89,27 @@ def test_a_level_is_what_the_method_leaves_and_comes_back_from_disk(model: nn.Mo
     assert score == pytest.approx(divergence(pruned, dense_predictions(model, windows)), rel=1e-6)
 
 
+def really(model: nn.Module, plan: SparsityPlan) -> float:
+    """The divergence of the model that is pruned by the plan."""
+    candidate = copy.deepcopy(model)
+    prune_model(candidate, text(4, 0), plan, "wanda", PRUNERS.get("wanda").make_options())
+    return divergence(candidate, dense_predictions(model, text(4, 1)))
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "mixed-2:8"])
 def test_evolve_is_never_worse_than_auto_and_auto_than_any(model: nn.Module, tmp_path: Path, pattern: str) -> None:
     auto = search(model, "auto", tmp_path / "db", pattern)
     found = search(model, "evolve", tmp_path / "db", pattern, generations=6, offspring=8)
-    scores = auto.details["search"]["scores"]
+    scores, confirmed = (auto.details["search"][key] for key in ("scores", "confirmed"))
     assert set(scores) == {name for name in ALLOCATORS.names() if name not in ("auto", "evolve")}
+    closest = sorted((value, name) for name, value in scores.items() if name != "uniform")[:3]
+    assert set(confirmed) == {"uniform", *(name for _, name in closest)}
+    assert really(model, auto) == pytest.approx(min(confirmed.values()), rel=1e-6)
+    assert set(found.details["search"]["confirmed"]) == {*confirmed, "evolve"}
+    assert really(model, found) <= really(model, auto) * (1 + 1e-6)
+    trusting = search(model, "auto", tmp_path / "db", pattern, confirm=0)
     score = PlanScores(model, LevelDatabase(tmp_path / "db", IDENTITY), text(4, 1))
-    assert score(auto.targets) == pytest.approx(min(scores.values()), rel=1e-9)
-    assert score(found.targets) <= min(scores.values())
+    assert score(trusting.targets) == pytest.approx(min(trusting.details["search"]["scores"].values()), rel=1e-9)
     for plan in (auto, found):
         unit = max(t.rows for t in plan.targets) if pattern == "unstructured" else max(t.size / 8 for t in plan.targets)
         excess = plan.achieved * sum(t.size for t in plan.targets) - plan.sparsity * sum(t.size for t in plan.targets)
@@ -109,7 +125,7 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(model: nn.Module, tmp_p
     (record,) = cut.glob("search-*.jsonl")
     with open(record, "a") as file:
         file.write('{"generation": 4, "lev')
-    missing = next(cut.glob("model.layers.1*/*.safetensors"))
+    missing = max(next(cut.glob("model.layers.1*")).iterdir(), key=lambda path: path.stat().st_size)
     stored = missing.read_bytes()
     missing.unlink()
     again = search(model, "evolve", cut, generations=6, offspring=4, patience=0)
@@ -138,3 +154,34 @@ def test_what_cannot_be_searched_is_refused(model: nn.Module, tmp_path: Path) ->
     assert {t.pattern.n for t in search(model, "auto", tmp_path / "db", "2:4").targets if t.pattern} == {2}
     with pytest.raises(UserError, match="no levels of the database meet the budget"):
         search(model, "evolve", tmp_path / "db", highest=0.5, generations=1)
+
+
+def test_slopes_are_the_changes_of_the_divergence_to_first_order(tmp_path: Path) -> None:
+    """Against the divergence itself, of a level that differs by little: magnitude's next zero in each row."""
+    model = random_model("llama", num_hidden_layers=3)
+    plan = allocate(model, None, 0.8, None, "uniform", ALLOCATORS.get("uniform").make_options())
+    database = LevelDatabase(tmp_path / "db", IDENTITY)
+    more = [replace(target, zeros_per_row=target.zeros_per_row + 1) for target in plan.targets]
+    method = ("magnitude", PRUNERS.get("magnitude").make_options())
+    database.add(ResidentLayers(model), None, [*plan.targets, *more], *method)
+    score = PlanScores(model, database, text(4, 1))
+    base = score(plan.targets)
+    slopes = score.slopes(plan.targets, [(None, level) for level in more], range(4))
+    assert slopes is not None
+    measured = []
+    for at, level in enumerate(more):
+        measured.append(score([*plan.targets[:at], level, *plan.targets[at + 1 :]]) - base)
+    expected = torch.tensor([up for _, up in slopes])
+    assert all(math.isnan(down) for down, _ in slopes), "no level, no number"
+    assert torch.corrcoef(torch.stack([expected, torch.tensor(measured)]))[0, 1] > 0.7
+    assert score(plan.targets) == base, "the model is as it was"
+
+
+def test_a_full_disk_is_found_out_before_the_pass(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    with pytest.raises(UserError, match="the disk is too full"):
+        search(model, "auto", tmp_path / "db")
+    assert [path.name for path in (tmp_path / "db").iterdir()] == ["levels.json"]

@@ -1,0 +1,152 @@
+"""The file of a sweep: a model and a grid of what to try, checked before anything runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sparsedeploy.errors import UserError
+from sparsedeploy.models.loading import resolve_model
+from sparsedeploy.options import Options, build_options, described, option, shown
+from sparsedeploy.plan import parse_pattern
+from sparsedeploy.quality.options import EvalOptions, TextOptions
+from sparsedeploy.workflows.recipes import parse_recipe, read_yaml
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class SweepOptions(Options):
+    """A sweep file's lines. An entry of ``methods``, ``allocations`` or ``recoveries`` is a name, or a mapping with
+    ``method`` or ``allocation`` and what else that section of a recipe takes.
+
+    Attributes:
+        calibration, train: sections as in a recipe, for all cells.
+    """
+
+    model: str = option("", "Model folder or hub id.")
+    rates: tuple[Any, ...] = option((), "Sparsities and N:M patterns.")
+    methods: tuple[Any, ...] = option(("wanda",), "Pruning methods.")
+    allocations: tuple[Any, ...] = option(("uniform",), "Allocations; N:M patterns are always uniform.")
+    recoveries: tuple[Any, ...] = option(("none",), "Recoveries of every pruned model; none is always there.")
+    calibration: Mapping[str, Any] | None = option(None, "Calibration text.")
+    train: Mapping[str, Any] | None = option(None, "Training text.")
+    eval: Mapping[str, Any] | None = option(None, "The text that perplexity is measured on.")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid.
+
+    Attributes:
+        name: of its folder.
+        recipe: the sections that prune it; empty for the dense model.
+        recover: the section that recovers ``base``; None for a cell that is only pruned.
+        base: the cell that it starts from.
+    """
+
+    name: str
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recover: Mapping[str, Any] | None = None
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep."""
+
+    model: str
+    folder: Path
+    cells: tuple[Cell, ...]
+    train: Mapping[str, Any]
+    quality: EvalOptions
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read a sweep file.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown line, or a method, option or rate that cannot be.
+    """
+    value = read_yaml(path, "sweep", f"Its lines: {', '.join(_lines())}.")
+    if not isinstance(value, dict):
+        raise UserError(f"sweep {path} is not a mapping", f"Its lines: {', '.join(_lines())}.")
+    if unknown := [key for key in value if key not in _lines()]:
+        raise UserError(f"sweep {path}: unknown line {shown(unknown[0])}", f"Known: {', '.join(_lines())}.")
+    lines: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in value.items()}
+    options = SweepOptions(**lines)
+    for name in ("rates", "methods", "allocations", "recoveries"):
+        if not isinstance(getattr(options, name), tuple) or not getattr(options, name):
+            raise UserError(f"sweep {path}: {name} is not a list", f"Write it as {name}: [...].")
+    if not options.model or not isinstance(options.eval, Mapping) or not options.eval.get("data"):
+        raise UserError(f"sweep {path} names no model or no text to evaluate on", "Add model: and eval: {data: TEXT}.")
+    texts = {name: text for name in ("calibration", "train") if (text := getattr(options, name))}
+    train = parse_recipe({"prune": {}, **texts}, path.name).sections.get("train", {})
+    quality = _quality(options.eval, f"sweep {path}: eval")
+    cells = tuple(_cells(options, path.name))
+    if twice := [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]:
+        raise UserError(f"sweep {path} names the cell {twice[0]} twice", "Give each entry a line name: of its own.")
+    return Sweep(options.model, resolve_model(options.model), cells, train, quality)
+
+
+def _quality(values: Mapping[str, Any], where: str) -> EvalOptions:
+    """The options of ``eval``, those of its text among them."""
+    own = {item.name for item in described(TextOptions)}
+    text = build_options(where, TextOptions, {name: value for name, value in values.items() if name in own})
+    rest = {name: value for name, value in values.items() if name not in own}
+    return replace(build_options(where, EvalOptions, rest), text=text)
+
+
+def _lines() -> list[str]:
+    return [item.name for item in described(SweepOptions)]
+
+
+def _cells(options: SweepOptions, where: str) -> Iterator[Cell]:
+    """The dense model, then every pruned cell, each before what recovers it."""
+    yield Cell(DENSE)
+    recoveries = [entry for each in options.recoveries if (entry := _entry(each, "method")) is not None]
+    seen: set[str] = set()
+    for rate, method, allocation in itertools.product(options.rates, options.methods, options.allocations):
+        pattern = rate if isinstance(rate, str) and ":" in rate else None
+        target = {"pattern": pattern} if pattern else {"sparsity": rate}
+        spread = _entry(allocation, "allocation") or {"allocation": "uniform"}
+        how = _entry(method, "method") or {}
+        if pattern and not pattern.startswith("mixed"):
+            spread = {"allocation": "uniform"}
+        names = [how.pop("name", how.get("method")), spread.pop("name", spread["allocation"]), _rate_name(rate)]
+        sections: dict[str, Any] = {"prune": {**target, **how, **spread}}
+        if options.calibration:
+            sections["calibration"] = dict(options.calibration)
+        parse_recipe(sections, where)  # refuses what cannot be
+        base = "-".join(str(name) for name in names)
+        if base in seen and pattern:
+            continue  # the same pattern under another allocation
+        seen.add(base)
+        yield Cell(base, sections)
+        for each in recoveries:
+            recover = dict(each)
+            name = recover.pop("name", recover["method"])
+            parse_recipe({"recover": recover}, where)
+            yield Cell(f"{base}-{name}", {}, recover, base)
+
+
+def _entry(value: Any, key: str) -> dict[str, Any] | None:
+    """An entry as a mapping; None for none."""
+    if value in (None, "none"):
+        return None
+    if isinstance(value, str):
+        return {key: value}
+    if isinstance(value, Mapping) and isinstance(value.get(key), str):
+        return dict(value)
+    raise UserError(f"a sweep's entry is {shown(value)}", f"It takes a name, or a mapping with {key}:.")
+
+
+def _rate_name(rate: Any) -> str:
+    if isinstance(rate, str):
+        parse_pattern(rate)
+        return rate.replace(":", "of")
+    return f"{100 * rate:g}"
