@@ -117,13 +117,18 @@ def _demo(output: Path, options: DemoOptions, command: str) -> dict[str, Any]:
         left_out = demo_probe.why_not(output)
         skipped += [left_out] if left_out else []
         probes = {} if left_out else demo_probe.probe_checkpoints(output / "checkpoints", _PROBED)
-    artifacts = {
-        engine: {
-            name: _exported(folder, engine, output / "artifacts" / engine / name)
-            for name, folder in {**checkpoints, **probes}.items()
-        }
-        for engine in engines
-    }
+    artifacts: dict[str, dict[str, Path]] = {}
+    for engine in engines:
+        try:
+            artifacts[engine] = {
+                name: _exported(folder, engine, output / "artifacts" / engine / name)
+                for name, folder in {**checkpoints, **probes}.items()
+            }
+        except UserError as error:
+            if engine == engines[-1] and not artifacts:
+                raise
+            skipped.append(f"{engine} was left out: {error}")
+    engines = list(artifacts)
     progress.note("5/5  speed")
     measured = {engine: _speed(artifacts[engine], list(checkpoints), hidden, options) for engine in engines}
     probed = {
@@ -188,7 +193,7 @@ def _engines(options: DemoOptions) -> tuple[list[str], list[str]]:
             found.append(name)
         else:
             skipped.append(
-                f"{state.title} was left out: it is not installed. It is built from source, once, with "
+                f"{state.title} was left out: it is {state.state}. It is built from source, once, with "
                 f"sparsedeploy runtime install {name}; the next demo then uses it."
             )
     if not found:
