@@ -98,6 +98,7 @@ class Client(threading.Thread):
 def main() -> None:
     arguments = _arguments()
     command = [sys.executable, "-m", "sparsedeploy", "serve", arguments.artifact, "--port", str(arguments.port)]
+    command += ["--length", str(arguments.length)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
@@ -207,6 +208,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--clients", type=lambda text: [int(part) for part in text.split(",")], default=numbers)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each number of clients")
     parser.add_argument("--tokens", type=int, default=16, help="of an answer")
+    parser.add_argument("--length", type=int, default=512, help="of a prompt and its answer together, at most")
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--output", help="path of the results without its ending")
     return parser.parse_args()
