@@ -61,10 +61,10 @@ def html_report(report: Mapping[str, Any]) -> str:
         table(HEADERS, [cells(row) for row in summary_rows(report)]),
         note(
             f"{heading(first)}. Perplexity: {quality['data']} ({quality['split']} split), {quality['windows']} "
-            f"windows of {quality['context']} tokens, in torch. Prefill and decode: speedup over dense in the same "
-            "engine, the median of the rounds' ratios; '?' where its 95 % interval includes 1. Limit: the highest "
-            "decode speedup that memory traffic alone would allow. Size: the exported folder; some engines compress "
-            "zeros when they load the graph, not on disk."
+            f"windows of {quality['context']} tokens, in {report.get('perplexity_in', 'torch')}. Prefill and decode: "
+            "speedup over dense in the same engine, the median of the rounds' ratios; '?' where its 95 % interval "
+            "includes 1. Limit: the highest decode speedup that memory traffic alone would allow. Size: the exported "
+            "folder; some engines compress zeros when they load the graph, not on disk."
         ),
         *lines,
         commands_block([report["command"]]),

@@ -150,6 +150,7 @@ def report_of(
         "sparsedeploy": __version__,
         "command": command,
         "summary": sentence(result),
+        "perplexity_in": f"torch for the dense model, in {prepared.aim.name} for the others",
         "settings": settings,
         "bound": state.dense["perplexity"] * (1 + prepared.within),
         "trials": state.trials,
