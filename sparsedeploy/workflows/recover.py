@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from sparsedeploy.allocation import MixedOptions
 from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.calibration.text import recorded_options
-from sparsedeploy.checkpoint.manifest import CalibrationRecord, Manifest, RecoveryRecord, load_manifest
+from sparsedeploy.checkpoint.manifest import Manifest, load_manifest
 from sparsedeploy.checkpoint.masks import FILE as MASKS
 from sparsedeploy.checkpoint.masks import load_masks
-from sparsedeploy.checkpoint.writer import Provenance, write_checkpoint
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, claim
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import StreamedLayers
-from sparsedeploy.models.loading import load_config, load_model, resolve_device, resolve_model
+from sparsedeploy.models.loading import load_config, resolve_device, resolve_model
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
-from sparsedeploy.models.tokenizer import check_tokens, load_tokenizer
-from sparsedeploy.options import build_options
 from sparsedeploy.plan import parse_pattern
-from sparsedeploy.processes import SINGLE_PROCESS, Processes, local_device, process_group, refuse_several
+from sparsedeploy.processes import Processes, local_device, process_group, refuse_several
 from sparsedeploy.pruning.layers import losses_of, prune_model
-from sparsedeploy.recovery.base import Recovered, RecoveryJob, check_masks
-from sparsedeploy.recovery.data import TrainingData, load_training_data
+from sparsedeploy.recovery.base import RecoveryJob, check_masks
 from sparsedeploy.recovery.state import RunState
-from sparsedeploy.recovery.training import TrainingOptions
 from sparsedeploy.registry import RECOVERIES, Method
-from sparsedeploy.version import __version__
 from sparsedeploy.workflows.options import PruneOptions, RecoverOptions, RunOptions, recovery_request, request_of
 from sparsedeploy.workflows.plan import choose_plan, prepare
-
-# What may change when a run that diverged is resumed.
-_CHANGEABLE = ("learning_rate", "clip")
+from sparsedeploy.workflows.recovery_run import (
+    checked_options,
+    device_of,
+    dtype_of,
+    loaded_model,
+    model_loader,
+    recovery_record,
+    request_of_recovery,
+    run_method,
+    training_data,
+    write_recovered,
+)
 
 
 def prune_and_recover(
@@ -206,7 +206,7 @@ def _from_dense(
     method: Method[Any],
     run: RunOptions,
 ) -> Manifest:
-    options, training = _options(method, recover)
+    options, training = checked_options(method, recover)
     own_allocation = method.traits.get("allocation")
     prepared = prepare(
         source,
@@ -225,16 +225,16 @@ def _from_dense(
         raise UserError(
             f"{recover.method} chooses its rates at every step", "Leave out --plan, or a search for the allocation."
         )
-    data = _training_data(folder, prepared.config, recover, method, run)
-    request = {**prepared.request(), **_request(recover, options, training, data, run)}
+    data = training_data(folder, prepared.config, recover, method, run)
+    request = {**prepared.request(), **request_of_recovery(recover, options, training, data, run)}
     state = RunState(output, request, resume=run.resume) if method.traits["trains"] else None
-    model = _loaded(folder, run)
+    model = loaded_model(folder, run)
     job = RecoveryJob(
         model=model,
         dense=lambda: StreamedLayers(
-            folder, device=_device_of(model), dtype=_dtype_of(model), trust_remote_code=run.trust_remote_code
+            folder, device=device_of(model), dtype=dtype_of(model), trust_remote_code=run.trust_remote_code
         ),
-        dense_model=_loader(folder, model, run),
+        dense_model=model_loader(folder, model, run),
         sparsity=choice.sparsity if choice else prune.plan.sparsity if prune.plan else 0.0,
         pattern=choice.pattern if choice else None,
         pruner=prune.method,
@@ -267,8 +267,8 @@ def _from_dense(
             reconstruct=prune.reconstruct,
         )
         job.masks, losses = {name: module.mask for name, module in pruned.items()}, losses_of(pruned)
-    recovered = _recovered(job, method, options)
-    return _write(
+    recovered = run_method(job, method, options)
+    return write_recovered(
         folder,
         output,
         job,
@@ -278,7 +278,7 @@ def _from_dense(
         pruning=(prune.method, asdict(prepared.pruner_options)),
         calibration=prepared.described,
         request=request_of(prune, recover, reads_text=calibration is not None),
-        recovery=_recovery(recover, options, training, data, method, recovered),
+        recovery=recovery_record(recover, options, training, data, method, recovered),
         run=run,
     )
 
@@ -293,21 +293,21 @@ def _from_pruned(
     dense: Path | None,
     processes: Processes,
 ) -> Manifest:
-    options, training = _options(method, recover)
+    options, training = checked_options(method, recover)
     plan = manifest.plan
     config = load_config(folder, trust_remote_code=run.trust_remote_code)
     masks = load_masks(folder / MASKS, {target.name: target.columns for target in plan.targets})
-    data = _training_data(folder, config, recover, method, run)
+    data = training_data(folder, config, recover, method, run)
     request = {
         "model_sha256": model_sha256(folder),
         "dense_sha256": manifest.source.sha256 if dense else None,
-        **_request(recover, options, training, data, run),
+        **request_of_recovery(recover, options, training, data, run),
     }
-    model = _loaded(folder, run)
+    model = loaded_model(folder, run)
     job = RecoveryJob(
         model=model,
         dense=lambda: model,
-        dense_model=_loader(dense or folder, model, run),
+        dense_model=model_loader(dense or folder, model, run),
         sparsity=plan.sparsity,
         pattern=parse_pattern(plan.pattern),
         pruner=manifest.method,
@@ -324,8 +324,8 @@ def _from_pruned(
     check_masks(job.linears, masks, plan)
     job.state = RunState(output, request, resume=run.resume, writes=processes.main)
     processes.broadcast_object(None)  # nobody reads the state before the first process has checked it
-    recovered = _recovered(job, method, options)
-    return _write(
+    recovered = run_method(job, method, options)
+    return write_recovered(
         folder,
         output,
         job,
@@ -335,140 +335,7 @@ def _from_pruned(
         pruning=(manifest.method, manifest.options),
         calibration=manifest.calibration,
         request={**manifest.request, **recovery_request(recover)},
-        recovery=_recovery(recover, options, training, data, method, recovered),
+        recovery=recovery_record(recover, options, training, data, method, recovered),
         run=run,
         processes=processes,
     )
-
-
-def _loader(folder: Path, like: nn.Module, run: RunOptions) -> Callable[[], nn.Module]:
-    """Load a model in another one's type."""
-    return partial(
-        load_model, folder, dtype=_dtype_of(like), device=_device_of(like), trust_remote_code=run.trust_remote_code
-    )
-
-
-def _recovered(job: RecoveryJob, method: Method[Any], options: Any) -> Recovered:
-    with _kept(job):
-        recovered: Recovered = method.function(job, options)
-        return recovered
-
-
-def _kept(job: RecoveryJob) -> AbstractContextManager[None]:
-    return job.state.kept() if job.state is not None else nullcontext()
-
-
-def _options(method: Method[Any], recover: RecoverOptions) -> tuple[Any, TrainingOptions]:
-    if recover.data is None and method.traits["trains"]:
-        raise UserError(
-            f"{method.name} trains and no training text was given",
-            "Add --train-data: a .jsonl of rows with text, or with instruction and output; or any text.",
-        )
-    if recover.loss != "ce" and not method.traits["trains"]:
-        raise UserError(f"{method.name} does not train: it has no loss", "Leave --loss out.")
-    return method.make_options(recover.options), build_options("training", TrainingOptions, recover.training or {})
-
-
-def _training_data(
-    folder: Path, config: Any, recover: RecoverOptions, method: Method[Any], run: RunOptions
-) -> TrainingData | None:
-    if recover.data is None or not method.traits["trains"]:
-        return None
-    positions = getattr(config, "max_position_embeddings", None) or recover.data.max_length
-    tokenizer = load_tokenizer(folder, trust_remote_code=run.trust_remote_code)
-    data = load_training_data(tokenizer, replace(recover.data, max_length=min(recover.data.max_length, positions)))
-    for sequence in data.sequences:
-        check_tokens(sequence, config.get_text_config(decoder=True).vocab_size, data.data)
-    return data
-
-
-def _request(
-    recover: RecoverOptions, options: Any, training: TrainingOptions, data: TrainingData | None, run: RunOptions
-) -> dict[str, Any]:
-    return {
-        "recover": recover.method,
-        "recover_options": asdict(options),
-        "loss": recover.loss,
-        "training": {key: value for key, value in asdict(training).items() if key not in _CHANGEABLE},
-        "training_data": data.describe() if data else None,
-        "seed": recover.seed,
-        "dtype": str(run.torch_dtype),
-        "device": resolve_device(run.device).type,
-        "torch": torch.__version__,
-        "sparsedeploy": __version__,
-    }
-
-
-def _recovery(
-    recover: RecoverOptions,
-    options: Any,
-    training: TrainingOptions,
-    data: TrainingData | None,
-    method: Method[Any],
-    recovered: Recovered,
-) -> RecoveryRecord:
-    """The manifest's section."""
-    return RecoveryRecord(
-        method=recover.method,
-        options=asdict(options),
-        training=asdict(training) if method.traits["trains"] else None,
-        data=data.describe() if data else None,
-        seed=recover.seed,
-        report=recovered.report,
-    )
-
-
-def _write(
-    folder: Path,
-    output: Path,
-    job: RecoveryJob,
-    recovered: Recovered,
-    losses: Mapping[str, float],
-    *,
-    source_name: str,
-    pruning: tuple[str, dict[str, Any]],
-    calibration: CalibrationRecord | None,
-    request: dict[str, dict[str, Any]],
-    recovery: RecoveryRecord,
-    run: RunOptions,
-    processes: Processes = SINGLE_PROCESS,
-) -> Manifest:
-    manifest = None
-    if processes.main:
-        with _kept(job):
-            manifest = write_checkpoint(
-                folder,
-                output,
-                Provenance(
-                    source_name,
-                    recovered.plan,
-                    *pruning,
-                    calibration,
-                    request,
-                    recovery,
-                    dtype=str(_dtype_of(job.model)).removeprefix("torch."),
-                ),
-                model=job.model,
-                masks=recovered.masks,
-                losses=recovered.losses or losses,
-                low_rank=recovered.low_rank,
-                overwrite=run.overwrite,
-            )
-        if job.state is not None:
-            job.state.remove()
-    written = processes.broadcast_object(manifest)
-    assert written is not None, "the first process writes"
-    return written
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _loaded(folder: Path, run: RunOptions) -> nn.Module:
-    device = resolve_device(run.device)
-    return load_model(folder, dtype=run.torch_dtype, device=device, trust_remote_code=run.trust_remote_code)

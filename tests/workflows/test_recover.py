@@ -99,7 +99,7 @@ def test_both_ways_to_recover_give_the_same_weights(folders: Path, tmp_path: Pat
 
 def test_saving_keeps_logits_and_the_adapter_is_part_of_the_hash(folders: Path, tmp_path: Path) -> None:
     """The merged or attached model that was written computes what a reload computes."""
-    from sparsedeploy.workflows import recover as module
+    from sparsedeploy.workflows import recovery_run as module
 
     seen: list[torch.Tensor] = []
     original = module.write_checkpoint
