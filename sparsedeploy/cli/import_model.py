@@ -22,7 +22,10 @@ def import_command(
     given: Given,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a GGUF file to an ordinary model folder: weights dequantised, tokenizer included."""
+    """Convert a GGUF file to an ordinary model folder.
+
+    The weights are dequantised, and the tokenizer is included.
+    """
     from sparsedeploy.workflows.import_model import import_gguf
 
     run = given.build("run", RunOptions)

@@ -64,10 +64,8 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bars. Works after any command too.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. Works after any command too.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, in any command.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, in any command.")] = False,
 ) -> None:
     """The command line; its help is :data:`_HELP`."""
 

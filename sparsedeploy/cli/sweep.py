@@ -35,7 +35,7 @@ def sweep_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune and recover in every way of a grid, and show which models are the best of their size.
+    """Prune and recover over a grid, and show the best model of each size.
 
     Each cell is a folder with its checkpoint and figures. A process that dies loses its cell only; the same command
     goes on with what is missing.

@@ -57,7 +57,7 @@ def prune(cli: Cli, model: Path, text: Path, *more: object) -> Outcome:
         ),
         (["-s", "0.5", "--method-option", "block"], "option 'block' is not NAME=VALUE"),
         (["-s", "0.5", "--device", "tpu9"], "unknown device 'tpu9'"),
-        (["-s", "0.5", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["-s", "0.5", "--dtype", "int8"], "--dtype is 'int8'. It takes auto, float32, bfloat16 or float16"),
         (["-s", "0.5", "--data", "nowhere.txt"], "no text at 'nowhere.txt'"),
         (["-s", "0.5", "--calibration-length", "200"], "calibration length 200 exceeds the model's 128 positions"),
         (["-s", "0.5", "-n", "0"], "--samples is 0. It takes a whole number of at least 1"),

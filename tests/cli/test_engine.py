@@ -34,7 +34,7 @@ def test_prune_with_another_engine(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["vllm", "--quantize", "int3"], "option quantize is 'int3'. It takes fp8-dynamic or w8a8 or w4a16"),
+        (["vllm", "--quantize", "int3"], "option quantize is 'int3'. It takes fp8-dynamic, w8a8 or w4a16"),
         (["deepsparse", "--quantize", "w8a8"], "--target deepsparse cannot quantise"),
         (["vllm", "--quantize", "w8a8"], "has no sparsity.json"),
         (

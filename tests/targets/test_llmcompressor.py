@@ -274,7 +274,7 @@ def test_what_cannot_be_replayed_or_quantised_is_refused(
         (dense, "llmcompressor", None, "has no sparsity.json. Give a folder that sparsedeploy prune wrote"),
         (dense, "vllm", "w8a8", "has no sparsity.json. Give a folder that sparsedeploy prune wrote"),
         (by_size, "llmcompressor", None, "cannot prune by magnitude .* Use --method sparsegpt or wanda"),
-        (sparse, "vllm", "int3", "vllm: option quantize is 'int3'. It takes fp8-dynamic or w8a8 or w4a16"),
+        (sparse, "vllm", "int3", "vllm: option quantize is 'int3'. It takes fp8-dynamic, w8a8 or w4a16"),
         (
             sparse,
             "deepsparse",
