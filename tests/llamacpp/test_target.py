@@ -61,10 +61,13 @@ def test_same_tokens_packed_and_dense(
     case: str, quantize: str | None, runtime: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = "qwen2" if case == "qwen2" else "llama"  # Qwen2 has biases
-    folder = sparse_model(tmp_path / "model", family, tie_word_embeddings=case == "tied")
+    # transformers adds tokens of its own to Qwen2's tokenizer.
+    more = {"vocab_size": 320} if case == "qwen2" else {}
+    folder = sparse_model(tmp_path / "model", family, tie_word_embeddings=case == "tied", **more)
     artifact = export_checkpoint(folder, "llamacpp", tmp_path / "out", {"quantize": quantize})
     assert artifact.check is not None
-    assert artifact.sparsity.fraction == pytest.approx(0.7, abs=0.02)
+    # Rounding to 4 bits makes some more of them zero.
+    assert 0.68 <= artifact.sparsity.fraction <= (0.76 if quantize == "q4_0" else 0.72)
     assert artifact.dtype == (quantize or "f32")
     assert load_artifact(tmp_path / "out", verify=True) == artifact
     results = []
