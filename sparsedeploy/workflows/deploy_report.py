@@ -27,6 +27,8 @@ def sentence(result: dict[str, Any]) -> str:
     """What came out, in one line."""
     speed, best = result["decode_speedup"], result["chosen"]
     unsure = "" if speed["low"] > 1 or speed["high"] < 1 else " (its 95 % interval includes 1)"
+    if result.get("noisy"):
+        unsure = " (on a machine that was too noisy to conclude)"
     return (
         f"{speed['median']:.2f}x decode over the dense model in {result['baseline']}{unsure}, perplexity "
         f"{100 * best['growth']:+.1f} % ({result['dense']['perplexity']:.2f} to {best['perplexity']:.2f} on "
@@ -78,6 +80,7 @@ def result_of(
             "growth": growth,
             "bytes": _folder_bytes(folder),
         },
+        "noisy": any(one["too_noisy"] for one in measured["noise"]),
         "decode_speedup": alive[name]["decode"]["speedup"],
         "prefill_speedup": alive[name]["prefill"]["speedup"],
         "trials": state.trials,
