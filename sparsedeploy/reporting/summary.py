@@ -175,7 +175,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             told.setdefault(row["why"], []).append(f"{row['model']} in {row['engine']}")
     lines += [f"{', '.join(rows)}: {sentence}" for sentence, rows in told.items()]
     lines += report.get("skipped", [])
-    lines += [f"note: {text}" for result in results(report) for text in result["notes"]]
+    lines += dict.fromkeys(f"note: {text}" for result in results(report) for text in result["notes"])
     return lines
 
 
