@@ -105,19 +105,26 @@ def zeros(source: Path, before: str, after: str) -> dict[str, Any]:
 
     Returns:
         ``weights`` and ``zeros`` of the second file, ``pruned`` zeros of the first, of which ``revived`` are not zero
-        any more, and ``types``: how many matrices there are of each type.
+        any more, ``types``: how many matrices there are of each type, and ``bytes_per_token``: what decoding a token
+        must at least read of the second file, its matrices as a bitmask with their values where that is smaller.
     """
     sys.path.insert(0, str(source / "gguf-py"))
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
     first, second = ({tensor.name: tensor for tensor in GGUFReader(name).tensors} for name in (before, after))
-    result: dict[str, Any] = {"weights": 0, "zeros": 0, "pruned": 0, "revived": 0, "types": {}}
+    result: dict[str, Any] = {"weights": 0, "zeros": 0, "pruned": 0, "revived": 0, "types": {}, "bytes_per_token": 0}
     for name, tensor in second.items():
+        if name == "token_embd.weight" and "output.weight" in second:
+            continue  # a row of it is looked up; without an output head of its own it is the head
+        result["bytes_per_token"] += int(tensor.n_bytes)
         if not name.startswith("blk.") or not name.endswith(".weight") or len(tensor.shape) < 2:
             continue
         old = dequantize(first[name].data, first[name].tensor_type) == 0
         new = dequantize(tensor.data, tensor.tensor_type) == 0
+        size, kept = new.size, new.size - int(np.count_nonzero(new))
+        packed = -(-size // 8) + kept * int(tensor.n_bytes) // size
+        result["bytes_per_token"] -= max(0, int(tensor.n_bytes) - packed)
         result["weights"] += new.size
         result["zeros"] += int(np.count_nonzero(new))
         result["pruned"] += int(np.count_nonzero(old))

