@@ -83,7 +83,6 @@ def serve(
     # The engine's own server is not asked for logits: its engine proves itself in the worker, loaded alike.
     prompt_length = max(1, min(PROMPT, length - STEPS))
     sizes = {"prompt_length": prompt_length, "new_tokens": min(STEPS, length - prompt_length)}
-    prove_once(Deployment(folder, artifact, environment), **sizes, cores=cores, chunk=chunk, timeout=engine.timeout)
     meters = Meters(runtime.name, Path(folder).resolve().name)
     inner = _free_port()
     front = _front(options, ("127.0.0.1", inner), meters, runtime.server.health)
@@ -94,6 +93,8 @@ def serve(
     command = [str(environment.python), str(runtime.server_program)]
     command += [word for name, value in asked.items() for word in (f"--{name}", str(value))]
     try:
+        deployment = Deployment(folder, artifact, environment)
+        prove_once(deployment, **sizes, cores=cores, chunk=chunk, timeout=engine.timeout)
         with open(log, "wb") as output:
             group = GuardedProcess(
                 [*command, *runtime.server.arguments],
