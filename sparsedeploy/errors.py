@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
+# What libraries say on several lines is said on one; a value that is longer than any name is not repeated whole.
+_LINES = re.compile(r"\s*\n\s*")
+_ENDLESS = re.compile(r"\S{400,}")
+
 
 class UserError(Exception):
     """Bad input or a missing prerequisite: one line that says what is wrong and, after it, what to do.
@@ -10,9 +16,13 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, fix: str | None = None) -> None:
-        self.message = message.rstrip(".")
-        self.fix = fix
-        super().__init__(self.message if fix is None else f"{self.message}. {fix}")
+        self.message = _one_line(message.rstrip("."))
+        self.fix = fix if fix is None else _one_line(fix)
+        super().__init__(self.message if fix is None else f"{self.message}. {self.fix}")
+
+
+def _one_line(text: str) -> str:
+    return _ENDLESS.sub(lambda found: f"{found[0][:120]}...{found[0][-40:]}", _LINES.sub(" ", text))
 
 
 def add_hint(error: BaseException, hint: str) -> None:

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from sparsedeploy.allocation import allocate
 from sparsedeploy.models.layers import StreamedLayers
@@ -91,6 +95,8 @@ _SIZES: dict[str, Any] = {
     "linear_value_head_dim": 8,
     "hidden_size_per_layer_input": 8,
     "word_embed_proj_dim": 32,
+    "chunk_size": 8,
+    "mamba_chunk_size": 8,
     "dropout": 0.0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -100,6 +106,15 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 _MIXED = [_SLIDING, _FULL, _SLIDING, _SLIDING, _FULL]
 _MLA = {"num_key_value_heads": 4}
 _VISION = {
+    "depth": 1,
+    "embed_dim": 16,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "in_channels": 3,
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [0],
+    "num_global_layers": 1,
+    "vision_output_dim": 32,
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 1,
@@ -107,6 +122,15 @@ _VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+_PART = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+}
+_HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"]
 # What the names above do not settle.
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -117,11 +141,19 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         _MLA,
     ),
     "bert": {"is_decoder": True},
+    "blt": {
+        "vocab_size": VOCABULARY,
+        "encoder_hash_byte_group_size": [3, 4],
+        "encoder_hash_byte_group_vocab": 50,
+        "patcher_config": {"vocab_size": VOCABULARY, **_PART},
+        "encoder_config": {"vocab_size": VOCABULARY, "hidden_size_global": 32, **_PART, "hidden_size": 16},
+        "decoder_config": {"vocab_size": VOCABULARY, "hidden_size_global": 32, **_PART, "hidden_size": 16},
+        "global_config": {**_PART, "num_hidden_layers": LAYERS},
+    },
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {
         "rope_parameters": {
-            _FULL: {"rope_type": "default", "rope_theta": 1e4},
-            _SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]} for kind in (_FULL, _SLIDING)
         }
     },
     "cpmant": {
@@ -145,6 +177,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "laurel_rank": 8,
     },
     "gemma4_text": {"num_kv_shared_layers": 2},
+    "git": {"vision_config": {**_VISION, "hidden_size": 32}},
     "gptj": {"rotary_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 2], [["global"], 1]]},
     "inkling_text": {
@@ -161,7 +194,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", _FULL, "conv", "conv", _FULL]},
     "lfm2_moe": {"layer_types": ["conv", _FULL, "conv", "conv", _FULL]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
-    "qwen2": {"use_sliding_window": True},
+    **{name: {"use_sliding_window": True} for name in ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")},
     "qwen3": {"use_sliding_window": True},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
@@ -188,36 +221,45 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "shape_embed_dim": 8,
         "shape_vocab_size": 8,
     },
+    "xmod": {"default_language": "en_XX"},
     # transformers zeroes the padding token's embedding again after loading it.
     "youtu": {**_MLA, "pad_token_id": None},
+    "zamba": {
+        "layers_block_type": _HYBRID,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+    "zamba2": {"layers_block_type": _HYBRID, "num_key_value_heads": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
+# Vision parts whose sizes are tied to others.
+_VISION_OF: dict[str, dict[str, Any]] = {"qwen2_vl": {"hidden_size": 32}, "got_ocr2": {"output_channels": 16}}
+# Larger than this is not small.
+_LARGEST = 5_000_000
 _LEFT_OUT: dict[str, str] = {
-    "blt": "no configuration below 4.6 billion weights is accepted: the sizes of its four parts are tied to each other",
-    "cohere_compass_text": "its rotary embedding splits a head into three parts that a small head does not have",
     "gemma3n": "builds its vision part with timm, which is not installed; gemma3n_text is the same language model",
     "gemma4_assistant": "drafts for another model, whose hidden states it takes",
     "gemma4_unified_assistant": "drafts for another model, whose hidden states it takes",
-    "git": "its language model reads the outputs of an image encoder",
     "musicgen": "generates sound from another model's text",
     "musicgen_melody": "generates sound from another model's text",
     "phi4_multimodal": "its image and audio encoders have no small configuration",
-    "xmod": "needs a language to be set on the loaded model",
-    "zamba": "no configuration of five layers is accepted: the shared layers are tied by a pattern",
-    "zamba2": "no configuration of five layers is accepted: the shared layers are tied by a pattern",
 }
 
 
 def families() -> list[str]:
-    """The model types that the auto-mapping names, left out or not."""
+    """The model types that the auto-mapping of causal LMs names, left out or not."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def multimodal() -> list[str]:
+    """The model types that also see or hear and are in no other mapping, left out or not."""
+    return sorted(set(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 
 def left_out(family: str) -> str | None:
     """Why a family is not tested; None where it is."""
-    if family in _LEFT_OUT:
-        return _LEFT_OUT[family]
-    return "an encoder-decoder" if CONFIG_MAPPING[family]().is_encoder_decoder else None
+    return _LEFT_OUT.get(family)
 
 
 def small_config(family: str) -> Any:
@@ -225,10 +267,18 @@ def small_config(family: str) -> Any:
     return _shrunk(CONFIG_MAPPING[family], _OF_FAMILY.get(family, {}))
 
 
-def small_model(family: str, seed: int = 0) -> nn.Module:
+def small_model(family: str, seed: int = 0, config: Any = None) -> nn.Module:
     """A random model in evaluation mode, with every weight, bias and stored buffer away from its neutral value."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(small_config(family)).eval().requires_grad_(False)
+    whole, text = (m.get(family) for m in (MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    kind = AutoModelForMultimodalLM if whole and whole != text else AutoModelForCausalLM
+    config = config or small_config(family)
+    if family in multimodal():
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in kind.from_config(config).parameters())
+        if size > _LARGEST:
+            raise ValueError(f"{size / 1e6:,.0f} million weights in the smallest configuration that is known here")
+    model = kind.from_config(config).eval().requires_grad_(False)
     stored = model.state_dict()
     for tensor in {tensor.data_ptr(): tensor for tensor in stored.values() if tensor.is_floating_point()}.values():
         if tensor.dim() > 1:
@@ -239,9 +289,21 @@ def small_model(family: str, seed: int = 0) -> nn.Module:
 
 
 def saved_family(family: str, folder: Path) -> Path:
-    """A small model's folder, without its tokenizer."""
-    small_model(family).save_pretrained(folder)
+    """A small model's folder, with a tokenizer; of an encoder-decoder the configuration alone."""
+    config = small_config(family)
+    if config.is_encoder_decoder:
+        config.save_pretrained(folder)
+    else:
+        small_model(family).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     return folder
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each word ``w00`` to ``w95``."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{number:02}": number for number in range(VOCABULARY)}, unk_token="w00"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w00", bos_token="w01", eos_token="w02")
 
 
 def calibration_tokens() -> torch.Tensor:
@@ -268,8 +330,11 @@ def _shrunk(kind: Any, changes: dict[str, Any]) -> Any:
         if "vision_config" in known and default.vision_config is not None:
             has = default.vision_config.to_dict()
             values["vision_config"] = {name: value for name, value in _VISION.items() if name in has}
+            values["vision_config"] |= _VISION_OF.get(kind.model_type, {})
     if "layer_types" in known and set(known["layer_types"] or [_FULL]) <= {_FULL, _SLIDING}:
         values["layer_types"] = _MIXED
+    if "mrope_section" in (known.get("rope_parameters") or {}):
+        values["rope_parameters"] = {**known["rope_parameters"], "mrope_section": [2, 1, 1]}
     if "mlp_layer_types" in known:
         values["mlp_layer_types"] = ["dense"] + ["sparse"] * 4
     return kind(**{**values, **changes})

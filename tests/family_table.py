@@ -1,70 +1,150 @@
-"""Write docs/families.md: what pruning gives for every causal LM that transformers knows.
+"""What the commands make of every model that transformers knows: measure it, keep it, and write docs/families.md.
 
-Run from the repository's root: ``python -m tests.family_table > docs/families.md``.
+Run from the repository's root: ``python -m tests.family_table`` measures what tests/families.json lacks and writes the
+page. ``--part 2/5`` measures every fifth family, beginning with the second; ``--again`` measures what is there, too.
+The column ``onnxruntime`` needs its runtime: ``sparsedeploy runtime install onnxruntime``.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import fcntl
+import json
+import logging
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
+from sparsedeploy.runtimes.environments import Environment
+from sparsedeploy.runtimes.worker import Worker
 
-from sparsedeploy.errors import UserError
-from sparsedeploy.models.linear_views import watchable_experts
-from sparsedeploy.models.loading import load_model
-from tests.families import calibration_tokens, families, left_out, product_masks, saved_family
-from tests.oracle import differences, wanda_masks
-
+TABLE = Path(__file__).with_name("families.json")
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 _HEAD = """# Families
 
-Every causal LM that transformers {version} knows, as a random model of five layers with sliding windows, experts and
-shared caches where its configuration has them. Six sequences are pruned to 50 % by Wanda, four at once; every mask is
-compared with one from whole forward passes of transformers (`tests/oracle.py`). `equal` means every mask of every
-module, bit for bit, in float32.
+What the commands make of every model that transformers {version} builds small from its configuration: {causal} types of
+its auto-mapping of causal LMs, then {more} more that also see or hear. Each is a random model of five layers, with
+sliding windows of {window} tokens, experts and shared caches where its configuration has them.
 
-`python -m tests.family_table > docs/families.md` wrote this page in {seconds:.0f} s.
+- **masks**: six sequences are pruned to 50 % by Wanda, four at once; every mask is compared with one from hooks on
+  whole forward passes of transformers (`tests/oracle.py`). `equal` means every mask, bit for bit, in float32.
+- **eval**: the perplexity of three windows of {prompt} tokens against the definition, by whole forward passes with
+  plain attention; within {rounding:g}. Then the same for rotary frequencies that switch at {switch} tokens, where the
+  family takes them (`longrope`): `eval` is equal across the switch, and both exports are refused with a remedy.
+- **deepsparse**, **onnxruntime**: the exported graph over {prompt} tokens of prompt and {steps} decoded ones, against
+  whole forward passes: logits within {rounding:g} of the largest, and the same decoded tokens.
 
-| family | masks |
-|---|---|
+What is not equal is refused in one line before anything is written. `python -m tests.family_table` writes this page
+({seconds:.0f} s of processor time); `tests/models/test_families.py` holds the code to it.
 """
 
 
-def outcome(family: str) -> str:
-    """What pruning gives: how many masks are equal, the refusal, or what is wrong."""
-    reason = left_out(family)
-    if reason is not None:
-        return f"not tested: {reason}"
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            saved_family(family, Path(folder))
-        except Exception as error:  # whatever transformers says of a configuration
-            return f"not built: {' '.join(str(error).split())[:160]}"
-        try:
-            masks = product_masks(Path(folder), batch_size=4)
-        except UserError as error:
-            return f"refused: {str(error.message).replace(folder, 'MODEL')}"
-        except Exception as error:
-            return f"**crashed**: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        truth = load_model(Path(folder), dtype=torch.float32)
-        watchable_experts(truth)
-        wrong = differences(masks, *wanda_masks(truth, masks, calibration_tokens(), 0.5))
-    if not wrong:
-        return f"equal ({len(masks)} modules)"
-    return f"{len(wrong)} of {len(masks)} differ, by up to {max(wrong.values()):.0e} of a score"
+def load_table() -> dict[str, dict[str, Any]]:
+    """Family -> column -> verdict, and the processor seconds of all columns."""
+    text = TABLE.read_text() if TABLE.exists() else ""
+    table: dict[str, dict[str, Any]] = json.loads(text or "{}")
+    return table
+
+
+def page(table: dict[str, dict[str, Any]]) -> str:
+    """The page that shows a table."""
+    import transformers
+
+    from tests import families as known
+    from tests import family_outcomes as made
+
+    causal, more = known.families(), known.multimodal()
+    text = _HEAD.format(
+        version=transformers.__version__,
+        causal=len(causal),
+        more=len(more),
+        window=known.WINDOW,
+        prompt=made.PROMPT,
+        switch=made.SWITCH,
+        steps=made.STEPS,
+        rounding=made.ROUNDING,
+        seconds=sum(row["seconds"] for row in table.values()),
+    )
+    return text + _rows("Causal language models", causal, table) + _rows("Models that also see or hear", more, table)
+
+
+def _rows(title: str, names: list[str], table: dict[str, dict[str, Any]]) -> str:
+    counts: dict[str, int] = {}
+    lines = []
+    for name in names:
+        row = table[name]
+        cells = [row["masks"], _pair(row["eval"], row["longrope"]), row["deepsparse"], row["onnxruntime"]]
+        lines.append(f"| {name} | {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+        for column, cell in zip(("masks", "eval", "deepsparse", "onnxruntime"), cells, strict=True):
+            key = f"{column}: {cell.split(' ')[0].rstrip(':')}"
+            counts[key] = counts.get(key, 0) + 1
+    total = "; ".join(f"{key} {count}" for key, count in sorted(counts.items()))
+    head = "| family | masks | eval | deepsparse | onnxruntime |\n|---|---|---|---|---|\n"
+    return f"\n## {title}\n\n{total}.\n\n{head}" + "\n".join(lines) + "\n"
+
+
+def _pair(plain: str, longrope: str) -> str:
+    return plain if longrope in ("-", plain) else f"{plain}; longrope: {longrope}"
+
+
+@contextlib.contextmanager
+def one_worker() -> Iterator[None]:
+    """Let all exports share one process of a runtime: starting it takes longer than an export."""
+    start, kept = Environment.worker, contextlib.ExitStack()
+    workers: dict[str, Worker] = {}
+
+    @contextlib.contextmanager
+    def shared(self: Environment, timeout: float = 600.0) -> Iterator[Worker]:
+        if self.runtime.name not in workers:
+            workers[self.runtime.name] = kept.enter_context(start(self, timeout))
+        yield workers[self.runtime.name]
+
+    Environment.worker = shared  # type: ignore[assignment, method-assign]
+    try:
+        with kept:
+            yield
+    finally:
+        Environment.worker = start  # type: ignore[method-assign]
+
+
+def _add(name: str, row: dict[str, Any]) -> None:
+    """Write a row into the table, which other parts write to, too."""
+    with open(Path(tempfile.gettempdir()) / "family_table.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = TABLE.with_suffix(".partial")
+        made.write_text(json.dumps({**load_table(), name: row}, indent=1, sort_keys=True) + "\n")
+        made.replace(TABLE)
 
 
 def main() -> None:
-    import transformers
+    from tests.families import families, multimodal
+    from tests.family_outcomes import outcomes
 
-    started, rows = time.perf_counter(), []
-    for family in families():
-        rows.append(f"| {family} | {outcome(family)} |")
-        print(rows[-1], file=sys.stderr, flush=True)
-    sys.stdout.write(_HEAD.format(version=transformers.__version__, seconds=time.perf_counter() - started))
-    sys.stdout.write("\n".join(rows) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", default="1/1", help="K/N: every N-th family, beginning with the K-th")
+    parser.add_argument("--again", action="store_true", help="measure also what the table has")
+    parser.add_argument("names", nargs="*", help="only these families")
+    asked = parser.parse_args()
+    logging.disable(logging.ERROR)
+    first, step = map(int, asked.part.split("/"))
+    everything = [*families(), *multimodal()]
+    wanted = asked.names or everything[first - 1 :: step]
+    with one_worker():
+        for name in wanted:
+            if name in load_table() and not asked.again:
+                continue
+            started = time.process_time()
+            with tempfile.TemporaryDirectory() as folder:
+                row: dict[str, Any] = dict(outcomes(name, Path(folder)))
+            row["seconds"] = round(time.process_time() - started, 2)
+            print(name, row, file=sys.stderr, flush=True)
+            _add(name, row)
+    if set(load_table()) >= set(everything):
+        PAGE.write_text(page(load_table()))
 
 
 if __name__ == "__main__":

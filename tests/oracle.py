@@ -91,6 +91,11 @@ def sums_of_squares(weights: Iterable[Weight]) -> Iterator[dict[str, torch.Tenso
 
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
             hidden, *chosen = (*args, *kwargs.values())[:2]
+            if of[0].parameter == "weight":  # the tokens come sorted by expert, with how many each expert has
+                parts = hidden.split(torch.as_tensor(chosen[0]).tolist())
+                for weight in of:
+                    add(weight.name, parts[weight.expert])
+                return
             hidden = hidden.reshape(-1, hidden.shape[-1])
             for weight in of:
                 if chosen:
@@ -117,8 +122,9 @@ def sums_of_squares(weights: Iterable[Weight]) -> Iterator[dict[str, torch.Tenso
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """Whether experts keep ``[experts, in, out]``; Llama 4's do and do not say so."""
-    return getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
+    """Whether experts keep ``[experts, in, out]``; Llama 4's and Aria's do and do not say so."""
+    silent = ("Llama4TextExperts", "AriaGroupedExpertsGemm")
+    return getattr(module, "is_transposed", type(module).__name__ in silent)
 
 
 def _inner(module: nn.Module, x: torch.Tensor, expert: int) -> torch.Tensor:

@@ -101,8 +101,12 @@ class Server(HfServer):
                 trust_remote_code=trust_remote_code,
                 library_name="transformers",
             )
-        except (ValueError, KeyError, NotImplementedError) as error:
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:  # whatever its code says of a model that it was not written for
             reason = " ".join(str(error).split())[:240]
+            if "custom or unsupported architecture" in reason:
+                reason = "it has no ONNX export for its type"
             raise BadRequest(
                 f"Optimum {version('optimum-onnx')} cannot export this model ({reason})",
                 "Use --target deepsparse, whose graph ONNX Runtime runs too, or a model that Optimum supports.",

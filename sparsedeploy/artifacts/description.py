@@ -145,17 +145,28 @@ class Artifact:
 
 
 def config_shapes(config: Any) -> Shapes:
-    """The sizes that a Hugging Face configuration gives."""
+    """The sizes that a Hugging Face configuration gives.
+
+    Raises:
+        UserError: layers without attention heads, or of different sizes.
+    """
     text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    return Shapes(
-        layers=text.num_hidden_layers,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        hidden=text.hidden_size,
-        vocab=text.vocab_size,
-        max_positions=getattr(text, "max_position_embeddings", None),
-    )
+    try:
+        heads = text.num_attention_heads
+        return Shapes(
+            layers=text.num_hidden_layers,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            hidden=text.hidden_size,
+            vocab=text.vocab_size,
+            max_positions=getattr(text, "max_position_embeddings", None),
+        )
+    except (AttributeError, TypeError, RuntimeError) as error:  # RuntimeError: a size that differs between layers
+        raise UserError(
+            f"the sizes of a {config.model_type} model are not those of one transformer "
+            f"({' '.join(str(error).split())[:160]})",
+            "Use a decoder-only transformer with equal layers, such as Llama, Qwen, Mistral, OPT or Gemma.",
+        ) from error
 
 
 def hash_files(folder: Path) -> dict[str, str]:

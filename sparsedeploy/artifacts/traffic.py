@@ -51,13 +51,13 @@ def folder_bytes(folder: Path, config: Any, *, trust_remote_code: bool = False) 
     """Bytes that one token reads of a Hugging Face folder's stored tensors."""
     from accelerate import init_empty_weights
     from torch import nn
-    from transformers import AutoModelForCausalLM
 
+    from sparsedeploy.models.loading import auto_class
     from sparsedeploy.models.tensor_files import read_header
     from sparsedeploy.models.weight_files import weight_files
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     head = model.get_output_embeddings()
     looked_up = {

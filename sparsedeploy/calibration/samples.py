@@ -12,6 +12,7 @@ import torch
 
 from sparsedeploy.checkpoint.manifest import CalibrationRecord
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.config_check import positions
 
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
@@ -48,7 +49,7 @@ class CalibrationSet:
 
 def default_length(config: Any) -> int:
     """min(2048, the model's positions): long contexts would need memory and bring little."""
-    return min(DEFAULT_LENGTH, int(getattr(config, "max_position_embeddings", DEFAULT_LENGTH)))
+    return min(DEFAULT_LENGTH, positions(config) or DEFAULT_LENGTH)
 
 
 def sample_tokens(
@@ -67,6 +68,13 @@ def sample_tokens(
         raise UserError(
             f"{sequences} sequences of {length} tokens do not fit in memory", "Lower --samples or --calibration-length."
         )
+    # A token covers at least one byte, special tokens aside.
+    different = sum(len(text.encode()) + 2 for text in documents)
+    if sequences > max(DEFAULT_SAMPLES, different):
+        raise UserError(
+            f"{sequences} sequences were asked for, and the text of '{data}' has at most {different} different ones",
+            "Lower --samples, or give more text.",
+        )
     rng = random.Random(seed)
     encoded: dict[int, list[int]] = {}
 
@@ -76,7 +84,7 @@ def sample_tokens(
         return encoded[index]
 
     windows: list[list[int]] = []
-    # A token covers at least one byte, special tokens aside: shorter documents need no tokenising to be rejected.
+    # Shorter documents need no tokenising to be rejected.
     candidates = [i for i, text in enumerate(documents) if len(text.encode()) + 2 >= length]
     tries = _TRIES_PER_SAMPLE * sequences if candidates else 0
     while len(windows) < sequences and tries > 0:

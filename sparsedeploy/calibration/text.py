@@ -12,6 +12,7 @@ from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.calibration.samples import CalibrationSet, default_length, sample_tokens
 from sparsedeploy.checkpoint.manifest import Manifest
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.config_check import positions
 from sparsedeploy.models.loading import load_config
 from sparsedeploy.models.tokenizer import check_tokens, load_tokenizer
 
@@ -34,11 +35,11 @@ def draw_sequences(tokenizer: Any, config: Any, options: CalibrationOptions) -> 
     Raises:
         UserError: no text or too little, or sequences longer than the model's positions.
     """
-    positions = getattr(config, "max_position_embeddings", None)
+    limit = positions(config)
     length = options.length or default_length(config)
-    if positions is not None and length > positions:
+    if limit is not None and length > limit:
         raise UserError(
-            f"calibration length {length} exceeds the model's {positions} positions", "Lower --calibration-length."
+            f"calibration length {length} exceeds the model's {limit} positions", "Lower --calibration-length."
         )
     documents = load_documents(options.data, field=options.field)
     drawn = sample_tokens(

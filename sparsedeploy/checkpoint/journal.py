@@ -2,11 +2,12 @@
 
 The folder in the making is a hidden sibling of the output. The plan's line is written only after all files of the
 folder are safe on disk, a layer's line only after its tensors are, so whatever the journal names is whole; whatever it
-does not name is simply done again. The journal goes last, when the folder has its name.
+does not name is simply done again. Each line carries its own hash. The journal goes last, when the folder has its name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -52,7 +53,7 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> None:
         with open(self.folder / JOURNAL, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({**entry, "sha256": _digest(entry)}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -62,7 +63,7 @@ def journalled_folder(output: Path, request: Mapping[str, Any], *, resume: bool,
     """Yield the journal of a folder in the making; on success it becomes ``output``.
 
     After a kill, any failure but bad input, or on a disk that fills up, what is finished stays, and a run with
-    ``resume`` continues from there; the error says so. After bad input nothing stays.
+    ``resume`` continues from there; the error says so. After bad input nothing new stays.
 
     Args:
         request: everything that decides the result, as flat plain data; it must be the same to resume.
@@ -73,8 +74,10 @@ def journalled_folder(output: Path, request: Mapping[str, Any], *, resume: bool,
     with claim(output, overwrite=overwrite, resume=resume):
         folder = partial(output)
         journal: Journal | None = None
+        resumed = False
         try:
             journal = _resumed(folder, request) if resume else None
+            resumed = journal is not None
             if journal is None:
                 discard(folder, output)
                 journal = _fresh(folder, request)
@@ -87,6 +90,8 @@ def journalled_folder(output: Path, request: Mapping[str, Any], *, resume: bool,
             raise
         except BaseException as error:
             disk = error if isinstance(error, DiskError) else as_disk_error(error, output)
+            if disk is None and isinstance(error, UserError) and resumed:
+                raise  # what was done before stays, whatever is wrong with it or with this run
             if journal is None or journal.plan is None or (disk is None and isinstance(error, UserError)):
                 shutil.rmtree(folder, ignore_errors=True)
             else:
@@ -123,19 +128,18 @@ def _resumed(folder: Path, request: Mapping[str, Any]) -> Journal | None:
     try:
         # Bytes after the last newline are a line that the kill cut short.
         lines = read_bytes(path, fix=START_OVER).split(b"\n")
-        entries = [
-            Fields(parse_object(line, f"{path} line {number}", fix=START_OVER), f"{path} line {number}", START_OVER)
-            for number, line in enumerate(lines[:-1], 1)
-        ]
+        entries = [_entry(line, f"{path} line {number}") for number, line in enumerate(lines[:-1], 1)]
         if not entries:
             return None
         before = entries[0].mapping("request")
         for entry in entries[1:]:
-            if "plan" in entry:
+            if journal.plan is None:
                 journal.plan = entry.mapping("plan")
-            else:
-                journal.finished = entry.integer("layer") + 1
+            elif entry.integer("layer") == journal.finished:
+                journal.finished += 1
                 journal.losses.update(entry.mapping("losses"))
+            else:
+                raise UserError(f"{entry.where} is not about layer {journal.finished}", START_OVER)
     except UserError as error:
         raise ResumeError(error.message, error.fix) from error
     check_same(before, request)
@@ -143,6 +147,24 @@ def _resumed(folder: Path, request: Mapping[str, Any]) -> Journal | None:
     if path.stat().st_size != len(whole):
         os.truncate(path, len(whole))
     return journal
+
+
+def _entry(line: bytes, where: str) -> Fields:
+    """One line of a journal, as it was written.
+
+    Raises:
+        UserError: not a line of a journal, or not the one that was written.
+    """
+    values = parse_object(line, where, fix=START_OVER)
+    digest = Fields(values, where, START_OVER).text("sha256")
+    del values["sha256"]
+    if digest != _digest(values):
+        raise UserError(f"{where} is damaged", START_OVER)
+    return Fields(values, where, START_OVER)
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry).encode()).hexdigest()
 
 
 def check_same(before: Mapping[str, Any], request: Mapping[str, Any]) -> None:

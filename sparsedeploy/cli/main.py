@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ from sparsedeploy.cli.serve import serve_command
 from sparsedeploy.cli.sweep import sweep_command
 from sparsedeploy.errors import UserError, hint_of
 from sparsedeploy.folders import disk_error
+from sparsedeploy.paths import shown
 from sparsedeploy.processes import environment_processes
 from sparsedeploy.registry import ALLOCATORS, PRUNERS, TARGETS
 from sparsedeploy.version import __version__
@@ -47,6 +49,8 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
+# What a system says of a path that cannot be used, and not of a fault of ours.
+_OF_A_PATH = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EIO}
 # Names come from the registries, which know them without importing anything heavy.
 _HELP = f"""Prune a Hugging Face causal LM, recover its quality, and ship it to a runtime that is measurably faster.
 
@@ -134,6 +138,12 @@ def _run(arguments: list[str], debug: bool) -> int:
             raise
         if isinstance(error, OSError) and (disk := disk_error(error)) is not None:
             return report(f"error: {disk[0]}. {disk[1]}{hint_of(error)}", 2)
+        if isinstance(error, OSError) and error.errno in _OF_A_PATH and error.filename:
+            return report(
+                f"error: cannot use {shown(os.fsdecode(error.filename))}: {error.strerror}. Give another path."
+                f"{hint_of(error)}",
+                2,
+            )
         line = " ".join(str(error).split()) or type(error).__name__
         return report(
             f"error: unexpected {type(error).__name__}: {line[:400]}. Run again with --debug.{hint_of(error)}", 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 
 from sparsedeploy import progress
+from sparsedeploy.errors import UserError
 
 # Processor flags that multiply in the type; without one of them torch emulates it, slower than float32.
 _NATIVE = {
@@ -44,6 +47,25 @@ def attention(config: Any) -> str | None:
     parts = [config, config.get_text_config()]
     capped = any(_SCORE_CAP.fullmatch(name) and value for part in parts for name, value in vars(part).items())
     return "eager" if capped else None
+
+
+@contextmanager
+def first_run(model: object) -> Iterator[None]:
+    """Around the first forward pass of a model: what its own code raises there is said of the model.
+
+    Raises:
+        UserError: naming the error; one of memory is left as it is.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{type(model).__name__} does not run on a text ({type(error).__name__}: {reason})",
+            "Check its config.json: transformers itself fails here, too.",
+        ) from error
 
 
 @cache

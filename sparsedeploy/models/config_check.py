@@ -41,6 +41,12 @@ def vocabulary_size(raw: Mapping[str, Any]) -> int | None:
     return None
 
 
+def positions(config: Any) -> int | None:
+    """The positions that a model's language part is for; None where it has no limit."""
+    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
 def _check(fields: Fields) -> None:
     if (kind := fields.values.get("model_type")) is not None and not isinstance(kind, str):
         raise UserError(f"{fields.where}: 'model_type' is {kind_of(kind)}, not a string", SOUND_COPY)

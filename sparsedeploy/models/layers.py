@@ -15,10 +15,10 @@ from torch import nn
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.computing import compute_type
-from sparsedeploy.models.linear_views import watchable_experts
+from sparsedeploy.models.linear_views import uncalled_linears, watchable_experts
 from sparsedeploy.models.loading import build_empty, load_config
 from sparsedeploy.models.stored_names import StoredNames, StoredParameter
-from sparsedeploy.models.structure import DecoderStack, find_decoder_stack
+from sparsedeploy.models.structure import DecoderStack, check_not_shared, find_decoder_stack
 from sparsedeploy.models.tensor_files import TensorFiles
 
 
@@ -91,8 +91,21 @@ class StreamedLayers:
         if self.names.left_over:
             first = self.names.left_over[0]
             progress.note(f"{len(self.names.left_over)} stored tensors are not part of the model, such as {first}")
+        if dense := sorted({name for layer in self.stack.layers for name in uncalled_linears(layer)}):
+            progress.note(f"{', '.join(dense)} of a layer stay dense: their inputs cannot be measured")
         self._kept_in_float32 = _float32_names(self.model, dtype)
         self._layer_tensors = [self._stored(self.stack.layer_name(i)) for i in range(len(self.stack.layers))]
+        # Without weights, layers that share them hold parameters of their own: what is stored once tells.
+        check_not_shared(
+            self.model,
+            (
+                (
+                    self.stack.layer_name(at),
+                    [one.name for each in tensors.values() for one in each.sources if len(one.shape) > 1],
+                )
+                for at, tensors in enumerate(self._layer_tensors)
+            ),
+        )
         self._load_surroundings()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None

@@ -6,9 +6,12 @@ never learn the difference.
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,14 +88,18 @@ def assign_weight(linear: PrunableLinear, weight: torch.Tensor) -> None:
 def prunable_linears(prefix: str, layer: nn.Module) -> dict[str, PrunableLinear]:
     """The prunable weights of a decoder layer by full name, in the order of definition.
 
-    A slice of a fused expert tensor is named after its expert: ``mlp.experts.3.down_proj``.
+    A slice of a fused expert tensor is named after its expert: ``mlp.experts.3.down_proj``. A linear that its module
+    never calls is left out (:func:`uncalled_linears`).
 
     Raises:
         UserError: experts that keep their weights in an unknown form.
     """
     found: dict[str, PrunableLinear] = {}
+    uncalled = uncalled_linears(layer)
     for name, module in layer.named_modules():
         path = f"{prefix}.{name}" if name else prefix
+        if name in uncalled:
+            continue
         if isinstance(module, nn.Linear):
             found[path] = module
         elif isinstance(module, Conv1D):
@@ -102,10 +109,39 @@ def prunable_linears(prefix: str, layer: nn.Module) -> dict[str, PrunableLinear]
     return found
 
 
+def uncalled_linears(layer: nn.Module) -> set[str]:
+    """Linears whose weight their module reads and multiplies by itself, such as ``dt_proj`` of Mamba, by name.
+
+    What enters them cannot be measured, so they stay dense.
+    """
+    return {
+        f"{path}.{name}".lstrip(".")
+        for path, module in layer.named_modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear) and name in _weights_read(type(module))  # type: ignore[arg-type]
+    }
+
+
+@cache
+def _weights_read(kind: type) -> frozenset[str]:
+    """The attributes of a class whose ``weight`` its code reads and which it never calls."""
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):
+        return frozenset()
+    read = set(re.findall(r"\bself\.(\w+)\.weight\b(?!\.\w)", source))
+    return frozenset(read - set(re.findall(r"\bself\.(\w+)\(", source)))
+
+
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether a module keeps the weights of several experts in one tensor ``[experts, ...]`` each."""
-    tensors = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
-    return bool(tensors) and getattr(module, "num_experts", None) == len(tensors[0]) and len(tensors[0]) > 1
+    tensors = {name: tensor for name, tensor in module.named_parameters(recurse=False) if tensor.dim() == 3}
+    if not tensors:
+        return False
+    # Experts that hand on their input may be counted with the others, and have no weights.
+    count = len(tensors.get("down_proj", next(iter(tensors.values()))))
+    named = {getattr(module, "num_experts", None), getattr(module, "groups", None)}
+    return count > 1 and ("down_proj" in tensors or count in named) and not isinstance(module, nn.Conv1d)
 
 
 def watchable_experts(model: nn.Module) -> None:
@@ -116,17 +152,32 @@ def watchable_experts(model: nn.Module) -> None:
 
 def _expert_slices(path: str, module: nn.Module) -> dict[str, LinearView]:
     weights = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
-    if unknown := sorted(weights.keys() - set(_EXPERT_WEIGHTS)):
+    said = _said_transposed(module)
+    if unknown := sorted(weights.keys() - set(_EXPERT_WEIGHTS) - ({"weight"} if said is not None else set())):
         raise UserError(
             f"the experts of {path} keep weights in {unknown[0]}, an unknown form",
             "Use a model whose experts have gate_up_proj and down_proj.",
         )
-    transposed = _is_transposed(path, module, weights)
+    transposed = _is_transposed(path, module, weights) if said is None else said
     return {
         f"{path}.{expert}.{name}": LinearView(module, name, expert, transposed)
-        for expert in range(len(next(iter(weights.values()))))
+        for expert in range(min(map(len, weights.values())))
         for name in weights
     }
+
+
+def _said_transposed(module: nn.Module) -> bool | None:
+    """Whether experts of one product each keep ``weight [experts, in, out]``, by the sizes that they name; or neither.
+
+    JetMoE's have ``output_size`` and ``input_size``, Aria's ``in_features`` and ``out_features``.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 3:
+        return None
+    for names, transposed in ((("output_size", "input_size"), False), (("in_features", "out_features"), True)):
+        if tuple(weight.shape[1:]) == tuple(getattr(module, name, None) for name in names):
+            return transposed
+    return None
 
 
 def _is_transposed(path: str, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:

@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from sparsedeploy.errors import UserError
@@ -88,6 +88,25 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers' that builds and loads the model of a configuration.
+
+    Of a model that also sees or hears, transformers may know a causal LM of its text part alone and the whole one; the
+    checkpoint's ``architectures`` says which it is.
+    """
+    import transformers
+
+    # Newer versions list those that hear, too.
+    seeing = getattr(transformers, "AutoModelForMultimodalLM", AutoModelForImageTextToText)
+    known = [kind for kind in (AutoModelForCausalLM, seeing) if type(config) in kind._model_mapping]
+    for kind in known:
+        built = kind._model_mapping[type(config)]
+        names = {each.__name__ for each in (built if isinstance(built, tuple) else (built,))}
+        if names & set(getattr(config, "architectures", None) or ()):
+            return kind
+    return known[0] if known else AutoModelForCausalLM
+
+
 def build_empty(folder: Path, config: Any, *, dtype: torch.dtype | None = None, trust_remote_code: bool) -> nn.Module:
     """The model of a configuration without weights, in evaluation mode and without gradients.
 
@@ -96,7 +115,7 @@ def build_empty(folder: Path, config: Any, *, dtype: torch.dtype | None = None, 
     """
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation=attention(config), trust_remote_code=trust_remote_code
             )
     except Exception as error:
@@ -127,7 +146,7 @@ def load_model(
     TensorFiles(folder)  # refuses what is not the model, or is corrupt
     try:
         with no_foreign_bars():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto_class(config).from_pretrained(
                 folder,
                 config=config,
                 dtype=compute_type(config, device, dtype),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,34 +39,79 @@ class DecoderStack:
 
 
 def find_decoder_stack(model: nn.Module) -> DecoderStack:
-    """Find the list of decoder layers: the outermost list of same-class modules that holds most linear weights.
+    """Find the list of decoder layers: the outermost list of modules that holds most linear weights.
+
+    It is looked for in the part that transformers calls the model's decoder, so a model that also sees or hears is
+    represented by its language model. The layers may be of several classes.
 
     Raises:
-        UserError: there is none, or its layers keep most of their weights outside ``nn.Linear``.
+        UserError: there is none, its layers keep most of their weights outside ``nn.Linear``, or share them.
     """
-    best: tuple[int, str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        if len({type(layer) for layer in module}) != 1:
-            continue
-        size = _linear_parameters(module)
-        # Strictly larger: an outer list is met before the lists inside it, and keeps its place on equal size.
-        if size > 0 and (best is None or size > best[0]):
-            best = (size, name, module)
-    if best is None:
+    name, layers = _largest_list(model, language_model(model)) or _largest_list(model, model) or ("", None)
+    if layers is None:
         raise UserError(
             f"{type(model).__name__} has no list of decoder layers made of linears",
             "Use a decoder-only transformer such as Llama, Qwen, Mistral, OPT or Gemma.",
         )
-    size, name, layers = best
+    size = _linear_parameters(layers)
     matrices = sum(p.numel() for p in layers.parameters() if p.dim() >= 2)
     if size < 0.5 * matrices:
         raise UserError(
             f"the layers of {type(model).__name__} keep {1 - size / matrices:.0%} of their weights outside linears",
             "Such modules cannot be pruned; use a model made of linear projections.",
         )
+    matrices_of = (
+        (f"{name}.{at}", [id(p) for p in layer.parameters() if p.dim() >= 2]) for at, layer in enumerate(layers)
+    )
+    check_not_shared(model, matrices_of)
     return DecoderStack(name, layers)
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The part of a model that reads text: of one that also sees or hears, its language model; else the whole."""
+    get = getattr(model, "get_decoder", None)
+    part = get() if callable(get) else None
+    return part if isinstance(part, nn.Module) else model
+
+
+def _largest_list(model: nn.Module, part: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The outermost list of layers in a part of the model that holds most linear weights, by its name in the model.
+
+    A tower that takes pixels or sound, as transformers' models say of themselves, is passed over.
+    """
+    inside = {id(module) for module in part.modules()}
+    for tower in part.modules():
+        if tower is not part and getattr(tower, "main_input_name", "input_ids") != "input_ids":
+            inside -= {id(module) for module in tower.modules()}
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or id(module) not in inside:
+            continue
+        size = _linear_parameters(module)
+        # Strictly larger: an outer list is met before the lists inside it, and keeps its place on equal size.
+        if size > 0 and (best is None or size > best[0]):
+            best = (size, name, module)
+    return None if best is None else best[1:]
+
+
+def check_not_shared(model: nn.Module, layers: Iterable[tuple[str, Iterable[Hashable]]]) -> None:
+    """Refuse layers that share weights: they cannot be pruned one after the other.
+
+    Args:
+        layers: the name of each layer, with what identifies its matrices.
+
+    Raises:
+        UserError: naming the first two such layers.
+    """
+    owners: dict[Hashable, str] = {}
+    for name, weights in layers:
+        for weight in weights:
+            if owners.setdefault(weight, name) != name:
+                raise UserError(
+                    f"{name} of {type(model).__name__} shares weights with {owners[weight]}, so they cannot be pruned "
+                    "one after the other",
+                    "Use a model whose layers have weights of their own.",
+                )
 
 
 def check_finite(name: str, weight: torch.Tensor) -> None:

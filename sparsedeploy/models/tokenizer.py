@@ -35,6 +35,7 @@ def load_tokenizer(folder: Path, *, vocabulary: int | None = None, trust_remote_
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=not trust_remote_code
         )
+        tokenizer("a", verbose=False)["input_ids"]  # its settings are used here, not before
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UserError(

@@ -14,12 +14,13 @@ import torch
 from sparsedeploy.calibration.documents import read_split
 from sparsedeploy.calibration.samples import default_length
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.config_check import positions
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import load_config, load_model, resolve_device, resolve_model
 from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.models.tokenizer import check_tokens, load_tokenizer
 from sparsedeploy.quality.options import EvalOptions
-from sparsedeploy.quality.perplexity import perplexity, text_windows
+from sparsedeploy.quality.perplexity import check_causal, perplexity, text_windows
 from sparsedeploy.quality.tasks import load_tasks, run_tasks
 
 
@@ -43,9 +44,9 @@ def evaluate(source: str | Path, options: EvalOptions, load: LoadOptions = LoadO
     folder = resolve_model(source)
     config = load_config(folder, trust_remote_code=trust)
     length = default_length(config) if options.context is None else options.context
-    positions = getattr(config, "max_position_embeddings", length)
-    if not 2 <= length <= positions:
-        raise UserError(f"context {length} is outside [2, {positions}], the model's positions", "Lower --context.")
+    limit = positions(config) or max(length, 2)
+    if not 2 <= length <= limit:
+        raise UserError(f"context {length} is outside [2, {limit}], the model's positions", "Lower --context.")
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     windows = {
         name: text_windows(text, tokenizer, length, field=asked.field, split=asked.split, limit=asked.max_windows)
@@ -56,6 +57,8 @@ def evaluate(source: str | Path, options: EvalOptions, load: LoadOptions = LoadO
     loaded = load_tasks(tasks) if tasks.names else {}
     device = resolve_device(load.device)
     model = load_model(folder, dtype=load.torch_dtype, device=device, trust_remote_code=trust)
+    for part in windows.values():
+        check_causal(model, part[0])
     measured = {
         name: {
             "data": texts[name],

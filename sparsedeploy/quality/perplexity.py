@@ -12,6 +12,10 @@ from torch import nn
 from sparsedeploy import progress
 from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.computing import first_run
+
+# Tokens that show whether a model looks ahead.
+_FEW = 16
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,30 @@ def text_windows(
     """
     joined = "\n\n".join(load_documents(data, field=field, split=split))
     return windows_of(tokenizer(joined, verbose=False)["input_ids"], context, data)[:limit]
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, tokens: torch.Tensor) -> None:
+    """Refuse a model whose prediction of a token depends on later ones: its perplexity would say nothing.
+
+    Args:
+        tokens: int64 ``[length]``, of which the first few are used.
+
+    Raises:
+        UserError: the logits of earlier tokens change with the last one.
+    """
+    row = tokens[None, :_FEW].to(next(model.parameters()).device)
+    other = row.clone()
+    other[0, -1] = row[0, -1] - 1 if row[0, -1] > 0 else 1
+    with first_run(model):
+        one, two = (
+            model(input_ids=each, use_cache=False).logits[0, : row.shape[1] - 1].float() for each in (row, other)
+        )
+    if float((one - two).abs().max()) > 1e-2 * float(one.abs().max()):
+        raise UserError(
+            f"{type(model).__name__} predicts a token from later ones, so it has no perplexity as a language model",
+            'Use a causal model; those of the BERT kind are one with "is_decoder": true in their config.json.',
+        )
 
 
 @torch.no_grad()

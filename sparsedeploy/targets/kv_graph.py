@@ -286,7 +286,14 @@ def _rotary_tables(model: PreTrainedModel, config: Any, positions: int) -> nn.Mo
             )
         by_type = parameters[2:3] == ["layer_type"]
         layer_types = sorted(set(config.layer_types)) if by_type else [None]
-        tables[name.replace(".", "/")] = RotaryTable(module, positions, layer_types)
+        try:
+            tables[name.replace(".", "/")] = RotaryTable(module, positions, layer_types)
+        except Exception as error:
+            raise UserError(
+                f"{type(model).__name__} has a rotary embedding of a form of its own at {name} "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:120]})",
+                "Use a model whose positions are one number a token, such as Llama, Qwen, Mistral or Gemma.",
+            ) from error
     return tables
 
 

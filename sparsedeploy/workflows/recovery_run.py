@@ -15,6 +15,7 @@ from torch import nn
 from sparsedeploy.checkpoint.manifest import CalibrationRecord, Manifest, RecoveryRecord
 from sparsedeploy.checkpoint.writer import Provenance, write_checkpoint
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.config_check import positions
 from sparsedeploy.models.loading import load_model, resolve_device
 from sparsedeploy.models.tokenizer import check_tokens, load_tokenizer
 from sparsedeploy.options import build_options
@@ -52,9 +53,9 @@ def training_data(
     """The text to train on as tokens; None where the method does not train."""
     if recover.data is None or not method.traits["trains"]:
         return None
-    positions = getattr(config, "max_position_embeddings", None) or recover.data.max_length
+    longest = min(recover.data.max_length, positions(config) or recover.data.max_length)
     tokenizer = load_tokenizer(folder, trust_remote_code=run.trust_remote_code)
-    data = load_training_data(tokenizer, replace(recover.data, max_length=min(recover.data.max_length, positions)))
+    data = load_training_data(tokenizer, replace(recover.data, max_length=longest))
     for sequence in data.sequences:
         check_tokens(sequence, config.get_text_config(decoder=True).vocab_size, data.data)
     return data

@@ -1,48 +1,69 @@
-"""Masks and state of every causal LM that transformers builds small, against whole forward passes and its own loading.
+"""Every model that transformers builds small, against its own whole forward passes and loading.
 
-The list is generated; what is not tested has its reason in :func:`tests.families.left_out`.
+The list is generated; what is expected of each stands in tests/families.json, as tests/family_table.py measured it.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import StreamedLayers
-from sparsedeploy.models.linear_views import watchable_experts
-from sparsedeploy.models.loading import load_model
-from tests.families import calibration_tokens, families, left_out, product_masks, saved_family, small_config
-from tests.oracle import differences, wanda_masks
+from sparsedeploy.models.loading import auto_class, load_config, load_model
+from tests.families import families, multimodal, product_masks, saved_family, small_config
+from tests.family_outcomes import outcomes
+from tests.family_table import PAGE, load_table, page
 
 # The rounding of a float32 sum: what two orders of the same sum may decide differently.
 TIE = 1e-5
 # The kinds that were wrong once, for runs that have no time for all families.
 KINDS = ("llama", "bloom", "falcon", "gemma2", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "gpt2", "mixtral")
+# One of each kind of graph, and of each kind of refusal; the table has all.
+EXPORTED = (
+    *("llama", "gemma3_text", "opt", "falcon", "gpt_neox", "bloom", "gpt2", "mixtral", "mamba", "bert", "deepseek_v3"),
+    *("modernbert-decoder", "gemma3n_text", "gemma3"),
+)
+EVERY = (*families(), *multimodal())
 
 
-@pytest.mark.parametrize("family", families())
-def test_masks_equal_those_of_whole_forward_passes_or_the_family_is_refused(family: str, tmp_path: Path) -> None:
-    _skip_left_out(family)
-    folder = saved_family(family, tmp_path)
-    masks, refusal = None, None
-    try:
-        masks = product_masks(folder, batch_size=4)
-    except UserError as error:
-        refusal = error
-    if masks is None:
-        assert family not in KINDS
-        assert refusal is not None
-        assert refusal.fix
-        assert "\n" not in str(refusal)
-        return
-    expected, scores = wanda_masks(_truth(folder), masks, calibration_tokens(), 0.5)
-    wrong = differences(masks, expected, scores)
-    assert max(wrong.values(), default=0) < TIE, wrong
+@pytest.fixture(scope="module")
+def table() -> dict[str, dict[str, Any]]:
+    """What tests/family_table.py measured last."""
+    return load_table()
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_masks_and_perplexity_are_as_the_table_says(
+    family: str, tmp_path: Path, table: dict[str, dict[str, Any]]
+) -> None:
+    """A new refusal and a new difference fail alike."""
+    if "not " in table[family]["masks"][:4]:
+        pytest.skip(table[family]["masks"])
+    found = outcomes(family, tmp_path, ("masks", "eval"))
+    assert _without_ties(found["masks"]) == _without_ties(table[family]["masks"])
+    assert found["eval"] == table[family]["eval"]
+
+
+@pytest.mark.parametrize("family", EXPORTED)
+def test_graphs_are_as_the_table_says(family: str, tmp_path: Path, table: dict[str, dict[str, Any]]) -> None:
+    found = outcomes(family, tmp_path, ("longrope", "deepsparse"))
+    assert found == {column: table[family][column] for column in found}
+
+
+def test_nothing_in_the_table_is_wrong_and_the_page_shows_it(table: dict[str, dict[str, Any]]) -> None:
+    assert set(table) == set(EVERY)
+    assert not [row for row in table.values() if "**" in str(row)]
+    assert PAGE.read_text() == page(table)
+
+
+def _without_ties(verdict: str) -> str:
+    differ = re.fullmatch(r"\d+ of (\d+) differ, by up to (\S+) of a score", verdict)
+    return f"equal ({differ[1]} modules)" if differ and float(differ[2]) < TIE else verdict
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -53,17 +74,18 @@ def test_masks_do_not_depend_on_the_batch_size(family: str, tmp_path: Path) -> N
     assert all(torch.equal(one[name], three[name]) for name in one)
 
 
-@pytest.mark.parametrize("family", families())
-def test_what_is_streamed_is_what_transformers_loads(family: str, tmp_path: Path) -> None:
-    _skip_left_out(family)
+@pytest.mark.parametrize("family", EVERY)
+def test_what_is_streamed_is_what_transformers_loads(
+    family: str, tmp_path: Path, table: dict[str, dict[str, Any]]
+) -> None:
+    if not table[family]["masks"].startswith("equal"):
+        pytest.skip(table[family]["masks"])
     if family == "zaya":
         pytest.skip("transformers changes its balancing biases after loading them; pruning refuses the family")
     folder = saved_family(family, tmp_path)
-    try:
-        source = StreamedLayers(folder, device=torch.device("cpu"), dtype=torch.float32)
-    except UserError:
-        pytest.skip("refused, as the test of masks shows")
-    truth, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    source = StreamedLayers(folder, device=torch.device("cpu"), dtype=torch.float32)
+    kind = auto_class(load_config(folder))
+    truth, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     stack = source.stack
     for index in range(len(stack.layers)):
         with source.layer(index) as layer:
@@ -79,12 +101,6 @@ def test_what_is_streamed_is_what_transformers_loads(family: str, tmp_path: Path
     assert {*source.names.left_over} == {*report["unexpected_keys"]}
 
 
-def _skip_left_out(family: str) -> None:
-    reason = left_out(family)
-    if reason is not None:
-        pytest.skip(reason)
-
-
 def _assert_same_state(module: nn.Module, expected: nn.Module) -> None:
     ours = dict([*module.named_parameters(), *module.named_buffers()])
     theirs = dict([*expected.named_parameters(), *expected.named_buffers()])
@@ -92,12 +108,6 @@ def _assert_same_state(module: nn.Module, expected: nn.Module) -> None:
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype, name
         assert torch.equal(tensor, theirs[name]), name
-
-
-def _truth(folder: Path) -> nn.Module:
-    model = load_model(folder, dtype=torch.float32)
-    watchable_experts(model)
-    return model
 
 
 def test_a_score_cap_keeps_the_fused_kernel_away(tmp_path: Path) -> None:

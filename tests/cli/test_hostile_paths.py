@@ -1,0 +1,106 @@
+"""Paths that bite, given as every argument that is a path: one clear line and exit code 2, or the right result."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.cli.conftest import Outcome, contents
+from tests.cli.test_bad_input import prune
+from tests.cli.test_hostile_json import answered
+
+Cli = Callable[..., Outcome]
+
+
+def odd_paths(place: Path) -> list[str]:
+    """Names of things that are there and are not what is asked for, and of nothing."""
+    (place / "file").write_text("x")
+    (place / "empty").mkdir()
+    (place / "full").mkdir()
+    (place / "full" / "precious").write_text("x")
+    (place / "dangling").symlink_to("gone")
+    (place / "circle").symlink_to("circle")
+    (place / "to_empty").symlink_to("empty")
+    (place / "to_file").symlink_to("file")
+    os.mkfifo(place / "pipe")
+    (place / "locked").mkdir()
+    (place / "locked").chmod(0o500)
+    inside = ("file", "empty", "full", "dangling", "circle", "to_empty", "to_file", "pipe", "locked/x", "file/x")
+    odd = ("a b", "m[/b]", "-x", "ünï", "x\ny", "\x1b[2J", "x" * 255, "x" * 256, "a/b/c", ".hidden", "full/../full")
+    elsewhere = (
+        "",
+        ".",
+        "..",
+        "/",
+        "/dev/null",
+        "/dev/stdin",
+        "/proc/self/x",
+        "/proc/1/mem",
+        "~nosuchuser/x",
+        "x" * 5000,
+    )
+    return [*(str(place / name) for name in (*inside, *odd)), *elsewhere, "/dev/full", "//", "\udcff"]
+
+
+def test_models(cli: Cli, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(model.parent)
+    for path in odd_paths(model.parent):
+        assert answered(cli("eval", path, "-d", text, "-c", 32), path.encode(errors="replace")), path
+        assert answered(cli("inspect", path), path.encode(errors="replace")), path
+
+
+def test_texts(cli: Cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    readable = {str(model.parent / name) for name in ("file", "to_file", "full", "full/../full")} | {".", ".."}
+    for path in odd_paths(model.parent):
+        if path in ("..", "/", "//"):  # the folders of the machine
+            continue
+        refused = answered(cli("eval", model, "-d", path, "-c", 32), path.encode(errors="replace"))
+        assert refused or path in readable, path
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",)], ids=["new", "overwrite"])
+def test_outputs(cli: Cli, model: Path, text: Path, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there stays; a run that succeeds has written the whole checkpoint there and nothing beside it."""
+    (model.parent / "work").mkdir()
+    monkeypatch.chdir(model.parent / "work")
+    for path in odd_paths(model.parent / "work"):
+        before = contents(model.parent)
+        outcome = cli("prune", model, "-o", path, "-s", 0.5, "-m", "magnitude", *more)
+        if answered(outcome, path.encode(errors="replace")):
+            continue
+        made = Path(path).resolve()
+        assert len(load_file(made / "model.safetensors")) == 21, path
+        assert cli("inspect", made).code == 0
+        shutil.rmtree(made)
+        after = contents(model.parent)
+        assert {name for name in before if name not in after} <= {"work/empty"}, path
+
+
+def test_overwriting_what_is_read(cli: Cli, model: Path, text: Path) -> None:
+    """The output may not be, hold, or lie in an input, however it is written."""
+    assert prune(cli, model, text, "-s", 0.5).code == 0
+    pruned = model.parent / "out"
+    (model.parent / "alias").symlink_to("out")
+    (pruned / "inner").mkdir()
+    shutil.copyfile(text, pruned / "inner" / "text.txt")
+    for output in (
+        pruned,
+        pruned / ".",
+        pruned.parent / "alias",
+        pruned / "..",
+        pruned.parent,
+        pruned / "inner" / "..",
+    ):
+        for source in (pruned, pruned.parent / "alias", pruned / "inner" / ".."):
+            outcome = cli("prune", source, "-o", output, "-s", 0.6, "-m", "magnitude", "--overwrite")
+            assert answered(outcome, str(output).encode()), (source, output)
+    options = ("-s", 0.5, "-n", 2, "--calibration-length", 32, "--overwrite")
+    outcome = cli("prune", model, "-o", pruned, "--data", pruned / "inner" / "text.txt", *options)
+    assert answered(outcome, b"a text inside the output")
