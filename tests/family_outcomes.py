@@ -19,7 +19,9 @@ from torch import nn
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.linear_views import watchable_experts
 from sparsedeploy.models.loading import auto_class, load_config, load_model
+from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.quality.evaluate import evaluate
+from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.targets.registry import export_checkpoint
 from tests.families import (
     VOCABULARY,
@@ -99,10 +101,8 @@ def perplexity(folder: Path) -> str:
     text = folder.parent / "text.txt"
     text.write_text(" ".join(f"w{token:02}" for token in tokens.flatten().tolist()))
     try:
-        found = [
-            evaluate(folder, str(text), context=PROMPT, batch_size=size, device="cpu", dtype=torch.float32)
-            for size in (1, 2)
-        ]
+        asked = [EvalOptions(TextOptions((str(text),)), context=PROMPT, batch_size=size) for size in (1, 2)]
+        found = [evaluate(folder, options, LoadOptions(device="cpu", dtype="float32")) for options in asked]
     finally:
         text.unlink()
     truth = whole_model(folder)
