@@ -6,6 +6,7 @@ that switches at 64 tokens, where the family takes one.
 
 from __future__ import annotations
 
+import inspect
 import math
 import tempfile
 from collections.abc import Callable
@@ -221,7 +222,10 @@ def _compared(found: np.ndarray, expected: np.ndarray, tokens: torch.Tensor) -> 
 
 @torch.no_grad()
 def _logits(model: nn.Module, tokens: torch.Tensor) -> np.ndarray:
-    logits: np.ndarray = model(input_ids=tokens, use_cache=False).logits[0].numpy()
+    masked = "attention_mask" in inspect.signature(model.forward).parameters
+    # Without it, Moshi's plain attention looks ahead.
+    more = {"attention_mask": torch.ones_like(tokens)} if masked else {}
+    logits: np.ndarray = model(input_ids=tokens, use_cache=False, **more).logits[0].numpy()
     return logits
 
 

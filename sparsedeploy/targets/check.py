@@ -87,9 +87,12 @@ def reference_logits(model: PreTrainedModel, limit: int | None = None) -> Refere
 
 def _logits(model: PreTrainedModel, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """float32 logits after the tokens ``rows``, [1, R, V]."""
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(input_ids=tokens, use_cache=False, logits_to_keep=rows).logits.float()
-    return model(input_ids=tokens, use_cache=False).logits[:, rows].float()
+    known = inspect.signature(model.forward).parameters
+    # Without a mask, some plain attentions look ahead (Moshi's).
+    more = {"attention_mask": torch.ones_like(tokens)} if "attention_mask" in known else {}
+    if "logits_to_keep" in known:
+        return model(input_ids=tokens, use_cache=False, logits_to_keep=rows, **more).logits.float()
+    return model(input_ids=tokens, use_cache=False, **more).logits[:, rows].float()
 
 
 def check_graph(path: Path, reference: Reference, tolerance: float = TOLERANCE) -> Check | None:
