@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from sparsedeploy.checkpoint.inspection import inspect_checkpoint
 from sparsedeploy.models.loading import load_model
-from sparsedeploy.models.options import LoadOptions
-from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.options import PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 from tests.families import saved_family, small_model
 
@@ -22,7 +21,7 @@ FAMILIES = ("gemma3", "got_ocr2", "llava", "qwen2_vl", "paligemma", "idefics3", 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_pruned(family: str, tmp_path: Path) -> None:
     dense, output = saved_family(family, tmp_path / "dense"), tmp_path / "out"
-    prune(str(dense), output, PruneOptions(sparsity=0.5, method="magnitude"), LoadOptions(device="cpu"))
+    prune(str(dense), output, PruneOptions(sparsity=0.5, method="magnitude"), RunOptions(device="cpu"))
     assert inspect_checkpoint(output).problems == []
     before, after = load_file(dense / "model.safetensors"), load_file(output / "model.safetensors")
     assert before.keys() == after.keys()
