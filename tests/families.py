@@ -130,6 +130,8 @@ _PART = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
 }
+_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_GLM_TEXTS = ("glm4v_text", "glm46v_text", "glm4v_moe_text", "glm_ocr_text")
 _HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"]
 # What the names above do not settle.
 _OF_FAMILY: dict[str, dict[str, Any]] = {
@@ -178,8 +180,10 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": {"num_kv_shared_layers": 2},
     "git": {"vision_config": {**_VISION, "hidden_size": 32}},
+    **{name: {"rope_parameters": _SECTIONS} for name in _GLM_TEXTS},
     "gptj": {"rotary_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 2], [["global"], 1]]},
+    "hunyuan_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "xdrope_section": [1, 1, 1, 1]}},
     "inkling_text": {
         "sliding_window_size": WINDOW,
         "swa_num_attention_heads": 4,
@@ -194,7 +198,11 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", _FULL, "conv", "conv", _FULL]},
     "lfm2_moe": {"layer_types": ["conv", _FULL, "conv", "conv", _FULL]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
-    **{name: {"use_sliding_window": True} for name in ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")},
+    **{name: {"use_sliding_window": True} for name in ("qwen2", "qwen2_moe")},
+    **{
+        name: {"use_sliding_window": True, "rope_parameters": _SECTIONS}
+        for name in ("qwen2_vl_text", "qwen2_5_vl_text")
+    },
     "qwen3": {"use_sliding_window": True},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,

@@ -159,7 +159,7 @@ def config_shapes(config: Any) -> Shapes:
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             hidden=text.hidden_size,
             vocab=text.vocab_size,
-            max_positions=getattr(text, "max_position_embeddings", None),
+            max_positions=positions(config),
         )
     except (AttributeError, TypeError, RuntimeError) as error:  # RuntimeError: a size that differs between layers
         raise UserError(

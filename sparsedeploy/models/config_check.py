@@ -44,7 +44,7 @@ def vocabulary_size(raw: Mapping[str, Any]) -> int | None:
 def positions(config: Any) -> int | None:
     """The positions that a model's language part is for; None where it has no limit."""
     found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found if isinstance(found, int) else None
+    return found if isinstance(found, int) and found > 0 else None  # XLNet's is -1
 
 
 def _check(fields: Fields) -> None:

@@ -124,13 +124,14 @@ def uncalled_linears(layer: nn.Module) -> set[str]:
 
 @cache
 def _weights_read(kind: type) -> frozenset[str]:
-    """The attributes of a class whose ``weight`` its code reads and which it never calls."""
+    """The attributes of a class whose ``weight`` its code multiplies by, or reads without ever calling them."""
     try:
         source = inspect.getsource(kind)
     except (OSError, TypeError):
         return frozenset()
-    read = set(re.findall(r"\bself\.(\w+)\.weight\b(?!\.\w)", source))
-    return frozenset(read - set(re.findall(r"\bself\.(\w+)\(", source)))
+    read = set(re.findall(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size)\b)", source))
+    multiplied = set(re.findall(r"\bself\.(\w+)\.weight @", source))
+    return frozenset(multiplied | (read - set(re.findall(r"\bself\.(\w+)\(", source))))
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -138,10 +139,10 @@ def is_fused_experts(module: nn.Module) -> bool:
     tensors = {name: tensor for name, tensor in module.named_parameters(recurse=False) if tensor.dim() == 3}
     if not tensors:
         return False
-    # Experts that hand on their input may be counted with the others, and have no weights.
+    # Experts that hand on their input may be counted with the others, and have no last weight.
     count = len(tensors.get("down_proj", next(iter(tensors.values()))))
-    named = {getattr(module, "num_experts", None), getattr(module, "groups", None)}
-    return count > 1 and ("down_proj" in tensors or count in named) and not isinstance(module, nn.Conv1d)
+    named = {getattr(module, name, None) for name in ("num_experts", "num_routed_experts", "groups")}
+    return count > 1 and count in named and not isinstance(module, nn.Conv1d)
 
 
 def watchable_experts(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsedeploy.artifacts.known_answer import STEPS, TOKENS
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.config_check import positions
 
 # A check runs so many tokens at most.
 LONGEST_CHECK = 8200
@@ -45,7 +46,7 @@ def check_positions(name: str, config: Any, asked: int | None) -> int | None:
     Raises:
         UserError: more than the model has, or rotary frequencies that change with the length within them.
     """
-    own = getattr(config, "max_position_embeddings", None)
+    own = positions(config)
     if asked is not None and (asked < 2 or (own is not None and asked > own)):
         raise UserError(
             f"{asked} positions were asked for, {name} has {own}", "Use another --target-option max_positions=N."
@@ -92,7 +93,7 @@ def _rope_by_length(config: Any) -> list[tuple[str, int]]:
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     # One entry for each layer type, or one for all.
     entries = [value for value in settings.values() if isinstance(value, dict)] or [settings]
-    own = getattr(config, "max_position_embeddings", 0)
+    own = positions(config) or 0
     found = []
     for entry in entries:
         kind = entry.get("rope_type") or entry.get("type")
