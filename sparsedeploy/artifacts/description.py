@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.models.config_check import positions
 from sparsedeploy.folders import write_json
+from sparsedeploy.models.config_check import positions
 from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.reading import Fields, contained, read_object
 from sparsedeploy.version import __version__
