@@ -19,7 +19,7 @@ from transformers import Cache
 
 from sparsedeploy.calibration.activations import free_bytes
 from sparsedeploy.errors import UserError
-from sparsedeploy.models.computing import first_run
+from sparsedeploy.models.computing import model_errors
 from sparsedeploy.models.layers import LayerSource
 
 # The share of the free memory that arguments may take.
@@ -100,7 +100,7 @@ def probe(source: LayerSource, tokens: torch.Tensor) -> Probe:
     def disturb(at: int, hidden: torch.Tensor, arguments: LayerArguments) -> Any:
         return _like(_disturbed(results[type(source.stack.layers[at])]), hidden * 1.25 + 0.5)
 
-    with first_run(source.model):
+    with model_errors(source.model):
         hidden, _ = _pass(source, tokens, learn)
     for kind, result in results.items():
         inner = result[0] if isinstance(result, tuple | list) and len(result) else result

@@ -50,8 +50,8 @@ def attention(config: Any) -> str | None:
 
 
 @contextmanager
-def first_run(model: object) -> Iterator[None]:
-    """Around the first forward pass of a model: what its own code raises there is said of the model.
+def model_errors(model: object) -> Iterator[None]:
+    """Around a forward pass on inputs of a new kind: what the model's own code raises there is said of the model.
 
     Raises:
         UserError: naming the error; one of memory is left as it is.

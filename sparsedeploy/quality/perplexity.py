@@ -12,7 +12,7 @@ from torch import nn
 from sparsedeploy import progress
 from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.errors import UserError
-from sparsedeploy.models.computing import first_run
+from sparsedeploy.models.computing import model_errors
 
 # Tokens that show whether a model looks ahead.
 _FEW = 16
@@ -73,7 +73,7 @@ def check_causal(model: nn.Module, tokens: torch.Tensor) -> None:
     row = tokens[None, :_FEW].to(next(model.parameters()).device)
     other = row.clone()
     other[0, -1] = row[0, -1] - 1 if row[0, -1] > 0 else 1
-    with first_run(model):
+    with model_errors(model):
         one, two = (
             model(input_ids=each, use_cache=False).logits[0, : row.shape[1] - 1].float() for each in (row, other)
         )
@@ -96,7 +96,8 @@ def perplexity(model: nn.Module, windows: torch.Tensor, *, batch_size: int = 1) 
     with progress.bar("perplexity", len(windows), "windows") as advance:
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size].to(device)
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+            with model_errors(model):
+                logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
             loss = nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").mean(dim=1)
             losses.extend(loss.double().tolist())
             if not torch.isfinite(loss).all() and next(model.parameters()).dtype == torch.float16:

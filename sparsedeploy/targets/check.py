@@ -20,7 +20,7 @@ from sparsedeploy import progress
 from sparsedeploy.artifacts.description import Check
 from sparsedeploy.artifacts.known_answer import PROMPT, STEPS, TOKENS
 from sparsedeploy.errors import UserError
-from sparsedeploy.models.computing import first_run
+from sparsedeploy.models.computing import model_errors
 from sparsedeploy.targets.switches import check_length, switches
 
 # The prompt is run in parts of this length, then the last tokens one at a time: the two ways in which a runtime calls
@@ -74,12 +74,11 @@ def reference_logits(model: PreTrainedModel, limit: int | None = None) -> Refere
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        with first_run(model):
-            _logits(model, tokens[:, :2], torch.tensor([1]))
-        # The end of the known answer is greedy: an engine that only takes its own choice decodes it too.
-        for at in range(min(PROMPT, known), known):
-            tokens[0, at] = _logits(model, tokens[:, :at], torch.tensor([at - 1]))[0, 0].argmax()
-        logits = _logits(model, tokens, rows)
+        with model_errors(model):
+            # The end of the known answer is greedy: an engine that only takes its own choice decodes it too.
+            for at in range(min(PROMPT, known), known):
+                tokens[0, at] = _logits(model, tokens[:, :at], torch.tensor([at - 1]))[0, 0].argmax()
+            logits = _logits(model, tokens, rows)
     finally:
         model.set_attn_implementation(before)
     return Reference(tokens.numpy(), rows.numpy(), logits.numpy())
