@@ -246,6 +246,8 @@ _VISION_OF: dict[str, dict[str, Any]] = {"qwen2_vl": {"hidden_size": 32}, "got_o
 # Larger than this is not small.
 _LARGEST = 5_000_000
 _LEFT_OUT: dict[str, str] = {
+    "chameleon": "its image tokens are named in a vocabulary that a small model does not have",
+    "emu3": "its image tokens are named in a vocabulary that a small model does not have",
     "gemma3n": "builds its vision part with timm, which is not installed; gemma3n_text is the same language model",
     "gemma4_assistant": "drafts for another model, whose hidden states it takes",
     "gemma4_unified_assistant": "drafts for another model, whose hidden states it takes",
