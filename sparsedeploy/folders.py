@@ -87,6 +87,8 @@ def claim(
         UserError: see :func:`check_writable`; also another run that writes the same output.
     """
     check_output(target)
+    if not target.name:  # the working folder or the root, which have no sibling to lock
+        check_writable(target, overwrite, inputs)
     with locked(target) as first:
         if first:
             _clear_up(target, resume)

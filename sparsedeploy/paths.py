@@ -57,8 +57,6 @@ def check_output(target: Path) -> None:
             is not writable.
     """
     name = shown(target)
-    if target.name in ("", ".."):
-        raise UserError(f"output {name} names no folder or file of its own", "Give it a name.")
     try:
         length = len(str(target).encode())
     except UnicodeEncodeError:
