@@ -15,10 +15,10 @@ class UserError(Exception):
     The command line prints it as ``error: MESSAGE. FIX`` on one line and exits with code 2.
     """
 
-    def __init__(self, message: str, fix: str | None = None) -> None:
+    def __init__(self, message: str, fix: str) -> None:
         self.message = _one_line(message.rstrip("."))
-        self.fix = fix if fix is None else _one_line(fix)
-        super().__init__(self.message if fix is None else f"{self.message}. {self.fix}")
+        self.fix = _one_line(fix)
+        super().__init__(f"{self.message}. {self.fix}")
 
 
 def _one_line(text: str) -> str:

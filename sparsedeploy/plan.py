@@ -13,6 +13,7 @@ from sparsedeploy.folders import write_json
 from sparsedeploy.reading import Fields, read_object
 
 FORMAT = 1
+_AGAIN = "Make the plan again: sparsedeploy allocate."
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ class ModuleTarget:
 
     def __post_init__(self) -> None:
         if not 0 <= self.zeros_per_row <= self.columns:
-            raise UserError(f"plan asks {self.name} for {self.zeros_per_row} zeros in rows of {self.columns}")
+            raise UserError(
+                f"the plan asks {self.name} for {self.zeros_per_row} zeros in rows of {self.columns}", _AGAIN
+            )
         if self.pattern is not None:
             if self.columns % self.pattern.m:
                 raise UserError(
@@ -122,7 +125,10 @@ class ModuleTarget:
                     "Choose an M that divides it, or unstructured.",
                 )
             if self.zeros_per_row != self.columns // self.pattern.m * (self.pattern.m - self.pattern.n):
-                raise UserError(f"plan for {self.name}: {self.zeros_per_row} zeros per row do not fit {self.pattern}")
+                raise UserError(
+                    f"the plan asks {self.name} for {self.zeros_per_row} zeros per row, which {self.pattern} has not",
+                    _AGAIN,
+                )
 
     @property
     def size(self) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import sparsedeploy
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable
 from sparsedeploy.paths import check_apart, check_file_output, check_output, check_regular, expand, shown
@@ -122,3 +123,10 @@ def test_files_replace_results_only(tmp_path: Path) -> None:
 def test_paths_in_messages_are_short_and_printable() -> None:
     assert shown("a\nb\x1b[31m\udcff") == r"a\nb\x1b[31m\udcff"
     assert len(shown("x" * 5000)) < 200
+
+
+def test_the_home_folder_is_replaced_in_one_place() -> None:
+    """``Path.expanduser`` raises a RuntimeError for a user that does not exist; :func:`expand` says so in one line."""
+    package = Path(sparsedeploy.__file__).parent
+    found = {str(path.relative_to(package)) for path in package.rglob("*.py") if ").expanduser()" in path.read_text()}
+    assert found == {"paths.py"}

@@ -17,6 +17,7 @@ from sparsedeploy.artifacts.description import (
 )
 from sparsedeploy.artifacts.traffic import folder_bytes
 from sparsedeploy.errors import UserError
+from sparsedeploy.paths import expand
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +65,7 @@ def open_checkpoint(checkpoint: str | Path, *, adapters: bool = False, trust_rem
     from sparsedeploy.models.tensor_files import TensorFiles
     from sparsedeploy.models.tokenizer import load_tokenizer
 
-    name = Path(checkpoint).expanduser().resolve().name
+    name = expand(checkpoint).resolve().name
     folder = resolve_model(checkpoint)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:

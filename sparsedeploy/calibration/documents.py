@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.paths import expand
 from sparsedeploy.reading import kind_of, parse_json, parse_object, read_text
 
 _FORMS = (
@@ -45,7 +46,7 @@ def load_documents(data: str, *, field: str = "text", split: str = "train", flag
         UserError: nothing there, not text, no such field, no text in it, or an unknown split.
     """
     split = read_split(data, split)
-    path = Path(data).expanduser()
+    path = expand(data)
     if path.is_dir():
         documents = [
             text
@@ -75,7 +76,7 @@ def load_documents(data: str, *, field: str = "text", split: str = "train", flag
 
 def is_rows(data: str) -> bool:
     """Whether a text is a file of rows, each a unit of its own, and not running text."""
-    path = Path(data).expanduser()
+    path = expand(data)
     return path.is_file() and path.suffix in (".jsonl", ".json")
 
 

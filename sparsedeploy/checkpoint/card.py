@@ -20,6 +20,7 @@ from sparsedeploy.checkpoint.manifest import Manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
+from sparsedeploy.paths import expand
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.reading import Fields, read_object, read_text
 from sparsedeploy.registry import TARGETS
@@ -66,7 +67,7 @@ def read_base(folder: Path, name: str) -> Base:
     front = front_matter(_read(folder / CARD) or "")
     carried = {key: front[key] for key in _CARRIED if _plain(front.get(key))}
     licence = next((file for file in _LICENCE_FILES if (folder / file).is_file()), None)
-    local = Path(name).expanduser()
+    local = expand(name)
     if local.is_dir() or not _HUB_ID.fullmatch(name):
         known = [front.get("base_model") if is_ours(_read(folder / CARD) or "") else None, _origin(folder)]
         name = next((one for one in known if isinstance(one, str) and _HUB_ID.fullmatch(one)), local.name)

@@ -22,6 +22,7 @@ from sparsedeploy.models.config_check import check_sizes
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.low_rank import attach_low_rank, load_adapter
 from sparsedeploy.models.tensor_files import TensorFiles, check_tensor
+from sparsedeploy.paths import expand
 from sparsedeploy.reading import SOUND_COPY, read_object
 
 # Of a repository on the hub: the model, what its tokenizer reads, and what says under which terms it may be used.
@@ -37,7 +38,7 @@ def resolve_model(source: str | Path) -> Path:
     Raises:
         UserError: neither a folder nor a reachable hub id.
     """
-    folder = Path(source).expanduser()
+    folder = expand(source)
     if folder.is_dir():
         return folder
     text = str(source)

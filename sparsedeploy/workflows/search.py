@@ -24,6 +24,7 @@ from sparsedeploy.allocation.mixed import MixedOptions
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import ResidentLayers
 from sparsedeploy.models.linear_views import assign_weight
+from sparsedeploy.paths import expand
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, ModuleTarget, SparsityPlan
 from sparsedeploy.pruning.layers import prune_model
 from sparsedeploy.pruning.levels import LevelDatabase
@@ -132,7 +133,7 @@ def search_plan(
     )
     if isinstance(pattern, NM):
         return replace(plans["uniform"], allocation=allocation, options=asdict(options))
-    folder = Path(options.database).expanduser() if options.database else _cache_folder(identity)
+    folder = expand(options.database) if options.database else _cache_folder(identity)
     database = LevelDatabase(folder, identity)
     targets = {name: plan.targets for name, plan in plans.items()}
     space, levels = _levels(targets["uniform"], sparsity, pattern, options) if evolves else (None, [])

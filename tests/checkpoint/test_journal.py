@@ -130,7 +130,7 @@ def test_nothing_stays_when_there_is_nothing_to_resume(error: BaseException, tmp
     assert hint_of(caught.value) == ""
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="bad input"):
-        begin(tmp_path / "out", UserError("bad input"))
+        begin(tmp_path / "out", UserError("bad input", "Change it."))
     assert not list(tmp_path.iterdir())
 
 

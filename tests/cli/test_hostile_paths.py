@@ -51,7 +51,7 @@ def test_models(cli: Cli, model: Path, text: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(model.parent)
     for path in odd_paths(model.parent):
-        assert answered(cli("eval", path, "-d", text, "-c", 32), path.encode(errors="replace")), path
+        assert answered(cli("eval", path, "-d", text, "--context", 32), path.encode(errors="replace")), path
         assert answered(cli("inspect", path), path.encode(errors="replace")), path
 
 
@@ -61,7 +61,7 @@ def test_texts(cli: Cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in odd_paths(model.parent):
         if path in ("..", "/", "//"):  # the folders of the machine
             continue
-        refused = answered(cli("eval", model, "-d", path, "-c", 32), path.encode(errors="replace"))
+        refused = answered(cli("eval", model, "-d", path, "--context", 32), path.encode(errors="replace"))
         assert refused or path in readable, path
 
 

@@ -146,5 +146,5 @@ def test_tokenizers_of_other_models(cli: Cli, model: Path, text: Path) -> None:
     tokens = len(AutoTokenizer.from_pretrained(model))
     for size in (1, 2, 100, 255, 256, 257, 258, tokens, tokens + 1, tokens + 1000):
         (model / "config.json").write_text(json.dumps({**config, "vocab_size": size}))
-        outcome = cli("eval", model, "-d", text, "-c", 32)
+        outcome = cli("eval", model, "-d", text, "--context", 32)
         assert answered(outcome, str(size).encode()) == (size != tokens), (size, outcome.err)
