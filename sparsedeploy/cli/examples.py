@@ -59,6 +59,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "sparsedeploy bench pruned-ds --baseline dense-ds --html speed.html",
         "sparsedeploy bench --compare old.json new.json --threshold 5%",
     ),
+    "sweep": (
+        "sparsedeploy sweep grid.yaml -o cells --jobs 2",
+        "sparsedeploy sweep grid.yaml -o cells --pick 'smallest within 5 % of dense'",
+    ),
     "push": (
         "sparsedeploy push pruned me/model-70",
         "sparsedeploy push artifact me/model-70-gguf --private",

@@ -18,7 +18,8 @@ from sparsedeploy.models.structure import find_decoder_stack, plain_linears
 from sparsedeploy.plan import NM, MixedNM, SparsityPlan
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
 from sparsedeploy.recovery.data import TrainingData
-from sparsedeploy.recovery.objective import Loss, Objective, make_objective
+from sparsedeploy.recovery.objective import Objective, make_objective
+from sparsedeploy.recovery.options import Loss
 from sparsedeploy.recovery.state import RunState
 from sparsedeploy.recovery.training import TrainingOptions
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,9 +18,9 @@ from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.predictions import coarse_logs, coarse_predictions, next_token_logits
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
+from sparsedeploy.recovery.options import Loss
 from sparsedeploy.recovery.state import RunState
 
-Loss = Literal["ce", "kl", "both"]
 _GROUP = 16  # sequences whose predictions are stored together
 _NAME = "dense-{}"
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.options import Options, option, seed_option
+
+# What training minimises: the text's own tokens, the dense model's predictions, or both.
+Loss = Literal["ce", "kl", "both"]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from sparsedeploy.grid import KINDS, Grid
 from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.options import Options, described, option, plain_options, seed_option
 from sparsedeploy.plan import SparsityPlan
-from sparsedeploy.recovery.objective import Loss
-from sparsedeploy.recovery.options import DataOptions
+from sparsedeploy.recovery.options import DataOptions, Loss
 from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES
 from sparsedeploy.resources import shipped
 

@@ -27,7 +27,7 @@ from sparsedeploy.models.linear_views import assign_weight
 from sparsedeploy.paths import expand
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, ModuleTarget, SparsityPlan
 from sparsedeploy.pruning.layers import prune_model
-from sparsedeploy.pruning.levels import LevelDatabase
+from sparsedeploy.pruning.levels import FORMAT, LevelDatabase
 from sparsedeploy.quality.divergence import dense_predictions, divergence, divergence_gradients
 from sparsedeploy.registry import ALLOCATORS
 from sparsedeploy.resources import cache_home
@@ -353,7 +353,7 @@ def _shape(target: ModuleTarget) -> ModuleShape:
 
 
 def _cache_folder(identity: Mapping[str, Any]) -> Path:
-    return cache_home() / "levels" / _digest(identity)
+    return cache_home() / "levels" / _digest({"format": FORMAT, **identity})
 
 
 def _digest(value: Any) -> str:

@@ -28,6 +28,7 @@ main()
 """
 _STOPPED = """
 import os, signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started us with it ignored
 from sparsedeploy.recovery.state import RunState
 original = RunState.save
 def stopped(self, *arguments):

@@ -95,6 +95,7 @@ _STOPPED = """
 import os, signal
 from sparsedeploy.checkpoint import journal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with it ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 original = journal.Journal.record_layer
 def stopped(self, index, losses):
     original(self, index, losses)

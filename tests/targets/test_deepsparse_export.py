@@ -54,7 +54,7 @@ def test_command_writes_a_complete_artifact(checkpoint: Path, tmp_path: Path) ->
     # All that came with the model but its weights.
     expected = {path.name for path in checkpoint.iterdir()} - {"model.safetensors"} | {"model.onnx", "known_answer.npz"}
     assert {"config.json", "tokenizer.json"} < set(artifact.files) == expected
-    assert {path.name for path in output.iterdir()} == {*expected, "artifact.json"}
+    assert {path.name for path in output.iterdir()} == {*expected, "artifact.json", "README.md"}
     assert (artifact.source.name, artifact.source.sha256) == ("tiny-llama", model_sha256(checkpoint))
     shapes = artifact.shapes
     assert (shapes.layers, shapes.kv_heads, shapes.head_dim, shapes.hidden) == (2, 2, 8, 32)
