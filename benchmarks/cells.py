@@ -5,6 +5,7 @@ It has more than 400 lines, because every cell is made from one setting and kept
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import resource
@@ -176,6 +177,16 @@ class Setting:
             "tasks"
         ]
         return {name: {key: score[key] for key in ("acc", "acc_stderr")} for name, score in scores.items()}
+
+
+def setting_parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that make a :class:`Setting`, and where the results go."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0] if description else None)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("calibration", type=Path)
+    parser.add_argument("test", type=Path)
+    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
+    return parser
 
 
 def target_of(level: str) -> tuple[float, NM | MixedNM | None]:

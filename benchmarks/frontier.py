@@ -10,7 +10,6 @@ the calibration text. ``--solve`` measures the solvers alone, interleaved, on th
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import platform
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cells import Setting, Store, frontier_chart, prune_cell
+from cells import Setting, Store, frontier_chart, prune_cell, setting_parser
 
 from sparsedeploy import progress
 from sparsedeploy.calibration.driver import LayerDriver
@@ -169,19 +168,16 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("calibration", type=Path)
-    parser.add_argument("test", type=Path)
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
+    parser = setting_parser(__doc__)
     parser.add_argument("--levels", type=Path, default=Path("levels"), help="where level databases are kept")
     parser.add_argument("--cells", nargs="*", default=CELLS)
     parser.add_argument("--solve", type=int, nargs="*", help="measure the solvers on these layers")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, help="start no cell that should end later; exit code 3 if any is left")
     arguments = parser.parse_args()
+    setting = Setting(arguments.model, arguments.calibration, arguments.test)
     progress.show(False)
-    bench = Bench(Setting(arguments.model, arguments.calibration, arguments.test), arguments.output, arguments.levels)
+    bench = Bench(setting, arguments.output, arguments.levels)
     if arguments.solve:
         bench.solve(SOLVERS, arguments.solve, 0.7, arguments.repeats)
     began = time.monotonic()

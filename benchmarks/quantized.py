@@ -8,15 +8,13 @@ each 32 columns at the end of the codes, as llama.cpp's quantiser does. Texts an
 
 from __future__ import annotations
 
-import argparse
 import math
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Setting, Store, target_of
+from cells import Setting, Store, setting_parser, target_of
 
 from sparsedeploy import progress
 from sparsedeploy.allocation import allocate
@@ -87,15 +85,11 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("calibration", type=Path)
-    parser.add_argument("test", type=Path)
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
+    parser = setting_parser(__doc__)
     parser.add_argument("--cells", nargs="*", default=CELLS)
     arguments = parser.parse_args()
-    progress.show(False)
     setting = Setting(arguments.model, arguments.calibration, arguments.test)
+    progress.show(False)
     beside = {"machine": platform.processor() or platform.machine()}
     path = arguments.output / f"quantized_{arguments.model.name}.json"
     store = Store(path, setting.header(), markdown, beside=beside)

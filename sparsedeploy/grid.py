@@ -56,19 +56,21 @@ class Grid:
         low, high = self.ends
         starts = [extreme / high] if self.bits == 8 else [extreme / low, extreme / high]
         weight = importance[:, None]
-        best = least = None
+        best = torch.ones_like(extreme)
+        least = torch.full_like(extreme, torch.inf)
         for start in starts:
             for share in _SHARES:
                 scale = (start * share).to(torch.float16).to(values.dtype)
                 scale = torch.where(scale == 0, 1, scale)
                 error = self.codes(values, scale).mul_(scale).sub_(values).square_().mul_(weight).sum(dim=0)
-                if best is None or least is None:
-                    best, least = scale, error
-                else:
-                    better = error < least
-                    best, least = torch.where(better, scale, best), torch.where(better, error, least)
-        assert best is not None
+                better = error < least
+                best, least = torch.where(better, scale, best), torch.where(better, error, least)
         return best
+
+
+def by_column(scales: torch.Tensor, group: int, columns: int) -> torch.Tensor:
+    """Scales ``[rows, groups]``, one for every column: float32 ``[rows, columns]``."""
+    return scales.float().repeat_interleave(group, dim=1)[:, :columns]
 
 
 def codes_of(weight: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -83,5 +85,4 @@ def codes_of(weight: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Te
     """
     import torch
 
-    spread = scales.float().repeat_interleave(grid.group, dim=1)[:, : weight.shape[1]]
-    return grid.codes(weight.float(), spread).to(torch.int8)
+    return grid.codes(weight.float(), by_column(scales, grid.group, weight.shape[1])).to(torch.int8)

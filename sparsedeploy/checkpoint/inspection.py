@@ -111,7 +111,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         if tensor not in files:
             result.problems.append(f"{target.name}: no tensor {tensor} in the weight files")
             continue
-        weight = _read_module(files, manifest.modules[target.name])
+        weight = read_module(files, manifest.modules[target.name])
         mask = masks[target.name]
         if weight.shape != mask.shape:
             result.problems.append(f"{target.name}: weight {tuple(weight.shape)}, mask {tuple(mask.shape)}")
@@ -129,7 +129,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     return result
 
 
-def _read_module(files: TensorFiles, module: ModuleRecord) -> torch.Tensor:
+def read_module(files: TensorFiles, module: ModuleRecord) -> torch.Tensor:
     """A module's stored weight ``[rows, columns]``."""
     if not module.slices:
         return files.read([files[module.tensor]])[module.tensor]

@@ -17,6 +17,7 @@ from sparsedeploy.formats import bitmask, nm
 from sparsedeploy.formats.bitmask import BitmaskWeight, expect_tensor
 from sparsedeploy.formats.config import BITS, GROUPS
 from sparsedeploy.formats.nm import NMWeight
+from sparsedeploy.grid import by_column
 from sparsedeploy.plan import NM
 
 _AGAIN = "The file is damaged: export the checkpoint again."
@@ -91,8 +92,7 @@ def unpack_codes(weight: QuantizedWeight) -> torch.Tensor:
 
 def unpack(weight: QuantizedWeight) -> torch.Tensor:
     """The dense weight, float32 ``[rows, columns]``: every code times its scale, exactly."""
-    scales = weight.scales.float().repeat_interleave(weight.group, dim=1)[:, : weight.columns]
-    return unpack_codes(weight).float() * scales
+    return unpack_codes(weight).float() * by_column(weight.scales, weight.group, weight.columns)
 
 
 def check(weight: QuantizedWeight, name: str = "the weight") -> None:

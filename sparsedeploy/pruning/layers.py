@@ -128,13 +128,18 @@ def prune_linear(
     weight = linear.weight.data
     rounds = grid is not None and not reconstruct and pruner.traits.get("rounds", False)
     # These come first: a method may consume the sums.
-    hessian = shared_hessian(statistics) if reconstruct and statistics else None
-    if grid is not None and statistics is not None:
+    hessian = None
+    if reconstruct:
+        assert statistics is not None
+        hessian = shared_hessian(statistics)
+    if grid is not None:
+        assert statistics is not None
         shared_factor(statistics, DAMPING, target.name, last_use=False)
     pruned = pruner.function(weight, statistics, target, options, *((grid,) if rounds else ()))
     if hessian is not None:
         pruned = reconstructed(pruned, weight, hessian, target.name)
-    if grid is not None and statistics is not None:
+    if grid is not None:
+        assert statistics is not None
         pruned = rounded(pruned, weight, statistics, target, grid)
     return pruned
 

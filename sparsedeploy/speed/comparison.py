@@ -6,6 +6,7 @@ the 95 % bootstrap interval of the ratio lies above 1 altogether. Sizes have no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,8 +77,8 @@ def load_result(path: Path) -> dict[str, Any]:
     return values
 
 
-def parse_threshold(text: str) -> float:
-    """``5%`` or ``0.05`` as a part.
+def parse_part(name: str, text: str, fix: str) -> float:
+    """``5%`` or ``0.05`` as a part; ``name`` says in messages what it is.
 
     Raises:
         UserError: not a number, or negative.
@@ -86,9 +87,18 @@ def parse_threshold(text: str) -> float:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise UserError(f"the threshold is '{text}'", "Give a fraction such as 5% or 0.05.")
+    if not 0 <= value < math.inf:
+        raise UserError(f"the {name} is '{text}'", fix)
     return value
+
+
+def parse_threshold(text: str) -> float:
+    """``5%`` or ``0.05`` as a part.
+
+    Raises:
+        UserError: not a number, or negative.
+    """
+    return parse_part("threshold", text, "Give a fraction such as 5% or 0.05.")
 
 
 def compare_results(old: Mapping[str, Any], new: Mapping[str, Any], threshold: float) -> Comparison:

@@ -29,13 +29,13 @@ from sparsedeploy.artifacts.description import (
 )
 from sparsedeploy.artifacts.folder import Checkpoint
 from sparsedeploy.artifacts.known_answer import save_known_answer, tolerance
-from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
+from sparsedeploy.checkpoint.inspection import read_module
+from sparsedeploy.checkpoint.manifest import MANIFEST, Manifest, load_manifest
 from sparsedeploy.checkpoint.scales import FILE as SCALES
 from sparsedeploy.checkpoint.scales import load_scales
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_free_space
-from sparsedeploy.grid import Grid
-from sparsedeploy.models.structure import find_decoder_stack
+from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.options import Options, option
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.runtimes.environments import Environment, require
@@ -85,7 +85,8 @@ def export_llamacpp(job: ExportJob, options: LlamacppOptions) -> Artifact:
     shapes = config_shapes(opened.config)
     reference = reference_logits(model)
     dtype = _stored_dtype(opened)
-    grid = _grid(opened)
+    manifest = _quantized(opened)
+    grid = manifest.quantization if manifest else None
     weights = sum(parameter.numel() for parameter in model.parameters())
     del model
     with job.new_folder() as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -102,8 +103,8 @@ def export_llamacpp(job: ExportJob, options: LlamacppOptions) -> Artifact:
             kind = options.quantize or (TYPES[grid.bits].lower() if grid else stored)
             _write(environment, exact, folder / MODEL_FILE, kind, options.timeout)
             placed = grid is not None and kind == TYPES[grid.bits].lower()
-            if grid is not None and placed:
-                _place_codes(environment, opened, exact, folder / MODEL_FILE, grid)
+            if manifest is not None and placed:
+                _place_codes(environment, opened.folder, manifest, exact, folder / MODEL_FILE)
             found = _zeros(environment, exact, folder / MODEL_FILE)
             advance(1, "written")
             answer = reference
@@ -135,10 +136,8 @@ def _stored_dtype(opened: Checkpoint) -> str:
 
 def _convert(environment: Environment, opened: Checkpoint, target: Path, kind: str, timeout: float) -> None:
     """Run llama.cpp's converter, in this Python: it needs torch and transformers."""
-    source = build_of(environment).source
-    arguments = ["convert", str(source), str(opened.folder), str(target), kind]
-    tool = environment.runtime.folder / "gguf_tool.py"
-    _run([sys.executable, str(tool), *arguments], timeout, f"llama.cpp cannot convert {opened.folder}")
+    problem = f"llama.cpp cannot convert {opened.folder}"
+    _tool(environment, "convert", str(opened.folder), str(target), kind, timeout=timeout, problem=problem)
 
 
 def _write(environment: Environment, exact: Path, target: Path, kind: str, timeout: float) -> None:
@@ -157,26 +156,25 @@ def _write(environment: Environment, exact: Path, target: Path, kind: str, timeo
     )
 
 
-def _grid(opened: Checkpoint) -> Grid | None:
-    """What the checkpoint's weights are rounded to, where GGUF has it."""
+def _quantized(opened: Checkpoint) -> Manifest | None:
+    """The manifest of a checkpoint whose weights are rounded to what GGUF has; None for any other."""
     if not (opened.folder / MANIFEST).exists():
         return None
-    grid = load_manifest(opened.folder).quantization
+    manifest = load_manifest(opened.folder)
+    grid = manifest.quantization
     if grid is not None and grid.group != GROUP:
         progress.note(f"groups of {grid.group} are rounded again: GGUF files share a scale by {GROUP}")
-        return None
-    return grid
+    return manifest if grid is not None and grid.group == GROUP else None
 
 
-def _place_codes(environment: Environment, opened: Checkpoint, exact: Path, final: Path, grid: Grid) -> None:
+def _place_codes(environment: Environment, checkpoint: Path, manifest: Manifest, exact: Path, final: Path) -> None:
     """Give the final file the checkpoint's own codes."""
-    plan = load_manifest(opened.folder).plan
-    scales = load_scales(opened.folder / SCALES, {t.name: (t.rows, t.columns) for t in plan.targets}, grid)
-    linears = find_decoder_stack(opened.load()).all_linears()
-    weights = {name: linears[name].weight.detach() for name in scales}
-    tool = environment.runtime.folder / "gguf_tool.py"
-    command = [sys.executable, str(tool), "layout", str(build_of(environment).source), str(exact), str(final)]
-    before, after = json.loads(_run(command, 3600, "cannot read the file").strip().splitlines()[-1])
+    grid, files = manifest.quantization, TensorFiles(checkpoint)
+    assert grid is not None
+    shapes = {target.name: (target.rows, target.columns) for target in manifest.plan.targets}
+    scales = load_scales(checkpoint / SCALES, shapes, grid)
+    weights = {name: read_module(files, manifest.modules[name]) for name in scales}
+    before, after = json.loads(_tool(environment, "layout", str(exact), str(final)))
     written = place_codes(exact, final, layouts(before), layouts(after), weights, scales, grid)
     if written == 0:
         raise UserError(
@@ -191,16 +189,22 @@ def _zeros(environment: Environment, exact: Path, final: Path) -> dict[str, Any]
     Raises:
         UserError: a pruned weight is not zero any more.
     """
-    tool = environment.runtime.folder / "gguf_tool.py"
-    source = build_of(environment).source
-    said = _run([sys.executable, str(tool), "zeros", str(source), str(exact), str(final)], 3600, "cannot read the file")
-    found: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
+    found: dict[str, Any] = json.loads(_tool(environment, "zeros", str(exact), str(final)))
     if found["revived"]:
         raise UserError(
             f"{found['revived']:,} of {found['pruned']:,} pruned weights are not zero after quantisation",
             "Use --quantize q8_0, or report this as a bug.",
         )
     return found
+
+
+def _tool(
+    environment: Environment, action: str, *words: str, timeout: float = 3600, problem: str = "cannot read the file"
+) -> str:
+    """Run the tool for GGUF files with llama.cpp's own sources; the last line that it printed."""
+    tool, source = environment.runtime.folder / "gguf_tool.py", build_of(environment).source
+    said = _run([sys.executable, str(tool), action, str(source), *words], timeout, problem)
+    return said.strip().rpartition("\n")[2]
 
 
 def _run(command: list[str], timeout: float, problem: str) -> str:

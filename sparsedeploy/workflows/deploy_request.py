@@ -20,6 +20,7 @@ from sparsedeploy.plan import check_sparsity
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.reading import read_object
 from sparsedeploy.registry import ALLOCATORS, PRUNERS
+from sparsedeploy.speed.comparison import parse_part
 from sparsedeploy.version import __version__
 from sparsedeploy.workflows.deploy_plan import Aim, choose_aim
 from sparsedeploy.workflows.deploy_search import Trial
@@ -102,13 +103,7 @@ def parse_bound(text: str) -> float:
     Raises:
         UserError: not a number, or negative.
     """
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise UserError(f"the bound is '{text}'", "Give the growth of perplexity that is allowed, such as 5% or 0.05.")
-    return value
+    return parse_part("bound", text, "Give the growth of perplexity that is allowed, such as 5% or 0.05.")
 
 
 class State:

@@ -1,26 +1,18 @@
 """The generated pages say what the code says, and every link leads somewhere."""
 
-import importlib.util
 import re
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts import ROOT, load_script
 
 
 @pytest.fixture(scope="module")
 def generate() -> ModuleType:
     sys.path.insert(0, str(ROOT / "docs"))  # as for a script
-    specification = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
+    return load_script("docs/generate.py")
 
 
 def test_no_page_is_stale(generate: ModuleType) -> None:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.scripts import load_script
 from tests.small_models import byte_tokenizer
-
-TOOL = Path(__file__).resolve().parents[2] / "export" / "llamacpp" / "gguf_tool.py"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("gguf_tool", TOOL)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("export/llamacpp/gguf_tool.py")
 
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}

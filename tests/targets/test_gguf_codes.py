@@ -10,6 +10,7 @@ import torch
 
 from sparsedeploy.grid import Grid
 from sparsedeploy.targets.gguf_codes import TYPES, layouts, place_codes
+from tests.scripts import load_script
 
 gguf = pytest.importorskip("gguf")
 
@@ -27,19 +28,6 @@ def write(path: Path, tensors: dict[str, np.ndarray], kind: str | None) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def described(path: Path) -> list[dict[str, object]]:
-    return [
-        {
-            "name": t.name,
-            "shape": [int(size) for size in reversed(t.shape)],
-            "kind": t.tensor_type.name,
-            "start": int(t.data_offset),
-            "size": int(t.n_bytes),
-        }
-        for t in gguf.GGUFReader(path).tensors
-    ]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -64,7 +52,8 @@ def test_codes_are_found_again_after_renaming_and_reordering(tmp_path: Path, bit
     }
     write(tmp_path / "exact.gguf", in_file, None)
     write(tmp_path / "final.gguf", in_file, TYPES[bits])
-    before, after = (layouts(described(tmp_path / name)) for name in ("exact.gguf", "final.gguf"))  # type: ignore[arg-type]
+    files = [str(tmp_path / name) for name in ("exact.gguf", "final.gguf")]
+    before, after = map(layouts, load_script("export/llamacpp/gguf_tool.py").layout(tmp_path, *files))
     untouched = gguf.GGUFReader(tmp_path / "final.gguf").tensors[2].data.copy()
     written = place_codes(tmp_path / "exact.gguf", tmp_path / "final.gguf", before, after, weights, scales, grid)
     assert written == 2

@@ -76,9 +76,9 @@ def test_demo(deepsparse_runtime: object, tmp_path: Path) -> None:
     page = Page()
     page.feed((tmp_path / "out" / "report.html").read_text())
     # Perplexity against speed, speedups, perplexity and sparsity, layers; summary, speed, perplexity, sizes, settings,
-    # environment; besides them what the pruned models' sections show.
-    assert page.tags.count("figure") >= 3 + len(engines)
-    assert page.tags.count("table") >= 4 + 2 * len(engines)
+    # environment. By sparsity: a table for each model; of the two pruned ones two heat maps, and their values.
+    assert page.tags.count("figure") == 3 + len(engines) + 2 * 2
+    assert page.tags.count("table") == 4 + 2 * len(engines) + 3 + 2
     assert [list(model["commands"]) for model in report["models"]][1] == ["prune", "eval", "export"]
     # A second run keeps what is there and measures anew.
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
