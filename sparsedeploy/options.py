@@ -31,15 +31,18 @@ class Facts:
 
     Attributes:
         help: one or two sentences; ``{choices}`` stands for the names of ``choices``.
+        unset: what None, or nothing, stands for, where that has to be explained.
         flag, short: on the command line; by default ``--`` and the name.
         choices: the names that are known, asked for when they are shown.
         replaces: options of a recipe that do not count when this one is typed.
         only_with: another option without which this one has no effect.
         repeated: whether several values are given one by one; else they may also stand together, between commas.
         recorded: whether a manifest's request keeps it; not so for what changes speed and memory only.
+        writes: whether it names a file that is written.
     """
 
     help: str = ""
+    unset: str = ""
     flag: str | None = None
     short: str | None = None
     at_least: float | None = None
@@ -51,19 +54,22 @@ class Facts:
     only_with: str | None = None
     repeated: bool = False
     recorded: bool = True
+    writes: bool = False
 
     @property
     def text(self) -> str:
-        """The help with its choices."""
-        if self.choices is None or "{choices}" not in self.help:
-            return self.help
-        return self.help.replace("{choices}", one_of(self.choices()))
+        """The help with its choices, and what it means to leave the option out."""
+        text = self.help
+        if self.choices is not None and "{choices}" in text:
+            text = text.replace("{choices}", one_of(self.choices()))
+        return f"{text.removesuffix('.')} [default: {self.unset}]." if self.unset else text
 
 
 def option(
     default: T = REQUIRED,
     help: str = "",
     *,
+    unset: str = "",
     flag: str | None = None,
     short: str | None = None,
     at_least: float | None = None,
@@ -75,10 +81,44 @@ def option(
     only_with: str | None = None,
     repeated: bool = False,
     recorded: bool = True,
+    writes: bool = False,
 ) -> T:
     """A field of an options dataclass, with its :class:`Facts`; without a default it must be given."""
-    facts = Facts(help, flag, short, at_least, above, at_most, below, choices, replaces, only_with, repeated, recorded)
+    facts = Facts(
+        help,
+        unset,
+        flag,
+        short,
+        at_least,
+        above,
+        at_most,
+        below,
+        choices,
+        replaces,
+        only_with,
+        repeated,
+        recorded,
+        writes,
+    )
     return field(default=default, metadata={"facts": facts})
+
+
+def like(owner: type[Any], name: str, default: Any = REQUIRED, **changed: Any) -> Any:
+    """A field that is defined as another dataclass's option: its flags, bounds, choices and help.
+
+    What ties an option to others of its own dataclass (``only_with``, ``replaces``) stays there.
+
+    Args:
+        default: in place of the other's; ``unset`` then goes too.
+        changed: facts in place of the other's.
+    """
+    item = next(each for each in dataclasses.fields(owner) if each.name == name)
+    facts: Facts = item.metadata["facts"]
+    changed = {"flag": facts.flag or _flag_of(name), "only_with": None, "replaces": (), **changed}
+    if default is not REQUIRED:
+        changed.setdefault("unset", "")
+    facts = dataclasses.replace(facts, **changed)
+    return field(default=item.default if default is REQUIRED else default, metadata={"facts": facts})
 
 
 def seed_option(help: str, *, flag: str | None = None, only_with: str | None = None) -> int:
@@ -134,7 +174,7 @@ class Described:
     @property
     def flag(self) -> str:
         """Its long flag."""
-        return self.facts.flag or f"--{self.name.replace('_', '-')}"
+        return self.facts.flag or _flag_of(self.name)
 
     @property
     def required(self) -> bool:
@@ -145,6 +185,10 @@ class Described:
     def section(self) -> bool:
         """Whether it holds options itself."""
         return dataclasses.is_dataclass(self.arms[0])
+
+
+def _flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def arms(hint: Any) -> tuple[Any, ...]:
@@ -268,22 +312,27 @@ def plain_options(options: Any) -> dict[str, Any]:
     return {each.name: _plain(getattr(options, each.name)) for each in dataclasses.fields(options)}
 
 
-def typed_words(options: type[Any], values: Mapping[str, Any]) -> list[str]:
-    """The words of a command line that give these values; those that are missing, or the default, are left out."""
+def typed_words(options: type[Any], values: Mapping[str, Any], **flags: str) -> list[str]:
+    """The words of a command line that give these values; those that are missing, or the default, are left out.
+
+    Args:
+        flags: option -> the flag in place of its own.
+    """
     words: list[str] = []
     for item in described(options):
+        flag = flags.get(item.name, item.flag)
         value = values.get(item.name, item.default)
         given = tuple(value) if isinstance(value, (list, tuple)) else value
         if item.section or value is None or given in (item.default, ()):
             continue
         if isinstance(value, Mapping):
-            words += [word for name, part in value.items() for word in (item.flag, f"{name}={part}")]
+            words += [word for name, part in value.items() for word in (flag, f"{name}={part}")]
         elif isinstance(given, tuple) and item.facts.repeated:
-            words += [word for part in given for word in (item.flag, str(part))]
-        elif value is True:
-            words.append(item.flag)
+            words += [word for part in given for word in (flag, str(part))]
+        elif isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
         else:
-            words += [item.flag, ",".join(map(str, given)) if isinstance(given, tuple) else f"{value}"]
+            words += [flag, ",".join(map(str, given)) if isinstance(given, tuple) else f"{value}"]
     return words
 
 

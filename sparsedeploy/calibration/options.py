@@ -20,13 +20,14 @@ class CalibrationOptions(Options):
     sequences: int = option(128, "Calibration sequences.", flag="--samples", short="-n", at_least=1)
     length: int | None = option(
         None,
-        "Tokens per sequence [default: min(2048, positions)].",
+        "Tokens per sequence.",
+        unset="min(2048, positions)",
         flag="--calibration-length",
         at_least=2,
     )
     seed: int = seed_option("Seed of the calibration sampler.")
     batch_size: int | None = option(
-        None, "Sequences per layer call; no effect on results [default: by free memory].", at_least=1, recorded=False
+        None, "Sequences per layer call; no effect on results.", unset="by free memory", at_least=1, recorded=False
     )
     accumulate: Literal["float32", "float64"] = option(
         "float32", "Sum statistics in float32, or in float64 for bit-identical sums at any number of processes."

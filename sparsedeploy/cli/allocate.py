@@ -13,11 +13,11 @@ from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.errors import UserError
 from sparsedeploy.workflows.options import CalibrationOptions, PruneOptions, RunOptions
 
-_SEARCH = ("method", "method_options")
+_SEARCH = ("method", "method_options", "reconstruct")
 
 
 @takes(
-    Section("prune", PruneOptions),
+    Section("prune", PruneOptions, without=("quantize", "quantize_group")),
     Section("calibration", CalibrationOptions, "Calibration text"),
     Section("run", RunOptions, without=("resume",)),
 )

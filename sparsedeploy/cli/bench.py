@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsedeploy.cli.common import JsonOption, console, print_json
+from sparsedeploy.cli.common import JsonOption, ResultOption, console, print_json
 from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
@@ -17,10 +17,10 @@ from sparsedeploy.reporting.benchmark_table import benchmark_heading, benchmark_
 from sparsedeploy.reporting.comparison_table import comparison_table
 from sparsedeploy.speed.benchmark import BenchmarkResult, benchmark
 from sparsedeploy.speed.comparison import compare_results, load_result, parse_threshold
-from sparsedeploy.speed.options import BenchmarkOptions, CompareOptions
+from sparsedeploy.speed.options import BenchmarkOptions, CompareOptions, ResultOptions
 
 
-@takes(Section("bench", BenchmarkOptions), Section("compare", CompareOptions))
+@takes(Section("bench", BenchmarkOptions), Section("result", ResultOptions), Section("compare", CompareOptions))
 def bench_command(
     given: Given,
     artifacts: Annotated[
@@ -29,11 +29,7 @@ def bench_command(
             help="Folders to compare with the baseline: exported, or plain checkpoints. RUNTIME=FOLDER too."
         ),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File for the result with every sample, as JSON.")
-    ] = None,
-    csv: Annotated[Path | None, typer.Option("--csv", help="File for the rows as CSV.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="File for a page with tables and plots.")] = None,
+    output: ResultOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Measure prefill, decode and both together against a dense baseline, interleaved in one run.
@@ -43,20 +39,19 @@ def bench_command(
     """
     compared = given.build("compare", CompareOptions)
     if compared.compare is not None:
-        if artifacts:
-            raise UserError("--compare measures nothing", "Leave out the folders, or --compare.")
-        given.refuse_own(("output", "csv", "html"), "--compare measures nothing")
-        given.refuse_unread({"bench": "--compare measures nothing"})
+        if artifacts or output is not None:
+            raise UserError("--compare measures nothing", "Leave out the folders and --output, or --compare.")
+        given.refuse_unread(dict.fromkeys(("bench", "result"), "--compare measures nothing"))
         _compare(compared.compare, compared.threshold, json_output)
         return
     result = benchmark(artifacts or [], given.build("bench", BenchmarkOptions))
-    values = result.to_json()
+    values, files = result.to_json(), given.build("result", ResultOptions)
     if output is not None:
         write_json(output, values)
-    if csv is not None:
-        write_text(csv, benchmark_csv(values))
-    if html is not None:
-        write_text(html, benchmark_page(values))
+    if files.csv is not None:
+        write_text(files.csv, benchmark_csv(values))
+    if files.html is not None:
+        write_text(files.html, benchmark_page(values))
     if json_output:
         print_json(values)
     else:

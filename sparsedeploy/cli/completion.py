@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from sparsedeploy.runtimes.specification import runtime_names
-from sparsedeploy.workflows.options import recipe_names
 
 
 def offers(names: Callable[[], Iterable[object]]) -> Callable[[str], list[str]]:
@@ -21,5 +20,4 @@ def offers(names: Callable[[], Iterable[object]]) -> Callable[[str], list[str]]:
     return complete
 
 
-complete_recipe = offers(recipe_names)
 complete_runtime = offers(runtime_names)

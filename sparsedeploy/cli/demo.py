@@ -5,11 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from sparsedeploy.cli.common import JsonOption, console, print_json
+from sparsedeploy.cli.common import JsonOption, WorkFolderOption, console, print_json
 from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.workflows.options import DemoOptions
 
@@ -17,9 +14,7 @@ from sparsedeploy.workflows.options import DemoOptions
 @takes(Section("demo", DemoOptions))
 def demo_command(
     given: Given,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for checkpoints, artifacts and report.")
-    ] = Path("demo-output"),
+    output: WorkFolderOption = Path("demo-output"),
     as_json: JsonOption = False,
 ) -> None:
     """Everything in one command, with nothing to download.

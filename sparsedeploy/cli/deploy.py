@@ -6,28 +6,23 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.table import Table
 
-from sparsedeploy.cli.common import DenseModelArgument, JsonOption, console, print_json
+from sparsedeploy.cli.common import DenseModelArgument, JsonOption, WorkFolderOption, console, print_json
 from sparsedeploy.cli.flags import Given, Section, takes
-from sparsedeploy.workflows.options import CalibrationOptions, DeployOptions
+from sparsedeploy.workflows.options import CalibrationOptions, DeployOptions, PreviewOptions
 
 
 @takes(
     Section("deploy", DeployOptions),
+    Section("preview", PreviewOptions),
     Section("calibration", CalibrationOptions, "Calibration text"),
 )
 def deploy_command(
     model: DenseModelArgument,
     given: Given,
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="Folder for checkpoint, artifact and report; an existing one is resumed."),
-    ] = Path("deployed"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the steps, with rough times.")] = False,
+    output: WorkFolderOption = Path("deployed"),
     as_json: JsonOption = False,
 ) -> None:
     """From a model to a measured artifact, within a bound on quality.
@@ -43,7 +38,7 @@ def deploy_command(
 
     calibration = given.build("calibration", CalibrationOptions)
     options = replace(given.build("deploy", DeployOptions), calibration=calibration)
-    if dry_run:
+    if given.build("preview", PreviewOptions).dry_run:
         steps = plan(prepare(model, output, options))
         if as_json:
             print_json(

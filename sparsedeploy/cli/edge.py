@@ -14,8 +14,7 @@ from sparsedeploy.cli.examples import EXAMPLES
 from sparsedeploy.paths import check_file_output, check_output, check_regular, expand
 from sparsedeploy.processes import refuse_several
 
-# The parameters that name what is written, and those of text that is no path.
-_FILES = ("csv", "html", "plot", "mask")
+# The parameter that names what is written, beside options that write files, and those of text that is not a path.
 _OUTPUT = "output"
 _PLAIN = ("prompt",)
 # The commands whose --output is a folder; the workflows keep that one to themselves (folders.claim).
@@ -64,7 +63,7 @@ def check_paths(command: str, ctx: typer.Context) -> None:
     inputs = list(_inputs(ctx))
     for path in inputs:
         check_regular(path)
-    for name in (_OUTPUT, *_FILES):
+    for name in _outputs(ctx):
         output = ctx.params.get(name)
         if not isinstance(output, Path):
             continue
@@ -74,11 +73,16 @@ def check_paths(command: str, ctx: typer.Context) -> None:
             check_file_output(output, inputs)
 
 
+def _outputs(ctx: typer.Context) -> set[str]:
+    """The parameters that name what is written."""
+    return {_OUTPUT, *getattr(ctx.command.callback, "writes", ())}
+
+
 def _inputs(ctx: typer.Context) -> Iterator[str]:
     """Every path on this machine that the parameters name, but for the outputs."""
     for parameter in ctx.command.params:
         name = parameter.name or ""
-        if name in (_OUTPUT, *_FILES, *_PLAIN):
+        if name in {*_outputs(ctx), *_PLAIN}:
             continue
         value = ctx.params.get(name)
         for item in value if isinstance(value, (list, tuple)) else [value]:

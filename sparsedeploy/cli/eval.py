@@ -5,13 +5,11 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
-from sparsedeploy.cli.common import JsonOption, ModelArgument, console, print_json
+from sparsedeploy.cli.common import JsonOption, ModelArgument, ResultOption, console, print_json
 from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.quality.options import EvalOptions, TaskOptions, TextOptions
@@ -26,9 +24,7 @@ from sparsedeploy.quality.options import EvalOptions, TaskOptions, TextOptions
 def eval_command(
     model: ModelArgument,
     given: Given,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File for the result as JSON, which a report can show.")
-    ] = None,
+    output: ResultOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity on texts and accuracy on tasks.

@@ -66,7 +66,7 @@ class Given:
         typed: (section, option) -> converted value.
         flags: (section, option) -> the flag that was typed.
         replaced: (section, option) -> options of the same section whose recipe values it replaces.
-        own: parameter of the command itself -> the flag that was typed.
+        taken: the flags that have been read.
     """
 
     def __init__(
@@ -75,18 +75,17 @@ class Given:
         flags: Mapping[Target, str],
         replaced: Mapping[Target, tuple[str, ...]] | None = None,
         recipe: Mapping[str, Mapping[str, Any]] | None = None,
-        own: Mapping[str, str] | None = None,
+        taken: Iterable[str] = (),
     ) -> None:
         self._typed = dict(typed)
         self._flags = dict(flags)
         self._replaced = dict(replaced or {})
         self._recipe = recipe or {}
-        self._own = dict(own or {})
-        self._taken: set[str] = set()
+        self._taken = set(taken)
 
     def over(self, recipe: Mapping[str, Mapping[str, Any]]) -> Given:
         """The same over a recipe's values."""
-        return Given(self._typed, self._flags, self._replaced, recipe, self._own)
+        return Given(self._typed, self._flags, self._replaced, recipe, self._taken)
 
     def value(self, section: str, name: str, default: Any = None) -> Any:
         """One value, without taking it."""
@@ -131,15 +130,9 @@ class Given:
         """
         for section in dict.fromkeys(place for place, _ in self._typed):
             flags = [flag for (place, _), flag in self._flags.items() if place == section and flag not in self._taken]
-            _refuse(flags, why.get(section, "nothing here reads it"))
-
-    def refuse_own(self, parameters: Iterable[str], why: str) -> None:
-        """Refuse those of the command's own parameters that were typed although nothing reads them.
-
-        Raises:
-            UserError: naming the flags.
-        """
-        _refuse([self._own[name] for name in parameters if name in self._own], why)
+            if flags:
+                has, reason = "has" if len(flags) == 1 else "have", why.get(section, "nothing here reads it")
+                raise UserError(f"{' and '.join(flags)} {has} no effect: {reason}", "Leave it out.")
 
     def _values(self, section: str) -> dict[str, Any]:
         typed = {name: value for (place, name), value in self._typed.items() if place == section}
@@ -154,13 +147,6 @@ class Given:
 def _is_typed(context: typer.Context, parameter: str) -> bool:
     source = context.get_parameter_source(parameter)
     return source is not None and source.name != "DEFAULT"
-
-
-def _refuse(flags: list[str], why: str) -> None:
-    if flags:
-        raise UserError(
-            f"{' and '.join(flags)} {'has' if len(flags) == 1 else 'have'} no effect: {why}", "Leave it out."
-        )
 
 
 @dataclass
@@ -205,9 +191,9 @@ def takes(*sections: Section) -> Callable[[Callable[..., None]], Callable[..., N
         def run(**values: Any) -> None:
             context: typer.Context = values.pop("context")
             given = [(flag, values.pop(flag.parameter)) for flag in flags]
-            own = [each for each in context.command.params if each.name in values and _is_typed(context, each.name)]
-            command(given=_given(given, context, {str(each.name): each.opts[0] for each in own}), **values)
+            command(given=_given(given, context), **values)
 
+        run.writes = {flag.parameter for flag in flags if flag.item.facts.writes}  # type: ignore[attr-defined]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
@@ -226,7 +212,7 @@ def _flags(sections: Iterable[Section]) -> list[_Flag]:
     return list(flags.values())
 
 
-def _given(flags: Iterable[tuple[_Flag, Any]], context: typer.Context, own: Mapping[str, str]) -> Given:
+def _given(flags: Iterable[tuple[_Flag, Any]], context: typer.Context) -> Given:
     typed: dict[Target, Any] = {}
     names: dict[Target, str] = {}
     replaced: dict[Target, tuple[str, ...]] = {}
@@ -239,7 +225,7 @@ def _given(flags: Iterable[tuple[_Flag, Any]], context: typer.Context, own: Mapp
             typed[target] = convert(flag.declared[0], plain, item.hint, item.facts)
             names[target] = flag.declared[0]
             replaced[target] = item.facts.replaces
-    return Given(typed, names, replaced, own=own)
+    return Given(typed, names, replaced)
 
 
 def _typed_as(item: Described) -> Any:

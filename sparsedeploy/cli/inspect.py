@@ -8,55 +8,42 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsedeploy.cli.common import JsonOption, console, print_json
-from sparsedeploy.cli.flags import Given, takes
+from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.errors import UserError
+from sparsedeploy.workflows.options import InspectOptions, PictureOptions
 
 if TYPE_CHECKING:
     from sparsedeploy.plan import SparsityPlan
 
 
-@takes()
+@takes(Section("inspect", InspectOptions), Section("pictures", PictureOptions))
 def inspect_command(
     given: Given,
     subjects: Annotated[
         list[Path], typer.Argument(metavar="PATH...", help="Pruned folders or plan files; several are compared.")
     ],
-    against: Annotated[
-        Path | None,
-        typer.Option("--against", help="Compare the folder with this one: configuration, tensors, zeros and masks."),
-    ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the plans into this .svg or .png.")] = None,
-    mask: Annotated[
-        Path | None, typer.Option("--mask", help="Also draw the mask of one matrix into this .svg or .png.")
-    ] = None,
-    module: Annotated[
-        str | None,
-        typer.Option(
-            "--module", help="With --mask: the matrix, by the end of its name [default: the one with the largest loss]."
-        ),
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what was pruned and verify it; compare two folders, or several plans.
 
     For one folder also the layers with the largest loss, the size in each format, and a picture of a mask.
     """
-    if mask is None:
-        given.refuse_own(("module",), "there is no --mask")
+    against = given.build("inspect", InspectOptions).against
     if against is not None:
-        given.refuse_own(("plot", "mask"), "--against compares two folders")
+        given.refuse_unread({"pictures": "--against compares two folders"})
         _compare(subjects, against, as_json)
         return
+    draw = given.build("pictures", PictureOptions)
     single = len(subjects) == 1 and subjects[0].is_dir()
-    if mask is not None:
+    if draw.mask is not None:
         if not single:
             raise UserError("--mask draws a matrix of one pruned folder", "Name one folder, or leave --mask out.")
-        _draw_mask(subjects[0], mask, module)
+        _draw_mask(subjects[0], draw.mask, draw.module)
     plans = _plans(subjects)
-    if plot is not None:
+    if draw.plot is not None:
         from sparsedeploy.reporting.plan_plot import save_plot
 
-        save_plot(plans, plot)
+        save_plot(plans, draw.plot)
     if single:
         _inspect_checkpoint(subjects[0], as_json)
     elif as_json:

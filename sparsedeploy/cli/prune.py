@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from sparsedeploy.cli.common import (
     DenseModelArgument,
@@ -16,16 +14,21 @@ from sparsedeploy.cli.common import (
     console,
     print_json,
 )
-from sparsedeploy.cli.completion import complete_recipe
 from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.cli.recover import print_recovery, take_recovery
 from sparsedeploy.errors import UserError
-from sparsedeploy.workflows.options import CalibrationOptions, DataOptions, PruneOptions, RecoverOptions, RunOptions
+from sparsedeploy.workflows.options import (
+    CalibrationOptions,
+    DataOptions,
+    PruneOptions,
+    PruneRunOptions,
+    RecoverOptions,
+)
 
 if TYPE_CHECKING:
     from sparsedeploy.checkpoint.manifest import Manifest
 
-OWN_ENGINE = "sparsedeploy"
+_OWN_ENGINE = PruneRunOptions.engine
 _ROUNDING = ("quantize", "quantize_group")
 _PLANNED = ("sparsity", "pattern", "pattern_options", "allocation", "allocation_options")
 
@@ -35,28 +38,12 @@ _PLANNED = ("sparsity", "pattern", "pattern_options", "allocation", "allocation_
     Section("calibration", CalibrationOptions, "Calibration text"),
     Section("recover", RecoverOptions, "Recovery", undecided=("method",)),
     Section("train", DataOptions, "Recovery"),
-    Section("run", RunOptions),
+    Section("run", PruneRunOptions),
 )
 def prune_command(
     model: DenseModelArgument,
     output: OutputOption,
     given: Given,
-    engine: Annotated[
-        str,
-        typer.Option(
-            "--engine",
-            help="What prunes: sparsedeploy, or llmcompressor (in its own environment; wanda or sparsegpt).",
-        ),
-    ] = OWN_ENGINE,
-    plan: Annotated[Path | None, typer.Option("--plan", help="Use this plan file; no allocation is run.")] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            help="A shipped recipe's name or a YAML file; flags override it.",
-            autocompletion=complete_recipe,
-        ),
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a model sparse: calibrate, allocate, prune, and write a Hugging Face folder with its plan and masks."""
@@ -64,11 +51,11 @@ def prune_command(
     from sparsedeploy.workflows.recipes import load_recipe
     from sparsedeploy.workflows.recover import prune_and_recover
 
-    given = given.over(load_recipe(recipe).sections if recipe else {})
-    run = given.build("run", RunOptions)
-    options, recovery = _take_options(given, plan, engine, model)
-    if engine != OWN_ENGINE:
-        manifest = _prune_elsewhere(engine, model, output, options, recovery, run)
+    run = given.build("run", PruneRunOptions)
+    given = given.over(load_recipe(run.recipe).sections if run.recipe else {})
+    options, recovery = _take_options(given, run, model)
+    if run.engine != _OWN_ENGINE:
+        manifest = _prune_elsewhere(model, output, options, recovery, run)
     elif recovery is None:
         manifest = prune(model, output, options, run)
     else:
@@ -93,9 +80,7 @@ def _values(given: Given, section: str) -> dict[str, Any]:
     return {name: given.value(section, name) for name in given.names(section)}
 
 
-def _take_options(
-    given: Given, plan: Path | None, engine: str, model: str
-) -> tuple[PruneOptions, RecoverOptions | None]:
+def _take_options(given: Given, run: PruneRunOptions, model: str) -> tuple[PruneOptions, RecoverOptions | None]:
     """What was asked for; every typed flag must count.
 
     Raises:
@@ -106,20 +91,18 @@ def _take_options(
     from sparsedeploy.workflows.plan import measures_text, resolve_allocation
     from sparsedeploy.workflows.prune import pruned_before
 
-    ready = SparsityPlan.load(plan) if plan else None
+    ready = SparsityPlan.load(run.plan) if run.plan else None
     before = pruned_before(model, PruneOptions(**_values(given, "prune"), plan=ready))
     decided: Iterable[str] = _PLANNED if ready else ()
     why_not = "the plan decides it"
     if before is not None:
         decided = [name for name in given.names("prune") if name not in _ROUNDING]
         why_not = "the checkpoint's plan decides it"
-    elif given.value("prune", "quantize") is None and given.value("prune", "quantize_group") is not None:
-        decided, why_not = ["quantize_group"], "there is no --quantize"
-    options = PruneOptions(**given.take("prune", without=decided), plan=ready)
+    options = replace(given.build("prune", PruneOptions, without=decided), plan=ready)
     calibration = CalibrationOptions(**_values(given, "calibration"))
     if before is not None and before.calibration is not None and given.value("calibration", "data") is None:
         calibration = replace(recorded_options(before), **_values(given, "calibration"))
-    recovery, calibrates, allocation = None, engine != OWN_ENGINE, "uniform"
+    recovery, calibrates, allocation = None, run.engine != _OWN_ENGINE, "uniform"
     why = {"prune": why_not, "recover": "there is no --recover", "train": "there is no --recover"}
     if given.value("recover", "method") is not None:
         recovery, method = take_recovery(given, calibration.seed)
@@ -139,18 +122,11 @@ def _take_options(
 
 
 def _prune_elsewhere(
-    engine: str,
-    model: str,
-    output: Path,
-    options: PruneOptions,
-    recovery: RecoverOptions | None,
-    run: RunOptions,
+    model: str, output: Path, options: PruneOptions, recovery: RecoverOptions | None, run: PruneRunOptions
 ) -> Manifest:
-    """Prune with llm-compressor; refuses another engine and what it cannot do."""
-    from sparsedeploy.workflows.prune_by_llmcompressor import ENGINE, prune_with_llmcompressor
+    """Prune with llm-compressor; refuses what it cannot do."""
+    from sparsedeploy.workflows.prune_by_llmcompressor import prune_with_llmcompressor
 
-    if engine != ENGINE:
-        raise UserError(f"unknown engine '{engine}'", f"Known: {OWN_ENGINE}, {ENGINE}.")
     if recovery is not None:
         raise UserError(
             "--recover cannot be combined with --engine", f"Prune first, then: sparsedeploy recover {output}."
@@ -159,9 +135,9 @@ def _prune_elsewhere(
         raise UserError("a run of --engine llmcompressor cannot be resumed", "Leave --resume out.")
     for flag, asked in (("--reconstruct", options.reconstruct), ("--quantize", options.quantize)):
         if asked:
-            raise UserError(f"--engine llmcompressor has no {flag}", f"Use --engine {OWN_ENGINE}.")
+            raise UserError(f"--engine llmcompressor has no {flag}", f"Use --engine {_OWN_ENGINE}.")
     if run.trust_remote_code:
-        raise UserError("--engine llmcompressor does not run a model's own code", f"Use --engine {OWN_ENGINE}.")
+        raise UserError("--engine llmcompressor does not run a model's own code", f"Use --engine {_OWN_ENGINE}.")
     return prune_with_llmcompressor(model, output, options, run)
 
 
@@ -172,7 +148,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
         "achieved": manifest.achieved,
         "modules": len(manifest.modules),
         "method": manifest.method,
-        "engine": manifest.engine.name if manifest.engine else OWN_ENGINE,
+        "engine": manifest.engine.name if manifest.engine else _OWN_ENGINE,
         "allocation": manifest.plan.allocation,
         "pattern": manifest.plan.pattern,
         "calibration": values["calibration"],

@@ -11,7 +11,7 @@ from sparsedeploy.cli.common import JsonOption, OutputOption, console, print_jso
 from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.errors import UserError
 from sparsedeploy.registry import RECOVERIES, Method
-from sparsedeploy.workflows.options import CalibrationOptions, DataOptions, RecoverOptions, RunOptions
+from sparsedeploy.workflows.options import CalibrationOptions, DataOptions, RecoverOptions, RecoverRunOptions
 
 if TYPE_CHECKING:
     from sparsedeploy.checkpoint.manifest import Manifest
@@ -21,7 +21,7 @@ _SECTIONS = (
     Section("recover", RecoverOptions, flags={"method": ("--method", "-m")}),
     Section("train", DataOptions, "Training text", without=("seed",)),
     Section("calibration", CalibrationOptions, "Calibration text, in place of the checkpoint's", undecided=True),
-    Section("run", RunOptions),
+    Section("run", RecoverRunOptions),
 )
 
 
@@ -30,15 +30,12 @@ def recover_command(
     checkpoint: Annotated[Path, typer.Argument(help="Folder that sparsedeploy prune wrote.")],
     output: OutputOption,
     given: Given,
-    dense: Annotated[
-        str | None, typer.Option("--dense", help="Where the dense model is now, for what starts or learns from it.")
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Recover a pruned model's quality inside its mask, by training small adapters or keeping a low-rank part."""
     from sparsedeploy.workflows.recover import reads_dense, recover_checkpoint
 
-    run = given.build("run", RunOptions)
+    run = given.build("run", RecoverRunOptions)
     options, method = take_recovery(given)
     calibration = given.take("calibration", without=("seed",)) if method.traits["calibrates"] else {}
     given.refuse_unread(
@@ -48,9 +45,9 @@ def recover_command(
             "calibration": f"{method.name} reads no calibration text",
         }
     )
-    if dense is not None and not reads_dense(options, method):
+    if run.dense is not None and not reads_dense(options, method):
         raise UserError(f"--dense has no effect: {method.name} starts from the pruned model", "Leave it out.")
-    manifest = recover_checkpoint(checkpoint, output, options, run, dense=dense, calibration=calibration)
+    manifest = recover_checkpoint(checkpoint, output, options, run, calibration=calibration)
     if as_json:
         values = manifest.to_json()
         print_json({"output": str(output), "achieved": values["achieved"], "recovery": values["recovery"]})

@@ -10,7 +10,9 @@ from rich.table import Table
 from sparsedeploy.cli.common import JsonOption, console, print_json
 from sparsedeploy.cli.completion import complete_runtime
 from sparsedeploy.cli.edge import Command
+from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.runtimes import environments
+from sparsedeploy.runtimes.options import InstallOptions, RuntimeOptions
 
 runtime_app = typer.Typer(no_args_is_help=True, help="Engines in environments of their own.")
 
@@ -44,18 +46,11 @@ def list_command(json_output: JsonOption = False) -> None:
 
 
 @runtime_app.command("install", cls=Command)
-def install_command(
-    name: NameArgument,
-    python: Annotated[
-        str | None, typer.Option("--python", help="Python to make the environment from [default: one that fits].")
-    ] = None,
-    extra: Annotated[
-        str | None, typer.Option("--with", help="What to add: server, for the web server of deepsparse.")
-    ] = None,
-    json_output: JsonOption = False,
-) -> None:
+@takes(Section("install", InstallOptions))
+def install_command(name: NameArgument, given: Given, json_output: JsonOption = False) -> None:
     """Make the runtime's environment; does nothing when it is there and complete."""
-    status = environments.install(name, python, extra)
+    asked = given.build("install", InstallOptions)
+    status = environments.install(name, asked.python, asked.extra)
     if json_output:
         print_json(status.to_json())
         return
@@ -66,15 +61,10 @@ def install_command(
 
 
 @runtime_app.command("check", cls=Command)
-def check_command(
-    name: NameArgument,
-    python: Annotated[
-        str | None, typer.Option("--python", help="Check this environment's interpreter instead of the managed one.")
-    ] = None,
-    json_output: JsonOption = False,
-) -> None:
+@takes(Section("check", RuntimeOptions, without=("runtime", "dtype", "timeout")))
+def check_command(name: NameArgument, given: Given, json_output: JsonOption = False) -> None:
     """Start the runtime, let it examine the processor and compute something."""
-    report = environments.check(name, python)
+    report = environments.check(name, given.build("check", RuntimeOptions).python)
     if json_output:
         print_json(report.to_json())
         return

@@ -54,7 +54,7 @@ class TaskOptions(Options):
     )
     limit: int | None = option(None, "Use only the first N documents of each task.", at_least=1, only_with="names")
     fewshot: int | None = option(
-        None, "Examples before each question [default: the task's own, often 0].", at_least=0, only_with="names"
+        None, "Examples before each question.", unset="the task's own, often 0", at_least=0, only_with="names"
     )
     seed: int = seed_option("Seed of the choice of examples.", only_with="names")
 
@@ -77,5 +77,5 @@ class EvalOptions(Options):
 
     text: TextOptions = field(default_factory=TextOptions)
     tasks: TaskOptions = field(default_factory=TaskOptions)
-    context: int | None = option(None, "Window length in tokens [default: min(2048, positions)].", at_least=2)
+    context: int | None = option(None, "Window length in tokens.", unset="min(2048, positions)", at_least=2)
     batch_size: int = option(1, "Windows or requests per forward pass.", at_least=1)

@@ -1,4 +1,4 @@
-"""How an engine is started, and what it is asked for: the options of ``generate`` and ``serve``."""
+"""How an engine is installed, started and asked: the options of ``runtime``, ``generate`` and ``serve``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RuntimeOptions(Options):
     """
 
     runtime: str | None = option(
-        None, "Engine to run on [default: the one that the folder was exported for].", choices=runtime_names
+        None, "Engine to run on.", unset="the one that the folder was exported for", choices=runtime_names
     )
     python: str | None = option(None, "Python interpreter of your own environment with the runtime.")
     dtype: Dtype = option("auto", f"With the torch runtime only. {DTYPE_HELP}")
@@ -35,7 +35,17 @@ class RuntimeOptions(Options):
 class EngineOptions(RuntimeOptions):
     """How one engine is started."""
 
-    cores: int | None = option(None, "Cores to use [default: all].", short="-c", at_least=1)
+    cores: int | None = option(None, "Cores to use.", unset="all", short="-c", at_least=1)
+
+
+@dataclass(frozen=True)
+class InstallOptions(Options):
+    """What a runtime's environment is made of."""
+
+    python: str | None = option(
+        None, "Python to make the runtime's environment from.", unset="one that fits", recorded=False
+    )
+    extra: str | None = option(None, "What to add: server, for the web server of deepsparse.", flag="--with")
 
 
 @dataclass(frozen=True)

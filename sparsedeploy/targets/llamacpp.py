@@ -13,7 +13,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +45,7 @@ from sparsedeploy.runtimes.worker import Worker
 from sparsedeploy.targets.base import ExportJob, describe
 from sparsedeploy.targets.check import Reference, compare_logits, reference_logits, split_prompt
 from sparsedeploy.targets.gguf_codes import GROUP, TYPES, layouts, place_codes
+from sparsedeploy.targets.options import LlamacppScheme
 
 RUNTIME = "llamacpp"
 MODEL_FILE = "model.gguf"
@@ -62,7 +63,7 @@ _TEXTS = (
 class LlamacppOptions(Options):
     """The type of the weights in the GGUF file."""
 
-    quantize: Literal["q8_0", "q4_0", "f16"] | None = option(
+    quantize: LlamacppScheme | None = option(
         None,
         "Type of the weights: `f16`, `q8_0` (8 bits and a scale for every 32) or `q4_0` (4 bits); None keeps the "
         "checkpoint's own type, which for one that was pruned with --quantize is `q8_0` or `q4_0` with its own codes. "

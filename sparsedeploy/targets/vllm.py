@@ -33,6 +33,7 @@ from sparsedeploy.reading import SOUND_COPY, read_object
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.targets.base import ExportJob, describe
 from sparsedeploy.targets.check import reference_logits
+from sparsedeploy.targets.options import VllmScheme
 from sparsedeploy.targets.quantize import export_quantized
 
 ENGINE = Engine(name="vllm", version="0.32.0")
@@ -50,7 +51,7 @@ class VllmOptions(Options):
         "`auto` takes for each module the format in which it is smallest (N:M where its weights follow one); "
         "`bitmask` takes only that.",
     )
-    quantize: Literal["fp8-dynamic", "w8a8", "w4a16"] | None = option(
+    quantize: VllmScheme | None = option(
         None,
         "Instead of packing, quantise the pruned weights with llm-compressor, their zeros kept: `fp8-dynamic` (8-bit "
         "floats), `w8a8` (8-bit integers), both with activations quantised on the fly, or `w4a16` (4-bit integer "

@@ -36,7 +36,6 @@ from sparsedeploy.reporting.summary import layer_sparsity
 from sparsedeploy.runtimes.engine import find_deployment
 from sparsedeploy.runtimes.environments import install, status
 from sparsedeploy.speed.benchmark import benchmark
-from sparsedeploy.speed.options import BenchmarkOptions
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.version import __version__
 from sparsedeploy.workflows import demo_probe
@@ -299,14 +298,7 @@ def _speed(artifacts: Mapping[str, Path], names: list[str], hidden: int, options
     """The benchmark of these artifacts against the first, and a sentence for each."""
     measured = benchmark(
         [artifacts[name] for name in names[1:]],
-        BenchmarkOptions(
-            baseline=str(artifacts[names[0]]),
-            cores=() if options.cores is None else (options.cores,),
-            prompt_lengths=(options.prompt_length,),
-            decode_tokens=options.decode_tokens,
-            rounds=options.rounds,
-            profile=options.profile,
-        ),
+        options.against(str(artifacts[names[0]]), profile=options.profile),
     ).to_json()
     return {"benchmark": measured, "why": {row["name"]: why(row, hidden) for row in measured["rows"]}}
 

@@ -32,8 +32,7 @@ from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.reporting.report import html_report
 from sparsedeploy.runtimes.engine import find_deployment
 from sparsedeploy.runtimes.environments import install, status
-from sparsedeploy.speed.benchmark import BenchmarkResult, benchmark
-from sparsedeploy.speed.options import BenchmarkOptions
+from sparsedeploy.speed.benchmark import benchmark
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.workflows.deploy_plan import Step, Work, measured_speed
 from sparsedeploy.workflows.deploy_report import format_options, report_of, result_of
@@ -139,7 +138,8 @@ def _run(prepared: Prepared, command: str) -> dict[str, Any]:
             f"Allow more (--within), or lower rates: --rate {best.rate - 0.05:.2f}.",
         )
     with _step("5/5  speed"):
-        measured = _bench(prepared, baseline, [output / one["folder"] for one in within.values()]).to_json()
+        folders = [str(output / one["folder"]) for one in within.values()]
+        measured = benchmark(folders, options.against(baseline)).to_json()
     result = result_of(prepared, state, best, within, baseline, measured)
     report = report_of(prepared, state, best, within, baseline, measured, result, command)
     write_json(output / f"report-{aim.name}.json", report)
@@ -243,18 +243,6 @@ def _baseline(prepared: Prepared) -> str:
     if not folder.is_dir():
         export_checkpoint(prepared.folder, aim.name, folder, dict(aim.formats[aim.baseline]))
     return str(folder)
-
-
-def _bench(prepared: Prepared, baseline: str, folders: Iterable[Path]) -> BenchmarkResult:
-    options = prepared.options
-    asked = BenchmarkOptions(
-        baseline=baseline,
-        cores=() if options.cores is None else (options.cores,),
-        prompt_lengths=(options.prompt_length,),
-        decode_tokens=options.decode_tokens,
-        rounds=options.rounds,
-    )
-    return benchmark(list(map(str, folders)), asked)
 
 
 def _quality(prepared: Prepared, folder: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""What ``deploy`` can aim at, what this machine runs, and how long the steps may take."""
+"""What ``deploy`` can aim at on this machine, and how long the steps may take."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,35 +16,8 @@ from sparsedeploy.runtimes.environments import status
 from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.pythons import find_python
 from sparsedeploy.runtimes.specification import load_runtime
+from sparsedeploy.workflows.aims import AIMS, CPU, Aim
 
-CPU = "cpu"
-
-
-@dataclass(frozen=True)
-class Aim:
-    """An export target and the formats that are tried for it.
-
-    Attributes:
-        formats: name -> the options of the export; the smallest difference from the checkpoint first.
-        baseline: the format of the dense model to compare with; None for the plain folder.
-        serves: whether its runtime has a server.
-    """
-
-    name: str
-    formats: Mapping[str, Mapping[str, str]]
-    baseline: str | None
-    serves: bool = True
-
-
-AIMS = {
-    aim.name: aim
-    for aim in (
-        Aim("llamacpp", {"q8_0": {"quantize": "q8_0"}, "q4_0": {"quantize": "q4_0"}}, "q8_0"),
-        Aim("deepsparse", {"float32": {}, "int8": {"int8": "true", "windows": "0"}}, "float32"),
-        Aim("vllm", {"packed": {}}, None),
-        Aim("onnxruntime", {"float32": {}}, "float32", serves=False),
-    )
-}
 # In the order in which `cpu` takes them; those that gain nothing from zeros are not among them.
 _ON_CPU = ("llamacpp", "deepsparse")
 

@@ -15,14 +15,17 @@ from sparsedeploy.folders import write_json
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import load_config, resolve_model
 from sparsedeploy.models.tokenizer import load_tokenizer
+from sparsedeploy.options import described
 from sparsedeploy.paths import expand
 from sparsedeploy.plan import check_sparsity
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.reading import read_object
 from sparsedeploy.registry import ALLOCATORS, PRUNERS
 from sparsedeploy.speed.comparison import parse_part
+from sparsedeploy.speed.options import SpeedOptions
 from sparsedeploy.version import __version__
-from sparsedeploy.workflows.deploy_plan import Aim, choose_aim
+from sparsedeploy.workflows.aims import Aim
+from sparsedeploy.workflows.deploy_plan import choose_aim
 from sparsedeploy.workflows.deploy_search import Trial
 from sparsedeploy.workflows.options import DeployOptions
 
@@ -30,9 +33,8 @@ STATE = "deploy.json"
 _FORMAT = 1
 SPLIT = "test"
 _NAMED = ("stdlib", "c4")
-# The options that decide the search, and those of the benchmark.
+# The options that decide the search.
 _SEARCH = ("within", "rates", "methods", "allocations", "held_out", "windows", "context")
-_MEASURING = ("prompt_length", "decode_tokens", "rounds", "cores")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
         "calibration": _plain(options.calibration),
     }
     _check_output(output, request)
-    measuring = {name: getattr(options, name) for name in _MEASURING}
+    measuring = {item.name: getattr(options, item.name) for item in described(SpeedOptions) if item.facts.recorded}
     return Prepared(source, folder, output, aim, options, held_out, context, within, request, measuring)
 
 

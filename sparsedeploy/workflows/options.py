@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.grid import KINDS, Grid
 from sparsedeploy.models.options import LoadOptions
-from sparsedeploy.options import Options, described, option, plain_options, seed_option
+from sparsedeploy.options import Options, described, like, option, plain_options, seed_option
 from sparsedeploy.plan import SparsityPlan
+from sparsedeploy.quality.options import EvalOptions, TaskOptions, TextOptions
 from sparsedeploy.recovery.options import DataOptions, Loss
 from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES
 from sparsedeploy.resources import shipped
+from sparsedeploy.speed.options import BenchmarkOptions, SpeedOptions
+from sparsedeploy.workflows.aims import AIMS, CPU
 
 _TARGET = ("sparsity", "pattern", "pattern_options")
 _SPREAD = ("allocation", "allocation_options")
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes."""
+    return sorted(path.stem for path in shipped("recipes").glob("*.yaml"))
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,27 @@ class RunOptions(LoadOptions):
 
     resume: bool = option(False, "Continue an interrupted run of this command; the result is identical.")
     overwrite: bool = option(False, "Replace the output if it exists.")
+
+
+@dataclass(frozen=True)
+class RecoverRunOptions(RunOptions):
+    """The run of a recovery: also where the dense model is now; its hash must be the manifest's."""
+
+    dense: str | None = option(None, "Where the dense model is now, for what starts or learns from it.")
+
+
+@dataclass(frozen=True)
+class PruneRunOptions(RunOptions):
+    """The run of a pruning: also what prunes, and what is read in place of an allocation and of flags."""
+
+    engine: Literal["sparsedeploy", "llmcompressor"] = option(
+        "sparsedeploy",
+        "What prunes: sparsedeploy, or llmcompressor (in its own environment; wanda or sparsegpt).",
+    )
+    plan: Path | None = option(None, "Use this plan file; no allocation is run.")
+    recipe: str | None = option(
+        None, "A shipped recipe's name or a YAML file; flags override it.", choices=recipe_names
+    )
 
 
 @dataclass(frozen=True)
@@ -50,7 +80,8 @@ class PruneOptions(Options):
     )
     allocation: str | None = option(
         None,
-        "How sparsity is spread over layers: {choices} [default: uniform; with losa: rmi].",
+        "How sparsity is spread over layers: {choices}.",
+        unset="uniform; with losa: rmi",
         short="-a",
         choices=ALLOCATORS.names,
         replaces=_SPREAD,
@@ -126,45 +157,31 @@ class ImportOptions(Options):
 
 
 @dataclass(frozen=True)
-class DemoOptions(Options):
+class DemoOptions(SpeedOptions):
     """What the demo does."""
 
     model: str | None = option(
         None,
-        "What to run on: smollm2 (135 M weights, fetched once), a model folder or a hub id [default: the small model "
-        "that is shipped].",
+        "What to run on: smollm2 (135 M weights, fetched once), a model folder or a hub id.",
+        unset="the small model that is shipped",
     )
     train: bool = option(
         False, "Train the small model from scratch on this Python's library instead of using the shipped one."
     )
-    sparsities: tuple[float, ...] = option(
-        (),
-        "Repeat for several [default: 0.5, 0.7, 0.9; above 50 M weights 0.5, 0.6, 0.7].",
-        flag="--sparsity",
-        short="-s",
+    sparsities: tuple[float, ...] = like(
+        PruneOptions, "sparsity", (), unset="0.5, 0.7, 0.9; above 50 M weights 0.5, 0.6, 0.7"
     )
-    method: str = option("alps", "How weights are chosen: {choices}.", short="-m", choices=PRUNERS.names)
-    allocation: str = option(
-        "uniform", "How sparsity is spread over layers: {choices}.", short="-a", choices=ALLOCATORS.names
-    )
-    samples: int | None = option(
-        None, "Calibration sequences [default: 64; above 50 M weights 16].", short="-n", at_least=1
-    )
-    tasks: tuple[str, ...] = option(
-        (), "Also run these tasks of lm-evaluation-harness, separated by commas, such as python_lines."
-    )
+    method: str = like(PruneOptions, "method", "alps")
+    allocation: str = like(PruneOptions, "allocation", "uniform")
+    samples: int | None = like(CalibrationOptions, "sequences", None, unset="64; above 50 M weights 16")
+    tasks: tuple[str, ...] = like(TaskOptions, "names")
     preset: str = option("default", "The small model: default (shipped) or tiny (trained in seconds).")
-    prompt_length: int = option(128, "Tokens of the benchmark's prompt.", at_least=1)
-    decode_tokens: int = option(32, "Tokens to decode after it.", at_least=1)
-    rounds: int = option(10, "Benchmark rounds.", short="-r", at_least=1)
-    profile: bool = option(False, "Also measure the time of each layer.")
+    profile: bool = like(BenchmarkOptions, "profile")
     probe: bool = option(True, "If layers are narrow, also measure the speed of a wider random model.")
-    cores: int | None = option(None, "Cores to measure on [default: all].", short="-c", at_least=1)
-    python: str | None = option(None, "Python for DeepSparse's environment, 3.8 to 3.11.")
 
 
 @dataclass(frozen=True)
-class DeployOptions(Options):
+class DeployOptions(SpeedOptions):
     """What ``deploy`` searches through and how it judges.
 
     Attributes:
@@ -173,42 +190,76 @@ class DeployOptions(Options):
     """
 
     target: str = option(
-        "cpu",
+        CPU,
         "What to deploy for: {choices}; cpu is the best runtime of this machine.",
         flag="--for",
-        choices=lambda: ("cpu", "deepsparse", "llamacpp", "onnxruntime", "vllm"),
+        choices=lambda: (CPU, *AIMS),
     )
     within: str = option("5%", "Allowed increase of the perplexity, such as 5%.")
-    rates: tuple[float, ...] = option(
-        (0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
-        "Sparsities to choose from.",
-        flag="--rate",
+    rates: tuple[float, ...] = option((0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "Sparsities to choose from.", flag="--rate")
+    methods: tuple[str, ...] = like(
+        PruneOptions, "method", ("wanda", "sparsegpt", "alps"), help="Pruning methods to choose from: {choices}."
     )
-    methods: tuple[str, ...] = option(
-        ("wanda", "sparsegpt", "alps"),
-        "Pruning methods to choose from.",
-        flag="--method",
-        short="-m",
-        choices=PRUNERS.names,
-    )
-    allocations: tuple[str, ...] = option(
-        ("uniform", "lsa"),
-        "Allocations to choose from.",
-        flag="--allocation",
-        short="-a",
-        choices=ALLOCATORS.names,
+    allocations: tuple[str, ...] = like(
+        PruneOptions, "allocation", ("uniform", "lsa"), help="Allocations to choose from: {choices}."
     )
     held_out: str | None = option(
-        None, "Text to measure quality on [default: the test split of the calibration text's set]."
+        None, "Text to measure quality on.", unset="the test split of the calibration text's set"
     )
-    windows: int = option(32, "Number of its windows.", at_least=1)
-    context: int | None = option(None, "Tokens per window [default: min(512, positions)].", at_least=2)
-    prompt_length: int = option(128, "Tokens of the benchmark's prompt.", at_least=1)
-    decode_tokens: int = option(32, "Tokens to decode after it.", at_least=1)
-    rounds: int = option(10, "Benchmark rounds.", short="-r", at_least=1)
-    cores: int | None = option(None, "Cores to measure on [default: all].", short="-c", at_least=1)
-    python: str | None = option(None, "Python for the runtime's environment.")
+    windows: int = like(TextOptions, "max_windows", 32, flag="--windows")
+    context: int | None = like(EvalOptions, "context", unset="min(512, positions)")
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+
+
+@dataclass(frozen=True)
+class PreviewOptions(Options):
+    """Whether ``deploy`` only says what it would do."""
+
+    dry_run: bool = option(False, "Only show the steps, with rough times.")
+
+
+@dataclass(frozen=True)
+class SweepOptions(Options):
+    """How a sweep is run, and what is picked from it."""
+
+    jobs: int = option(1, "Cells that run at once.", short="-j", at_least=1)
+    on: Literal["local", "ray"] = option(
+        "local", "local: processes of this machine; ray: a cluster that shares the output folder."
+    )
+    pick: str | None = option(None, "Name the cell to ship: 'smallest within 5 % of dense' or 'best below 300 MB'.")
+
+
+@dataclass(frozen=True)
+class InspectOptions(Options):
+    """What a folder is compared with."""
+
+    against: Path | None = option(None, "Compare the folder with this one: configuration, tensors, zeros and masks.")
+
+
+@dataclass(frozen=True)
+class PictureOptions(Options):
+    """What ``inspect`` draws."""
+
+    plot: Path | None = option(None, "Also draw the plans into this .svg or .png.", writes=True)
+    mask: Path | None = option(None, "Also draw the mask of one matrix into this .svg or .png.", writes=True)
+    module: str | None = option(
+        None,
+        "With --mask: the matrix, by the end of its name.",
+        unset="the one with the largest loss",
+        only_with="mask",
+    )
+
+
+@dataclass(frozen=True)
+class CardOptions(Options):
+    """What a model card is made from."""
+
+    evaluations: tuple[Path, ...] = option(
+        (), "Result of eval -o, of this folder or its base model.", flag="--eval", repeated=True
+    )
+    overwrite: bool = option(
+        False, "Replace a README.md that was edited or that sparsedeploy did not write; a copy is kept."
+    )
 
 
 @dataclass(frozen=True)
@@ -218,11 +269,6 @@ class PushOptions(Options):
     private: bool = option(False, "Make a new repository private.")
     message: str | None = option(None, "Message of the commit.")
     overwrite: bool = option(False, "Replace the contents of the repository, in a new commit.")
-
-
-def recipe_names() -> list[str]:
-    """The shipped recipes."""
-    return sorted(path.stem for path in shipped("recipes").glob("*.yaml"))
 
 
 # The sections of a recipe and of a manifest's request.

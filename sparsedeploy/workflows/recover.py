@@ -27,7 +27,14 @@ from sparsedeploy.pruning.layers import losses_of, prune_model
 from sparsedeploy.recovery.base import RecoveryJob, check_masks
 from sparsedeploy.recovery.state import RunState
 from sparsedeploy.registry import RECOVERIES, Method
-from sparsedeploy.workflows.options import PruneOptions, RecoverOptions, RunOptions, recovery_request, request_of
+from sparsedeploy.workflows.options import (
+    PruneOptions,
+    RecoverOptions,
+    RecoverRunOptions,
+    RunOptions,
+    recovery_request,
+    request_of,
+)
 from sparsedeploy.workflows.plan import choose_plan, prepare
 from sparsedeploy.workflows.recovery_run import (
     checked_options,
@@ -71,9 +78,8 @@ def recover_checkpoint(
     checkpoint: Path,
     output: Path,
     recover: RecoverOptions,
-    run: RunOptions = RunOptions(),
+    run: RecoverRunOptions = RecoverRunOptions(),
     *,
-    dense: str | None = None,
     calibration: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Recover a pruned checkpoint into ``output``; returns the new manifest.
@@ -83,7 +89,6 @@ def recover_checkpoint(
     allocation; always with its pruner, options and calibration text.
 
     Args:
-        dense: where that model is now; its hash must be the manifest's.
         calibration: values of :class:`CalibrationOptions` in place of the checkpoint's.
 
     Raises:
@@ -94,13 +99,13 @@ def recover_checkpoint(
         refuse_several(f"the recovery {method.name}")
     on = local_device(resolve_device(run.device))
     read: list[str | Path] = [checkpoint, *_train_data(recover)]
-    read += [dense] if dense else []
+    read += [run.dense] if run.dense else []
     read += [calibration["data"]] if calibration and "data" in calibration else []
     with process_group(on) as processes, ExitStack() as stack:
         if processes.main:
             stack.enter_context(claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read))
         run = replace(run, device=str(on))
-        return _from_checkpoint(checkpoint, output, recover, dense, calibration, run, processes)
+        return _from_checkpoint(checkpoint, output, recover, calibration, run, processes)
 
 
 def _train_data(recover: RecoverOptions) -> list[str]:
@@ -111,9 +116,8 @@ def _from_checkpoint(
     checkpoint: Path,
     output: Path,
     recover: RecoverOptions,
-    dense: str | None,
     calibration: Mapping[str, Any] | None,
-    run: RunOptions,
+    run: RecoverRunOptions,
     processes: Processes,
 ) -> Manifest:
     method = RECOVERIES.get(recover.method)
@@ -123,11 +127,11 @@ def _from_checkpoint(
             f"{checkpoint} has been recovered with adapters beside its weights",
             "Recover the checkpoint that it was made from.",
         )
-    find = partial(_dense_folder, checkpoint, manifest, dense, recover.method)
+    find = partial(_dense_folder, checkpoint, manifest, run.dense, recover.method)
     if method.traits["starts_from"] == "pruned":
         folder = find() if reads_dense(recover, method) else None
         return _from_pruned(checkpoint, output, manifest, recover, method, run, folder, processes)
-    name, folder = dense or manifest.source.name, find()
+    name, folder = run.dense or manifest.source.name, find()
     prune = _again(manifest, method, calibration or {})
     check_writable(output, run.overwrite, (folder, prune.calibration.data))
     return _from_dense(name, output, prune, recover, method, run)

@@ -31,7 +31,7 @@ from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.models.tensor_files import TensorFiles
-from sparsedeploy.options import Options, described, plain_options
+from sparsedeploy.options import plain_options, typed_words
 from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.reading import read_object
 from sparsedeploy.recovery.options import DataOptions
@@ -69,7 +69,7 @@ def run_sweep(
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file", "Name a folder.")
     with locked(output):
-        sha256, arguments = model_sha256(sweep.folder), _flags(asdict(load), LoadOptions)
+        sha256, arguments = model_sha256(sweep.folder), typed_words(LoadOptions, asdict(load))
         work = {cell.name: _work(sweep, cell, output, sha256, arguments, jobs) for cell in sweep.cells}
         finished = {name for name, item in work.items() if item.finished()}
         if finished:
@@ -130,9 +130,9 @@ def _work(sweep: Sweep, cell: Cell, output: Path, sha256: str, arguments: Sequen
     commands: list[tuple[str, tuple[str, ...]]] = []
     if cell.recover is not None:
         assert cell.base is not None
-        flags = _flags({**cell.recover, "data": None}, RecoverOptions, method="--method")
+        flags = typed_words(RecoverOptions, {**cell.recover, "data": None}, method="--method")
         method = RECOVERIES.get(cell.recover["method"])
-        flags += _flags(sweep.train, DataOptions) if method.traits["trains"] else []
+        flags += typed_words(DataOptions, sweep.train) if method.traits["trains"] else []
         base = (output / cell.base / _CHECKPOINT).absolute()
         commands.append((_CHECKPOINT, ("recover", str(base), "-o", str(checkpoint), "--resume", *flags, *arguments)))
     elif cell.recipe:
@@ -141,7 +141,7 @@ def _work(sweep: Sweep, cell: Cell, output: Path, sha256: str, arguments: Sequen
         made = ("prune", sweep.model, "-o", str(checkpoint), "--resume", "--recipe", str(recipe), *arguments)
         commands.append((_CHECKPOINT, made))
     model = str(checkpoint) if commands else sweep.model
-    flags = [*_flags(asdict(sweep.quality.text), TextOptions), *_flags(asdict(sweep.quality), EvalOptions)]
+    flags = [*typed_words(TextOptions, asdict(sweep.quality.text)), *typed_words(EvalOptions, asdict(sweep.quality))]
     commands.append((_QUALITY, ("eval", model, *flags, "-o", str(folder / _QUALITY), *arguments)))
     request = {
         "model_sha256": sha256,
@@ -152,25 +152,6 @@ def _work(sweep: Sweep, cell: Cell, output: Path, sha256: str, arguments: Sequen
         "eval": plain_options(sweep.quality),
     }
     return Work(str(folder), cell.base, tuple(commands), request, max(1, (os.cpu_count() or 1) // jobs))
-
-
-def _flags(values: Mapping[str, Any], options: type[Options], **names: str) -> list[str]:
-    """The flags of the command line that give these options; ``names`` are flags in place of an option's own."""
-    flags: list[str] = []
-    for item in described(options):
-        value = values.get(item.name)
-        if item.section or value is None or value == item.default:
-            continue
-        flag = names.get(item.name) or item.facts.flag or f"--{item.name.replace('_', '-')}"
-        if isinstance(value, bool):
-            flags.append(flag)
-        elif isinstance(value, Mapping):
-            flags += [part for key, each in value.items() for part in (flag, f"{key}={each}")]
-        else:
-            flags += [
-                part for each in (value if isinstance(value, (list, tuple)) else [value]) for part in (flag, str(each))
-            ]
-    return flags
 
 
 def _run_all(waiting: list[Work], finished: set[str], start: Callable[[Work], Any], jobs: int) -> None:

@@ -148,7 +148,7 @@ def test_pictures_of_masks(folders: Path, tmp_path: Path, cli) -> None:  # noqa:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("gpt", "--module", "up_proj"), "--module has no effect: there is no --mask"),
+        (("gpt", "--module", "up_proj"), "--module has no effect without --mask"),
         (("gpt", "--mask", "m.svg", "--module", "up_proj"), "not one module alone ends in 'up_proj'. Give more"),
         (("gpt", "--mask", "m.svg", "--module", "nothing"), "no module ends in 'nothing'. Give more"),
         (("gpt", "--mask", "m.jpg"), "is neither .svg nor .png"),

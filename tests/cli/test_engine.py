@@ -16,7 +16,7 @@ Cli = Callable[..., Outcome]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--engine", "nosuch"], "unknown engine 'nosuch'. Known: sparsedeploy, llmcompressor"),
+        (["--engine", "nosuch"], "--engine is 'nosuch'. It takes sparsedeploy or llmcompressor"),
         (["--engine", "llmcompressor", "-m", "magnitude"], "cannot prune by magnitude"),
         (["--engine", "llmcompressor", "--resume"], "cannot be resumed"),
         (["--engine", "llmcompressor", "--recover", "losa"], "--recover cannot be combined with --engine"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -42,6 +43,14 @@ def test_flags_of_a_command_differ_and_are_explained(name: str) -> None:
     assert len(flags) == len(set(flags))
     unexplained = [p.name for p in COMMANDS[name].params if p.name != "help" and not getattr(p, "help", None)]
     assert not unexplained
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not hasattr(command, "commands")])
+def test_every_option_is_a_field_of_a_dataclass(name: str) -> None:
+    command = COMMANDS[name]
+    own = set(inspect.signature(inspect.unwrap(command.callback)).parameters)
+    options = {p.opts[0] for p in command.params if p.name in own and p.param_type_name == "option"}
+    assert options <= {"--output", "--json"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

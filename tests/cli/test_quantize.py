@@ -86,7 +86,7 @@ def test_recovery_takes_the_weights_off_the_grid(cli: Cli, model: Path, text: Pa
     ("flags", "says"),
     [
         (("-s", "0.5", "--quantize", "int3"), "int8 or int4"),
-        (("-s", "0.5", "--quantize-group", "64"), "--quantize-group has no effect: there is no --quantize"),
+        (("-s", "0.5", "--quantize-group", "64"), "--quantize-group has no effect without --quantize"),
         (("-s", "0.5", "--quantize", "int8", "--quantize-group", "48"), "32, 64 or 128"),
         (("-s", "0.5", "--quantize", "int8", "--engine", "llmcompressor"), "--engine llmcompressor has no --quantize"),
         (("-s", "0.5", "--quantize", "int8", "--recover", "sparse-lora"), "Leave --quantize out"),

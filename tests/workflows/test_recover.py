@@ -22,7 +22,7 @@ from sparsedeploy.models.low_rank import LowRankLinear, load_adapter
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.recovery.options import DataOptions
 from sparsedeploy.recovery.state import RunState
-from sparsedeploy.workflows.options import PruneOptions, RecoverOptions, RunOptions
+from sparsedeploy.workflows.options import PruneOptions, RecoverOptions, RecoverRunOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 from sparsedeploy.workflows.recover import prune_and_recover, recover_checkpoint
 from tests.small_models import save_model
@@ -225,7 +225,11 @@ def test_bad_input_of_recover(folders: Path, tmp_path: Path) -> None:
     losa = options(folders, "losa")
     for place, message in ((other, "is not the model that"), (tmp_path / "nowhere", "not at .*nowhere")):
         dense = str(place)
-        refused(message, lambda dense=dense: recover_checkpoint(folders / "pruned", out, losa, dense=dense), out)
+        refused(
+            message,
+            lambda dense=dense: recover_checkpoint(folders / "pruned", out, losa, RecoverRunOptions(dense=dense)),
+            out,
+        )
     recover_checkpoint(folders / "pruned", tmp_path / "lora", options(folders, "lora"))
     refused("adapters beside its weights", lambda: recover_checkpoint(tmp_path / "lora", out, lora), out)
 
@@ -256,9 +260,13 @@ def test_the_dense_model_that_is_learnt_from_must_be_there_and_the_same(folders:
     save_model(tmp_path / "other", seed=5)
     wanted = options(folders, "sparse-lora", loss="both")
     with pytest.raises(UserError, match="is not the model that"):
-        recover_checkpoint(folders / "pruned", tmp_path / "out", wanted, dense=str(tmp_path / "other"))
+        recover_checkpoint(
+            folders / "pruned", tmp_path / "out", wanted, RecoverRunOptions(dense=str(tmp_path / "other"))
+        )
     with pytest.raises(UserError, match="reads the dense model, which is not at"):
-        recover_checkpoint(folders / "pruned", tmp_path / "out", wanted, dense=str(tmp_path / "none"))
+        recover_checkpoint(
+            folders / "pruned", tmp_path / "out", wanted, RecoverRunOptions(dense=str(tmp_path / "none"))
+        )
     with pytest.raises(UserError, match="sparselo does not train"):
         recover_checkpoint(folders / "pruned", tmp_path / "out", options(folders, "sparselo", loss="kl"))
     assert not (tmp_path / "out").exists()
