@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsedeploy.cli.common import (
@@ -48,14 +47,19 @@ def prune_command(
 ) -> None:
     """Make a model sparse: calibrate, allocate, prune, and write a Hugging Face folder with its plan and masks."""
     from sparsedeploy.workflows.prune import prune
+    from sparsedeploy.workflows.prune_by_llmcompressor import prune_with_llmcompressor
     from sparsedeploy.workflows.recipes import load_recipe
     from sparsedeploy.workflows.recover import prune_and_recover
 
     run = given.build("run", PruneRunOptions)
     given = given.over(load_recipe(run.recipe).sections if run.recipe else {})
     options, recovery = _take_options(given, run, model)
+    if run.engine != _OWN_ENGINE and recovery is not None:
+        raise UserError(
+            "--recover cannot be combined with --engine", f"Prune first, then: sparsedeploy recover {output}."
+        )
     if run.engine != _OWN_ENGINE:
-        manifest = _prune_elsewhere(model, output, options, recovery, run)
+        manifest = prune_with_llmcompressor(model, output, options, run)
     elif recovery is None:
         manifest = prune(model, output, options, run)
     else:
@@ -119,26 +123,6 @@ def _take_options(given: Given, run: PruneRunOptions, model: str) -> tuple[Prune
     spread = f" and {choice.name} read" if choice else " reads"
     given.refuse_unread({**why, "calibration": f"{options.method}{spread} no calibration text"})
     return replace(options, calibration=calibration), recovery
-
-
-def _prune_elsewhere(
-    model: str, output: Path, options: PruneOptions, recovery: RecoverOptions | None, run: PruneRunOptions
-) -> Manifest:
-    """Prune with llm-compressor; refuses what it cannot do."""
-    from sparsedeploy.workflows.prune_by_llmcompressor import prune_with_llmcompressor
-
-    if recovery is not None:
-        raise UserError(
-            "--recover cannot be combined with --engine", f"Prune first, then: sparsedeploy recover {output}."
-        )
-    if run.resume:
-        raise UserError("a run of --engine llmcompressor cannot be resumed", "Leave --resume out.")
-    for flag, asked in (("--reconstruct", options.reconstruct), ("--quantize", options.quantize)):
-        if asked:
-            raise UserError(f"--engine llmcompressor has no {flag}", f"Use --engine {_OWN_ENGINE}.")
-    if run.trust_remote_code:
-        raise UserError("--engine llmcompressor does not run a model's own code", f"Use --engine {_OWN_ENGINE}.")
-    return prune_with_llmcompressor(model, output, options, run)
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:

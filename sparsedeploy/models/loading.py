@@ -21,6 +21,7 @@ from sparsedeploy.models.computing import attention, compute_type
 from sparsedeploy.models.config_check import check_sizes
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.low_rank import attach_low_rank, load_adapter
+from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.models.tensor_files import TensorFiles, check_tensor
 from sparsedeploy.paths import expand
 from sparsedeploy.reading import SOUND_COPY, read_object
@@ -173,6 +174,13 @@ def load_model(
         check_tensor(name, tensor)
     model.requires_grad_(False)
     return model.eval().to(device)
+
+
+def load_asked(folder: Path, load: LoadOptions) -> nn.Module:
+    """:func:`load_model` as the user asked for it."""
+    return load_model(
+        folder, dtype=load.torch_dtype, device=load.torch_device, trust_remote_code=load.trust_remote_code
+    )
 
 
 def resolve_device(name: str) -> torch.device:

@@ -23,6 +23,13 @@ class LoadOptions(Options):
     trust_remote_code: bool = option(False, "Run the model folder's own Python code. Only for sources you trust.")
 
     @property
+    def torch_device(self) -> torch.device:
+        """The device; see :func:`~sparsedeploy.models.loading.resolve_device`."""
+        from sparsedeploy.models.loading import resolve_device
+
+        return resolve_device(self.device)
+
+    @property
     def torch_dtype(self) -> torch.dtype | None:
         """The type to compute in; None leaves it to the checkpoint and the processor."""
         import torch

@@ -16,7 +16,7 @@ from sparsedeploy.calibration.samples import default_length
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.config_check import positions
 from sparsedeploy.models.fingerprint import model_sha256
-from sparsedeploy.models.loading import load_config, load_model, resolve_device, resolve_model
+from sparsedeploy.models.loading import load_asked, load_config, resolve_model
 from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.models.tokenizer import check_tokens, load_tokenizer
 from sparsedeploy.quality.options import EvalOptions
@@ -55,8 +55,7 @@ def evaluate(source: str | Path, options: EvalOptions, load: LoadOptions = LoadO
     for name, part in windows.items():
         check_tokens(part, config.get_text_config(decoder=True).vocab_size, texts[name])
     loaded = load_tasks(tasks) if tasks.names else {}
-    device = resolve_device(load.device)
-    model = load_model(folder, dtype=load.torch_dtype, device=device, trust_remote_code=trust)
+    model = load_asked(folder, load)
     for part in windows.values():
         check_causal(model, part[0])
     measured = {

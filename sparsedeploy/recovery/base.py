@@ -21,7 +21,7 @@ from sparsedeploy.recovery.data import TrainingData
 from sparsedeploy.recovery.objective import Objective, make_objective
 from sparsedeploy.recovery.options import Loss
 from sparsedeploy.recovery.state import RunState
-from sparsedeploy.recovery.training import TrainingOptions
+from sparsedeploy.recovery.training import Trainee, TrainingOptions, TrainingReport, train
 
 
 @dataclass
@@ -92,6 +92,31 @@ class RecoveryJob:
             temperature=self.training.kl_temperature,
             top=self.training.kl_top,
             processes=self.processes,
+        )
+
+    def train(
+        self, trainee: Trainee, objective: Objective, tag: str, *, step: int = 0, which: range | None = None
+    ) -> TrainingReport:
+        """Train on the job's text; see :func:`~sparsedeploy.recovery.training.train`.
+
+        Args:
+            step: of several trainings of one job.
+            which: of the text's sequences; None takes all.
+        """
+        sequences = self.training_data().sequences
+        which = range(len(sequences)) if which is None else which
+        return train(
+            self.model,
+            trainee,
+            sequences[which.start : which.stop],
+            self.training,
+            seed=self.seed * 1009 + step,
+            objective=objective,
+            first=which.start,
+            description=f"train ({tag})",
+            state=self.state,
+            processes=self.processes,
+            tag=tag,
         )
 
     def calibration_tokens(self) -> torch.Tensor:

@@ -27,7 +27,7 @@ from sparsedeploy.plan import ModuleTarget
 from sparsedeploy.pruning.selection import keep_all_but_smallest, keep_by_target
 from sparsedeploy.recovery.base import Recovered, RecoveryJob, check_masks
 from sparsedeploy.recovery.low_rank_training import summary
-from sparsedeploy.recovery.training import Trainee, steps_of, train
+from sparsedeploy.recovery.training import Trainee, steps_of
 from sparsedeploy.registry import RECOVERIES
 
 # What z and u are kept in: z rounded to float8 has one scale a row.
@@ -68,7 +68,7 @@ class ElsaOptions(Options):
 @RECOVERIES.register("elsa", ElsaOptions, starts_from="pruned", trains=True, calibrates=False, moves_masks=True)
 def elsa(job: RecoveryJob, options: ElsaOptions) -> Recovered:
     """Train all pruned weights on the model's own loss while the mask moves by ADMM, at the exact budget (ELSA)."""
-    data, masks, linears = job.training_data(), job.masks or {}, job.linears
+    masks, linears = job.masks or {}, job.linears
     assert job.plan is not None
     check_masks(linears, masks, job.plan)
     for name, linear in linears.items():
@@ -76,7 +76,7 @@ def elsa(job: RecoveryJob, options: ElsaOptions) -> Recovered:
             raise UserError(
                 f"elsa trains the weights themselves, and {name} is {linear.weight.dtype}", "Add --dtype float32."
             )
-    steps = steps_of(data.sequences, job.training)
+    steps = steps_of(job.training_data().sequences, job.training)
     moving = steps - math.floor(options.settle * steps)
     if 0 < moving < options.interval:
         progress.note(f"the mask moves once: the text is enough for {moving} such steps, less than an interval")
@@ -84,18 +84,7 @@ def elsa(job: RecoveryJob, options: ElsaOptions) -> Recovered:
     if options.start == "dense":
         _take_weights(job, linears)
     training = ElsaTraining(linears, masks, job.plan.by_name, options, moving)
-    report = train(
-        job.model,
-        training,
-        data.sequences,
-        job.training,
-        seed=job.seed * 1009,
-        objective=objective,
-        description="train (elsa)",
-        state=job.state,
-        processes=job.processes,
-        tag="elsa",
-    )
+    report = job.train(training, objective, "elsa")
     moved = sum(int((training.masks[name] & ~masks[name]).sum()) for name in linears)
     kept = sum(int(mask.sum()) for mask in masks.values())
     for linear in linears.values():

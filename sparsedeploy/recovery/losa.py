@@ -28,7 +28,7 @@ from sparsedeploy.recovery.objective import Objective
 from sparsedeploy.recovery.reconstruction import reconstruction_losses
 from sparsedeploy.recovery.schedule import Shape, mean_ranks, sparsity_schedule
 from sparsedeploy.recovery.step_plan import step_plan
-from sparsedeploy.recovery.training import STATE, train_adapters
+from sparsedeploy.recovery.training import STATE, AdapterTraining
 from sparsedeploy.registry import ALLOCATORS, RECOVERIES
 
 _PHASE = "phase"
@@ -148,18 +148,8 @@ class _Run:
 
     def train(self, step: int, which: range) -> None:
         """Train the adapters on those sequences of the text; the base weights stay."""
-        report = train_adapters(
-            self.job.model,
-            self.adapters,
-            self.job.training_data().sequences[which.start : which.stop],
-            self.job.training,
-            seed=self.job.seed * 1009 + step,
-            objective=self.objective,
-            first=which.start,
-            description=f"train (LoSA step {step + 1})",
-            state=self.job.state,
-            tag=f"losa-{step}",
-        )
+        training = AdapterTraining(self.job.model, self.adapters)
+        report = self.job.train(training, self.objective, f"losa-{step}", step=step, which=which)
         self.steps[step].update(
             tokens=report.tokens, seconds=report.seconds, first_loss=report.losses[0], last_loss=report.losses[-1]
         )

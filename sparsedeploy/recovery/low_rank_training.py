@@ -9,7 +9,7 @@ import torch
 from sparsedeploy.options import Options, option
 from sparsedeploy.recovery.adapters import Adapter
 from sparsedeploy.recovery.base import RecoveryJob, check_masks
-from sparsedeploy.recovery.training import TrainingReport, train_adapters
+from sparsedeploy.recovery.training import AdapterTraining, TrainingReport
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LoraOptions(Options):
 def train_on_pruned(
     job: RecoveryJob, options: LoraOptions, *, masked: bool
 ) -> tuple[dict[str, Adapter], dict[str, torch.Tensor], TrainingReport]:
-    data, masks, linears = job.training_data(), job.masks or {}, job.linears
+    masks, linears = job.masks or {}, job.linears
     check_masks(linears, masks)
     generator = torch.Generator().manual_seed(job.seed * 1009)
     adapters = {
@@ -39,19 +39,7 @@ def train_on_pruned(
         for name, linear in linears.items()
     }
     kind = "sparse-lora" if masked else "lora"
-    report = train_adapters(
-        job.model,
-        adapters,
-        data.sequences,
-        job.training,
-        seed=job.seed * 1009,
-        objective=job.objective(),
-        description=f"train ({kind})",
-        state=job.state,
-        processes=job.processes,
-        tag=kind,
-    )
-    return adapters, masks, report
+    return adapters, masks, job.train(AdapterTraining(job.model, adapters), job.objective(), kind)
 
 
 def summary(report: TrainingReport) -> dict[str, float]:

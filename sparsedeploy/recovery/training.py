@@ -141,17 +141,6 @@ class AdapterTraining(Trainee):
             adapter.load_tensors({key: tensors[f"{name}.{key}"] for key in adapter.state_dict()})
 
 
-def train_adapters(
-    model: nn.Module,
-    adapters: Mapping[str, Adapter],
-    sequences: Sequence[torch.Tensor],
-    options: TrainingOptions,
-    **run: Any,
-) -> TrainingReport:
-    """Train the adapters in place; see :func:`train`."""
-    return train(model, AdapterTraining(model, adapters), sequences, options, **run)
-
-
 def train(
     model: nn.Module,
     trainee: Trainee,

@@ -35,7 +35,7 @@ from sparsedeploy.runtimes.environments import install, status
 from sparsedeploy.speed.benchmark import benchmark
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.workflows.deploy_plan import Step, Work, measured_speed
-from sparsedeploy.workflows.deploy_report import format_options, report_of, result_of
+from sparsedeploy.workflows.deploy_report import Outcome, format_options, report_of, result_of
 from sparsedeploy.workflows.deploy_request import SPLIT, STATE, Prepared, State, held_out_windows, prepare
 from sparsedeploy.workflows.deploy_search import Space, Trial, chosen, nearest, next_trial
 from sparsedeploy.workflows.options import DeployOptions, PruneOptions, RunOptions
@@ -140,8 +140,9 @@ def _run(prepared: Prepared, command: str) -> dict[str, Any]:
     with _step("5/5  speed"):
         folders = [str(output / one["folder"]) for one in within.values()]
         measured = benchmark(folders, options.against(baseline)).to_json()
-    result = result_of(prepared, state, best, within, baseline, measured)
-    report = report_of(prepared, state, best, within, baseline, measured, result, command)
+    outcome = Outcome(prepared, state, best, within, baseline, measured)
+    result = result_of(outcome)
+    report = report_of(outcome, result, command)
     write_json(output / f"report-{aim.name}.json", report)
     write_text(output / f"report-{aim.name}.html", html_report(report))
     state.result = result

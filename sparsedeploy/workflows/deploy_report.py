@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +37,32 @@ def sentence(result: dict[str, Any]) -> str:
     )
 
 
-def result_of(
-    prepared: Prepared,
-    state: State,
-    best: Trial,
-    within: dict[str, dict[str, Any]],
-    baseline: str,
-    measured: dict[str, Any],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Outcome:
+    """What a deployment came to.
+
+    Attributes:
+        best: the trial that was exported.
+        within: format -> its row, of those that stay within the bound.
+        baseline: the dense model as the benchmark took it.
+        measured: the benchmark's result as plain data.
+    """
+
+    prepared: Prepared
+    state: State
+    best: Trial
+    within: dict[str, dict[str, Any]]
+    baseline: str
+    measured: dict[str, Any]
+
+
+def result_of(outcome: Outcome) -> dict[str, Any]:
     """The fastest format that stays within the bound.
 
     Raises:
         UserError: the benchmark failed for the baseline or for every format.
     """
+    prepared, state, within, measured = outcome.prepared, outcome.state, outcome.within, outcome.measured
     rows = {row["name"]: row for row in measured["rows"] if row["status"] == "measured"}
     base = next((row for row in measured["rows"] if row["baseline"]), None)
     alive = {name: rows[Path(one["folder"]).name] for name, one in within.items() if Path(one["folder"]).name in rows}
@@ -70,12 +83,12 @@ def result_of(
         "held_out": _short(prepared.held_out),
         "dense": {"perplexity": state.dense["perplexity"]},
         "baseline": prepared.aim.baseline or "its own type",
-        "baseline_bytes": _folder_bytes(Path(baseline.rpartition("=")[2])),
+        "baseline_bytes": _folder_bytes(Path(outcome.baseline.rpartition("=")[2])),
         "chosen": {
-            **asdict(best),
+            **asdict(outcome.best),
             "format": name,
             "artifact": str(folder),
-            "checkpoint": str(prepared.output / "checkpoints" / best.name),
+            "checkpoint": str(prepared.output / "checkpoints" / outcome.best.name),
             "perplexity": within[name]["perplexity"],
             "growth": growth,
             "bytes": _folder_bytes(folder),
@@ -91,20 +104,12 @@ def result_of(
     }
 
 
-def report_of(
-    prepared: Prepared,
-    state: State,
-    best: Trial,
-    within: dict[str, dict[str, Any]],
-    baseline: str,
-    measured: dict[str, Any],
-    result: dict[str, Any],
-    command: str,
-) -> dict[str, Any]:
+def report_of(outcome: Outcome, result: dict[str, Any], command: str) -> dict[str, Any]:
     """See :mod:`sparsedeploy.reporting.report` for the form."""
+    prepared, state, measured = outcome.prepared, outcome.state, outcome.measured
     assert state.dense is not None
-    checkpoint = prepared.output / "checkpoints" / best.name
-    dense, steps = Path(baseline.rpartition("=")[2]), _commands(prepared, best, result)
+    checkpoint = prepared.output / "checkpoints" / outcome.best.name
+    dense, steps = Path(outcome.baseline.rpartition("=")[2]), _commands(prepared, outcome.best, result)
     manifest = load_manifest(checkpoint)
     plan_values = manifest.plan.to_dict()
     weights = sum(module["rows"] * module["columns"] for module in plan_values["modules"])
@@ -123,7 +128,7 @@ def report_of(
             "commands": {"eval": steps["eval dense"]},
         }
     ]
-    for name, one in within.items():
+    for name, one in outcome.within.items():
         folder = prepared.output / one["folder"]
         sparsity = load_artifact(folder).sparsity
         models.append(

@@ -22,7 +22,7 @@ from sparsedeploy.checkpoint.manifest import CalibrationRecord
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import LayerSource, StreamedLayers
-from sparsedeploy.models.loading import load_config, load_model, resolve_device, resolve_model
+from sparsedeploy.models.loading import load_asked, load_config, resolve_model
 from sparsedeploy.models.low_rank import refuse_unmerged
 from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.models.tensor_files import TensorFiles
@@ -103,13 +103,23 @@ class Prepared:
     """
 
     options: PruneOptions
+    load: LoadOptions
     folder: Path
     config: Any
     sha256: str
     choice: AllocationChoice | None
     pruner_options: Any
     calibration: CalibrationSet | None
-    trust_remote_code: bool
+
+    def layers(self) -> StreamedLayers:
+        """The model's layers, one at a time."""
+        load = self.load
+        return StreamedLayers(
+            self.folder,
+            device=load.torch_device,
+            dtype=load.torch_dtype,
+            trust_remote_code=load.trust_remote_code,
+        )
 
     @property
     def described(self) -> CalibrationRecord | None:
@@ -155,7 +165,7 @@ class Prepared:
         """
         calibration = self.options.calibration
         data = text or calibration.data
-        tokenizer = load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+        tokenizer = load_tokenizer(self.folder, trust_remote_code=self.load.trust_remote_code)
         length = calibration.length or default_length(self.config)
         return text_windows(data, tokenizer, length, field=calibration.field, split=split, limit=limit)
 
@@ -163,11 +173,11 @@ class Prepared:
 def prepare(
     source: str,
     options: PruneOptions,
+    load: LoadOptions = LoadOptions(),
     *,
     prunes: bool = True,
     calibrates: bool = False,
     allocation: str = "uniform",
-    trust_remote_code: bool = False,
 ) -> Prepared:
     """Check a request against its model and read what calibration text it needs.
 
@@ -184,7 +194,8 @@ def prepare(
     pruner_options = pruner.make_options(options.method_options)
     folder = resolve_model(source)
     refuse_unmerged(folder)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
+    trust = load.trust_remote_code
+    config = load_config(folder, trust_remote_code=trust)
     TensorFiles(folder)  # refuses what is not the model or is corrupt, before every byte is hashed
     sha256 = model_sha256(folder)
     if options.plan is not None and options.plan.model_sha256 not in (None, sha256):
@@ -194,8 +205,8 @@ def prepare(
     calibration = None
     fits = options.reconstruct or options.grid is not None
     if calibrates or measures_text(choice, options.method, prunes=prunes, reconstruct=fits):
-        calibration = calibration_set(folder, config, options.calibration, trust_remote_code=trust_remote_code)
-    return Prepared(options, folder, config, sha256, choice, pruner_options, calibration, trust_remote_code)
+        calibration = calibration_set(folder, config, options.calibration, trust_remote_code=trust)
+    return Prepared(options, load, folder, config, sha256, choice, pruner_options, calibration)
 
 
 def measures_text(
@@ -217,9 +228,8 @@ def plan_model(source: str, options: PruneOptions, load: LoadOptions = LoadOptio
     Raises:
         UserError: any input that cannot be used.
     """
-    device = resolve_device(load.device)
-    prepared = prepare(source, replace(options, plan=None), prunes=False, trust_remote_code=load.trust_remote_code)
-    return choose_plan(model_to_measure(prepared, device, load.torch_dtype), prepared)
+    prepared = prepare(source, replace(options, plan=None), load, prunes=False)
+    return choose_plan(model_to_measure(prepared), prepared)
 
 
 def resolve_pattern(sparsity: float | None, pattern: str) -> tuple[float, NM | MixedNM | None]:
@@ -244,18 +254,15 @@ def resolve_pattern(sparsity: float | None, pattern: str) -> tuple[float, NM | M
     return nm.sparsity, nm
 
 
-def model_to_measure(
-    prepared: Prepared, device: torch.device, dtype: torch.dtype | None, layers: StreamedLayers | None = None
-) -> nn.Module | LayerSource:
+def model_to_measure(prepared: Prepared, layers: StreamedLayers | None = None) -> nn.Module | LayerSource:
     """What :func:`choose_plan` measures: one layer at a time, but the whole model for a search, which prunes copies.
 
     Args:
         layers: the model's, where they are open already.
     """
-    trust = prepared.trust_remote_code
     if prepared.choice is not None and prepared.choice.searches:
-        return load_model(prepared.folder, dtype=dtype, device=device, trust_remote_code=trust)
-    return layers or StreamedLayers(prepared.folder, device=device, dtype=dtype, trust_remote_code=trust)
+        return load_asked(prepared.folder, prepared.load)
+    return layers or prepared.layers()
 
 
 def choose_plan(

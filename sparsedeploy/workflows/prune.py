@@ -19,7 +19,6 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_free_space, claim
 from sparsedeploy.memory import use_huge_pages
 from sparsedeploy.models.layers import StreamedLayers
-from sparsedeploy.models.loading import resolve_device
 from sparsedeploy.models.stored_names import stored_slices
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.processes import Processes, local_device, process_group
@@ -45,7 +44,8 @@ def prune(
         UserError: any input that cannot be used; ``output`` then does not exist or is as it was.
     """
     use_huge_pages()
-    device = local_device(resolve_device(run.device))
+    device = local_device(run.torch_device)
+    run = replace(run, device=str(device))
     read = (source, options.calibration.data)
     before = pruned_before(source, options)
     if before is not None:
@@ -53,7 +53,7 @@ def prune(
     with process_group(device) as processes, ExitStack() as stack:
         if processes.main:
             stack.enter_context(claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read))
-        return _prune(source, output, options, run, device, processes, before)
+        return _prune(source, output, options, run, processes, before)
 
 
 def pruned_before(source: str, options: PruneOptions) -> Manifest | None:
@@ -72,15 +72,12 @@ def _prune(
     output: Path,
     options: PruneOptions,
     run: RunOptions,
-    device: torch.device,
     processes: Processes,
     before: Manifest | None,
 ) -> Manifest:
     """:func:`prune` on one of possibly several processes; the first one writes."""
-    dtype, trust = run.torch_dtype, run.trust_remote_code
-    prepared = prepare(source, options, trust_remote_code=trust)
-    folder, calibration = prepared.folder, prepared.calibration
-    layers = StreamedLayers(folder, device=device, dtype=dtype, trust_remote_code=trust)
+    prepared = prepare(source, options, run)
+    folder, calibration, layers = prepared.folder, prepared.calibration, prepared.layers()
     slices = stored_slices(layers.model, layers.files)
     if options.plan is not None:
         options.plan.check_modules([shape for layer in model_layers(layers) for shape in layer])
@@ -88,7 +85,7 @@ def _prune(
         **prepared.request(),
         "accumulate": options.calibration.accumulate,
         "dtype": str(layers.dtype),
-        "device": device.type,
+        "device": layers.device.type,
         "processes": processes.count,
         "torch": torch.__version__,
         "sparsedeploy": __version__,
@@ -104,7 +101,7 @@ def _prune(
         elif options.plan is not None:
             plan = options.plan
         else:
-            plan = _shared_plan(prepared, device, dtype, layers, processes)
+            plan = _shared_plan(prepared, layers, processes)
         writer = TensorWriter(layers.files, making, plan.targets, slices, options.grid)
         if journal is not None and journal.plan is None:
             check_free_space(journal.folder, layers.files.size)
@@ -163,13 +160,7 @@ def _prune(
         return written
 
 
-def _shared_plan(
-    prepared: Prepared,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    layers: StreamedLayers,
-    processes: Processes,
-) -> SparsityPlan:
+def _shared_plan(prepared: Prepared, layers: StreamedLayers, processes: Processes) -> SparsityPlan:
     """The plan of all processes: the first one's, as each one's own sums may differ in their last bits.
 
     They measure together; a search prunes whole copies of the model, and only the first one does that.
@@ -177,9 +168,9 @@ def _shared_plan(
     assert prepared.choice is not None
     plan = None
     if not prepared.choice.searches:
-        plan = choose_plan(model_to_measure(prepared, device, dtype, layers), prepared, processes)
+        plan = choose_plan(model_to_measure(prepared, layers), prepared, processes)
     elif processes.main:
-        plan = choose_plan(model_to_measure(prepared, device, dtype, layers), prepared)
+        plan = choose_plan(model_to_measure(prepared, layers), prepared)
     plan = processes.broadcast_object(plan)
     assert plan is not None
     return plan

@@ -16,8 +16,6 @@ from sparsedeploy.checkpoint.writer import Provenance, complete
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_free_space, claim, new_folder, write_text
 from sparsedeploy.masks import apply_mask
-from sparsedeploy.models.layers import StreamedLayers
-from sparsedeploy.models.loading import resolve_device
 from sparsedeploy.models.stored_names import stored_slices
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
 from sparsedeploy.processes import refuse_several
@@ -45,8 +43,17 @@ def prune_with_llmcompressor(
         python: interpreter of an environment with llm-compressor; by default the managed one.
 
     Raises:
-        UserError: a method that llm-compressor cannot replay, no environment, or what ``prune`` refuses.
+        UserError: a method that llm-compressor cannot replay, what only the built-in engine does, no environment, or
+            what ``prune`` refuses.
     """
+    for what, asked in (
+        ("--reconstruct", options.reconstruct),
+        ("--quantize", options.quantize),
+        ("--resume", run.resume),
+        ("--trust-remote-code", run.trust_remote_code),
+    ):
+        if asked:
+            raise UserError(f"--engine {ENGINE} has no {what}", "Leave one of them out.")
     refuse_several("--engine llmcompressor")
     with claim(output, overwrite=run.overwrite, inputs=(source, options.calibration.data)):
         return _prune(source, output, options, run, python)
@@ -61,15 +68,14 @@ def _prune(
 ) -> Manifest:
     llmcompressor.check_method(options.method)
     where = llmcompressor.environment(python)
-    prepared = prepare(source, options, calibrates=True)
+    prepared = prepare(source, options, run, calibrates=True)
     assert prepared.calibration is not None
-    on, dtype = resolve_device(run.device), run.torch_dtype
-    layers = StreamedLayers(prepared.folder, device=on, dtype=dtype)
+    layers = prepared.layers()
     if options.plan is not None:
         plan = options.plan
         plan.check_modules([shape for layer in model_layers(layers) for shape in layer])
     else:
-        plan = choose_plan(model_to_measure(prepared, on, dtype, layers), prepared)
+        plan = choose_plan(model_to_measure(prepared, layers), prepared)
     method_options = asdict(prepared.pruner_options)
     if options.method == "sparsegpt":
         for target in plan.targets:

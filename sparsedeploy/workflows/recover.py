@@ -19,13 +19,12 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable, claim
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import StreamedLayers
-from sparsedeploy.models.loading import load_config, resolve_device, resolve_model
+from sparsedeploy.models.loading import load_asked, load_config, resolve_model
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.plan import parse_pattern
-from sparsedeploy.processes import Processes, local_device, process_group, refuse_several
+from sparsedeploy.processes import local_device, process_group, refuse_several
 from sparsedeploy.pruning.layers import losses_of, prune_model
 from sparsedeploy.recovery.base import RecoveryJob, check_masks
-from sparsedeploy.recovery.state import RunState
 from sparsedeploy.registry import RECOVERIES, Method
 from sparsedeploy.workflows.options import (
     PruneOptions,
@@ -36,18 +35,7 @@ from sparsedeploy.workflows.options import (
     request_of,
 )
 from sparsedeploy.workflows.plan import choose_plan, prepare
-from sparsedeploy.workflows.recovery_run import (
-    checked_options,
-    device_of,
-    dtype_of,
-    loaded_model,
-    model_loader,
-    recovery_record,
-    request_of_recovery,
-    run_method,
-    training_data,
-    write_recovered,
-)
+from sparsedeploy.workflows.recovery_run import RecoveryRun, device_of, dtype_of
 
 
 def prune_and_recover(
@@ -68,10 +56,9 @@ def prune_and_recover(
             "recovery moves the weights that --quantize rounds",
             f"Leave --quantize out, then: sparsedeploy prune {output} --quantize {prune.quantize} -o QUANTIZED.",
         )
-    method = RECOVERIES.get(recover.method)
     read = (source, prune.calibration.data, *_train_data(recover))
     with claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read):
-        return _from_dense(source, output, prune, recover, method, run)
+        return _from_dense(source, prune, RecoveryRun.of(output, recover, run))
 
 
 def recover_checkpoint(
@@ -97,15 +84,15 @@ def recover_checkpoint(
     method = RECOVERIES.get(recover.method)
     if method.traits["starts_from"] == "dense" or not method.traits["trains"]:
         refuse_several(f"the recovery {method.name}")
-    on = local_device(resolve_device(run.device))
+    on = local_device(run.torch_device)
     read: list[str | Path] = [checkpoint, *_train_data(recover)]
     read += [run.dense] if run.dense else []
     read += [calibration["data"]] if calibration and "data" in calibration else []
     with process_group(on) as processes, ExitStack() as stack:
         if processes.main:
             stack.enter_context(claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read))
-        run = replace(run, device=str(on))
-        return _from_checkpoint(checkpoint, output, recover, calibration, run, processes)
+        work = RecoveryRun.of(output, recover, replace(run, device=str(on)), processes)
+        return _from_checkpoint(checkpoint, work, run.dense, calibration)
 
 
 def _train_data(recover: RecoverOptions) -> list[str]:
@@ -113,28 +100,21 @@ def _train_data(recover: RecoverOptions) -> list[str]:
 
 
 def _from_checkpoint(
-    checkpoint: Path,
-    output: Path,
-    recover: RecoverOptions,
-    calibration: Mapping[str, Any] | None,
-    run: RecoverRunOptions,
-    processes: Processes,
+    checkpoint: Path, work: RecoveryRun, dense: str | None, calibration: Mapping[str, Any] | None
 ) -> Manifest:
-    method = RECOVERIES.get(recover.method)
-    manifest = load_manifest(checkpoint)
+    method, manifest = work.method, load_manifest(checkpoint)
     if (checkpoint / ADAPTER).is_dir():
         raise UserError(
             f"{checkpoint} has been recovered with adapters beside its weights",
             "Recover the checkpoint that it was made from.",
         )
-    find = partial(_dense_folder, checkpoint, manifest, run.dense, recover.method)
+    find = partial(_dense_folder, checkpoint, manifest, dense, method.name)
     if method.traits["starts_from"] == "pruned":
-        folder = find() if reads_dense(recover, method) else None
-        return _from_pruned(checkpoint, output, manifest, recover, method, run, folder, processes)
-    name, folder = run.dense or manifest.source.name, find()
+        return _from_pruned(checkpoint, manifest, work, find() if reads_dense(work.asked, method) else None)
+    name, folder = dense or manifest.source.name, find()
     prune = _again(manifest, method, calibration or {})
-    check_writable(output, run.overwrite, (folder, prune.calibration.data))
-    return _from_dense(name, output, prune, recover, method, run)
+    check_writable(work.output, work.run.overwrite, (folder, prune.calibration.data))
+    return _from_dense(name, prune, work)
 
 
 def reads_dense(recover: RecoverOptions, method: Method[Any]) -> bool:
@@ -202,22 +182,15 @@ def _same_pruning(manifest: Manifest) -> PruneOptions:
     )
 
 
-def _from_dense(
-    source: str,
-    output: Path,
-    prune: PruneOptions,
-    recover: RecoverOptions,
-    method: Method[Any],
-    run: RunOptions,
-) -> Manifest:
-    options, training = checked_options(method, recover)
+def _from_dense(source: str, prune: PruneOptions, work: RecoveryRun) -> Manifest:
+    recover, method, run = work.asked, work.method, work.run
     own_allocation = method.traits.get("allocation")
     prepared = prepare(
         source,
         prune,
+        run,
         calibrates=method.traits["calibrates"],
         allocation=own_allocation or "uniform",
-        trust_remote_code=run.trust_remote_code,
     )
     folder, choice, calibration = prepared.folder, prepared.choice, prepared.calibration
     if method.traits["starts_from"] == "dense" and (prune.reconstruct or (choice and choice.compares_levels)):
@@ -229,16 +202,15 @@ def _from_dense(
         raise UserError(
             f"{recover.method} chooses its rates at every step", "Leave out --plan, or a search for the allocation."
         )
-    data = training_data(folder, prepared.config, recover, method, run)
-    request = {**prepared.request(), **request_of_recovery(recover, options, training, data, run)}
-    state = RunState(output, request, resume=run.resume) if method.traits["trains"] else None
-    model = loaded_model(folder, run)
+    data = work.training_data(folder, prepared.config)
+    state = work.state(prepared.request(), data) if method.traits["trains"] else None
+    model = load_asked(folder, run)
     job = RecoveryJob(
         model=model,
         dense=lambda: StreamedLayers(
             folder, device=device_of(model), dtype=dtype_of(model), trust_remote_code=run.trust_remote_code
         ),
-        dense_model=model_loader(folder, model, run),
+        dense_model=work.model_loader(folder, model),
         sparsity=choice.sparsity if choice else prune.plan.sparsity if prune.plan else 0.0,
         pattern=choice.pattern if choice else None,
         pruner=prune.method,
@@ -251,7 +223,7 @@ def _from_dense(
         batch_size=prune.calibration.batch_size,
         data=data,
         loss=recover.loss,
-        training=training,
+        training=work.training,
         seed=recover.seed,
         state=state,
         model_sha256=prepared.sha256,
@@ -271,47 +243,28 @@ def _from_dense(
             reconstruct=prune.reconstruct,
         )
         job.masks, losses = {name: module.mask for name, module in pruned.items()}, losses_of(pruned)
-    recovered = run_method(job, method, options)
-    return write_recovered(
+    return work.finish(
         folder,
-        output,
         job,
-        recovered,
         losses,
         source_name=source,
         pruning=(prune.method, asdict(prepared.pruner_options)),
         calibration=prepared.described,
         request=request_of(prune, recover, reads_text=calibration is not None),
-        recovery=recovery_record(recover, options, training, data, method, recovered),
-        run=run,
     )
 
 
-def _from_pruned(
-    folder: Path,
-    output: Path,
-    manifest: Manifest,
-    recover: RecoverOptions,
-    method: Method[Any],
-    run: RunOptions,
-    dense: Path | None,
-    processes: Processes,
-) -> Manifest:
-    options, training = checked_options(method, recover)
-    plan = manifest.plan
+def _from_pruned(folder: Path, manifest: Manifest, work: RecoveryRun, dense: Path | None) -> Manifest:
+    recover, run, plan = work.asked, work.run, manifest.plan
     config = load_config(folder, trust_remote_code=run.trust_remote_code)
     masks = load_masks(folder / MASKS, {target.name: target.columns for target in plan.targets})
-    data = training_data(folder, config, recover, method, run)
-    request = {
-        "model_sha256": model_sha256(folder),
-        "dense_sha256": manifest.source.sha256 if dense else None,
-        **request_of_recovery(recover, options, training, data, run),
-    }
-    model = loaded_model(folder, run)
+    data = work.training_data(folder, config)
+    request = {"model_sha256": model_sha256(folder), "dense_sha256": manifest.source.sha256 if dense else None}
+    model = load_asked(folder, run)
     job = RecoveryJob(
         model=model,
         dense=lambda: model,
-        dense_model=model_loader(dense or folder, model, run),
+        dense_model=work.model_loader(dense or folder, model),
         sparsity=plan.sparsity,
         pattern=parse_pattern(plan.pattern),
         pruner=manifest.method,
@@ -320,26 +273,20 @@ def _from_pruned(
         masks=masks,
         data=data,
         loss=recover.loss,
-        training=training,
+        training=work.training,
         seed=recover.seed,
         model_sha256=plan.model_sha256,
-        processes=processes,
+        processes=work.processes,
     )
     check_masks(job.linears, masks, plan)
-    job.state = RunState(output, request, resume=run.resume, writes=processes.main)
-    processes.broadcast_object(None)  # nobody reads the state before the first process has checked it
-    recovered = run_method(job, method, options)
-    return write_recovered(
+    job.state = work.state(request, data)
+    work.processes.broadcast_object(None)  # nobody reads the state before the first process has checked it
+    return work.finish(
         folder,
-        output,
         job,
-        recovered,
         {name: module.loss for name, module in manifest.modules.items() if module.loss is not None},
         source_name=manifest.source.name,
         pruning=(manifest.method, manifest.options),
         calibration=manifest.calibration,
         request={**manifest.request, **recovery_request(recover)},
-        recovery=recovery_record(recover, options, training, data, method, recovered),
-        run=run,
-        processes=processes,
     )

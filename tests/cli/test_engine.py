@@ -18,9 +18,9 @@ Cli = Callable[..., Outcome]
     [
         (["--engine", "nosuch"], "--engine is 'nosuch'. It takes sparsedeploy or llmcompressor"),
         (["--engine", "llmcompressor", "-m", "magnitude"], "cannot prune by magnitude"),
-        (["--engine", "llmcompressor", "--resume"], "cannot be resumed"),
+        (["--engine", "llmcompressor", "--resume"], "has no --resume"),
         (["--engine", "llmcompressor", "--recover", "losa"], "--recover cannot be combined with --engine"),
-        (["--engine", "llmcompressor", "--trust-remote-code"], "does not run a model's own code"),
+        (["--engine", "llmcompressor", "--trust-remote-code"], "has no --trust-remote-code"),
         (["--engine", "llmcompressor"], "runtime llmcompressor is not installed"),
     ],
 )

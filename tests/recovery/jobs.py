@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from sparsedeploy.allocation.allocate import allocate
 from sparsedeploy.calibration.samples import CalibrationSet
 from sparsedeploy.plan import NM, MixedNM, parse_pattern
 from sparsedeploy.pruning.layers import prune_model
+from sparsedeploy.recovery.adapters import Adapter
 from sparsedeploy.recovery.base import RecoveryJob
 from sparsedeploy.recovery.data import TrainingData
-from sparsedeploy.recovery.training import TrainingOptions
+from sparsedeploy.recovery.training import AdapterTraining, TrainingOptions, TrainingReport, train
 from sparsedeploy.registry import ALLOCATORS, PRUNERS
 from tests.small_models import random_model
 
@@ -66,6 +68,17 @@ def pruned_job(**changes: Any) -> RecoveryJob:
     pruned = prune_model(work.model, tokens, work.plan, work.pruner, work.pruner_options)
     work.masks = {name: module.mask for name, module in pruned.items()}
     return work
+
+
+def train_adapters(
+    model: nn.Module,
+    adapters: Mapping[str, Adapter],
+    sequences: Sequence[torch.Tensor],
+    options: TrainingOptions,
+    **run: Any,
+) -> TrainingReport:
+    """Train adapters in place, outside a job."""
+    return train(model, AdapterTraining(model, adapters), sequences, options, **run)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -15,9 +15,8 @@ from sparsedeploy.recovery.base import RecoveryJob
 from sparsedeploy.recovery.losa import LosaOptions, losa
 from sparsedeploy.recovery.reconstruction import reconstruction_losses, relative_error
 from sparsedeploy.recovery.state import RunState
-from sparsedeploy.recovery.training import train_adapters
 from sparsedeploy.registry import ALLOCATORS
-from tests.recovery.jobs import job, weights
+from tests.recovery.jobs import job, train_adapters, weights
 from tests.small_models import random_model
 
 THREE = LosaOptions(steps=3, first_rank=2, r_max=4, dropout=0.1)

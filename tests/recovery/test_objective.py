@@ -17,8 +17,8 @@ from sparsedeploy.recovery.low_rank_training import LoraOptions
 from sparsedeploy.recovery.objective import Distillation, Teacher, cross_entropy
 from sparsedeploy.recovery.sparse_lora import sparse_lora
 from sparsedeploy.recovery.state import RunState
-from sparsedeploy.recovery.training import TrainingOptions, batch_loss, collate, train_adapters
-from tests.recovery.jobs import job, pruned_job, training_data
+from sparsedeploy.recovery.training import TrainingOptions, batch_loss, collate
+from tests.recovery.jobs import job, pruned_job, train_adapters, training_data
 from tests.recovery.test_training import adapters_of
 from tests.small_models import VOCABULARY, random_model
 

@@ -23,9 +23,8 @@ from sparsedeploy.recovery.training import (
     collate,
     linear_schedule,
     make_batches,
-    train_adapters,
 )
-from tests.recovery.jobs import job, training_data
+from tests.recovery.jobs import job, train_adapters, training_data
 from tests.small_models import byte_tokenizer, random_model
 
 EOS = 257
