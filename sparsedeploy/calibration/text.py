@@ -13,7 +13,6 @@ from sparsedeploy.calibration.samples import CalibrationSet, default_length, sam
 from sparsedeploy.checkpoint.manifest import Manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.config_check import positions
-from sparsedeploy.models.loading import load_config
 from sparsedeploy.models.tokenizer import check_tokens, load_tokenizer
 
 
@@ -79,26 +78,26 @@ def recorded_options(manifest: Manifest, *, data: str | None = None, field: str 
     )
 
 
+def text_of(manifest: Manifest | None, data: str | None, field: str | None) -> tuple[str | None, str]:
+    """The text that was named, or else a checkpoint's own (None: it has none), and its text column."""
+    recorded = manifest.calibration if manifest else None
+    data = data or (recorded.data if recorded else None)
+    return data, field or (recorded.field if recorded and data == recorded.data else CalibrationOptions.field)
+
+
 def recorded_tokens(
-    model: Path,
-    manifest: Manifest,
-    *,
-    data: str | None = None,
-    field: str | None = None,
-    trust_remote_code: bool = False,
+    tokenizer: Any, config: Any, manifest: Manifest, *, data: str | None = None, field: str | None = None
 ) -> torch.Tensor:
     """The calibration sequences of a checkpoint, int64 ``[sequences, length]``.
 
     Args:
-        model: a folder with the tokenizer.
         data, field: see :func:`recorded_options`.
 
     Raises:
         UserError: the checkpoint was pruned without text, or the text is gone or gives other tokens now.
     """
     options = recorded_options(manifest, data=data, field=field)
-    config = load_config(model, trust_remote_code=trust_remote_code)
-    found = calibration_set(model, config, options, trust_remote_code=trust_remote_code)
+    found = draw_sequences(tokenizer, config, options)
     if manifest.calibration is None or found.fingerprint != manifest.calibration.sha256:
         raise UserError(
             f"the text '{options.data}' gives other tokens than the checkpoint was pruned with",

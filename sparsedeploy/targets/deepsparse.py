@@ -27,7 +27,7 @@ from sparsedeploy.artifacts.folder import Checkpoint
 from sparsedeploy.artifacts.known_answer import save_known_answer, tolerance
 from sparsedeploy.artifacts.traffic import graph_bytes
 from sparsedeploy.calibration.options import CalibrationOptions
-from sparsedeploy.calibration.text import calibration_set, recorded_tokens
+from sparsedeploy.calibration.text import draw_sequences, recorded_tokens, text_of
 from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.structure import find_decoder_stack, plain_linears
@@ -156,16 +156,14 @@ def _calibrate(
     if any(isinstance(child, nn.Linear) for linear in chosen.values() for child in linear.modules() if child != linear):
         raise UserError("an adapter that is not merged cannot be computed in integers", "Merge it first.")
     manifest = load_manifest(opened.folder) if (opened.folder / MANIFEST).is_file() else None
-    recorded = manifest.calibration if manifest else None
-    data = options.data or (recorded.data if recorded else None)
-    field = options.field or (recorded.field if recorded and data == recorded.data else "text")
+    data, field = text_of(manifest, options.data, options.field)
     if data is None:
         raise UserError(f"{opened.folder} names no calibration text", "Name one: --target-option data=TEXT.")
     if manifest is not None and options.data is None:
-        tokens = recorded_tokens(opened.folder, manifest, field=options.field)
+        tokens = recorded_tokens(opened.tokenizer, opened.config, manifest, field=options.field)
     else:
         wish = CalibrationOptions(data=data, field=field, sequences=options.sequences)
-        tokens = calibration_set(opened.folder, model.config, wish).tokens
+        tokens = draw_sequences(opened.tokenizer, opened.config, wish).tokens
     ranges = activation_ranges(model, chosen, tokens[: options.sequences])
     if options.windows == 0:
         return ranges, None

@@ -81,9 +81,7 @@ def export_llmcompressor(job: ExportJob, options: LlmcompressorOptions) -> Artif
     llmcompressor.check_method(manifest.method)
     plan = manifest.plan
     dense = _dense_model(options.model or manifest.source.name, manifest.source.sha256)
-    tokens = recorded_tokens(
-        opened.folder, manifest, data=options.data, field=options.field, trust_remote_code=job.trust_remote_code
-    )
+    tokens = recorded_tokens(opened.tokenizer, opened.config, manifest, data=options.data, field=options.field)
     version = llmcompressor.pinned_version()
     with job.new_folder() as folder:
         write_text(folder / RECIPE, recipe_yaml(plan, manifest.method, manifest.options))

@@ -27,7 +27,7 @@ from sparsedeploy.artifacts.folder import Checkpoint
 from sparsedeploy.artifacts.known_answer import TOKENS, save_known_answer, tolerance
 from sparsedeploy.artifacts.traffic import folder_bytes
 from sparsedeploy.calibration.samples import default_length
-from sparsedeploy.calibration.text import recorded_tokens
+from sparsedeploy.calibration.text import recorded_tokens, text_of
 from sparsedeploy.checkpoint import masks as mask_file
 from sparsedeploy.checkpoint.manifest import RECIPE, Manifest, load_manifest
 from sparsedeploy.errors import UserError
@@ -78,7 +78,7 @@ def export_quantized(job: ExportJob, options: QuantizeOptions, *, engine: Engine
     dtype = str(torch.bfloat16 if scheme == "w4a16" and stored == torch.float32 else stored).removeprefix("torch.")
     tokens = None
     if options.algorithm == "gptq":
-        tokens = recorded_tokens(opened.folder, manifest, data=options.data, field=options.field)
+        tokens = recorded_tokens(opened.tokenizer, opened.config, manifest, data=options.data, field=options.field)
     text, windows = _windows(opened, manifest, options)
     with job.new_folder() as folder:
         found = llmcompressor.quantize_folder(
@@ -129,9 +129,7 @@ def _windows(
     opened: Checkpoint, manifest: Manifest, options: QuantizeOptions
 ) -> tuple[str | None, torch.Tensor | None]:
     """The name of the text for the perplexity and its windows; None and None where there is none."""
-    recorded = manifest.calibration
-    text = options.text or options.data or (recorded.data if recorded else None)
-    field = options.field or (recorded.field if recorded and text == recorded.data else "text")
+    text, field = text_of(manifest, options.text or options.data, options.field)
     if options.windows == 0 or text is None:
         return None, None
     try:

@@ -13,6 +13,8 @@ from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.calibration.text import recorded_tokens
 from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.loading import load_config
+from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.recovery.options import DataOptions
 from sparsedeploy.workflows.options import PruneOptions, RecoverOptions
 from sparsedeploy.workflows.prune import prune
@@ -53,7 +55,7 @@ def test_the_request_is_kept_whole(folder: Path, tmp_path: Path) -> None:
     assert manifest.request["calibration"]["field"] == "content"
     assert manifest.calibration is not None
     assert (manifest.calibration.field, manifest.calibration.split) == ("content", "train")
-    assert recorded_tokens(folder / "dense", manifest).shape == (4, 32)
+    assert recorded_tokens(load_tokenizer(folder / "dense"), load_config(folder / "dense"), manifest).shape == (4, 32)
 
 
 @pytest.mark.parametrize("method", ["losa", "sparselo"])
