@@ -20,11 +20,6 @@ def apply_mask(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (weight.view(bits) & mask.to(bits).neg_()).view(weight.dtype)
 
 
-def follows_n_of_m(mask: torch.Tensor, n: int, m: int) -> bool:
-    """Whether every group of ``m`` consecutive columns keeps at most ``n`` weights."""
-    return broken_groups(mask, n, m) == 0
-
-
 def broken_groups(mask: torch.Tensor, n: int, m: int) -> int:
     """The groups of ``m`` consecutive columns that keep more than ``n`` weights; all where ``m`` divides no row."""
     rows, columns = mask.shape

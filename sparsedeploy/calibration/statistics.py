@@ -11,15 +11,9 @@ from sparsedeploy.linear_algebra import add_gram, all_finite
 from sparsedeploy.processes import Processes
 
 Kind = Literal["none", "sum_squares", "hessian"]
-_RANK: dict[str, int] = {"none": 0, "sum_squares": 1, "hessian": 2}
 
 # Short sequences wait until they make a product of this many rows: by sequences, so that batches do not show.
 _ROWS_AT_ONCE = 1024
-
-
-def richest(*kinds: Kind) -> Kind:
-    """The kind that answers for all: the Hessian's diagonal holds the sums of squares."""
-    return max(kinds, key=lambda kind: _RANK[kind], default="none")
 
 
 def never_reached(name: str) -> UserError:

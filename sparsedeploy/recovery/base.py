@@ -1,4 +1,7 @@
-"""What every recovery method is: a model and what was decided for it go in; masks, weights and a report come out."""
+"""What every recovery method is: a model and what was decided for it go in; masks, weights and a report come out.
+
+Traits of a method: ``starts_from`` ("dense" or "pruned"), ``trains``, ``calibrates`` (reads its text), ``moves_masks``.
+"""
 
 from __future__ import annotations
 
@@ -146,10 +149,6 @@ class Recovered:
     losses: dict[str, float]
     report: dict[str, Any]
     low_rank: dict[str, LowRank] = field(default_factory=dict)
-
-
-# A recovery method. Traits: starts_from ("dense" or "pruned"), trains, calibrates (reads its text), moves_masks.
-RecoveryMethod = Callable[[RecoveryJob, Any], Recovered]
 
 
 def check_masks(

@@ -155,13 +155,6 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     return shown
 
 
-def summary_markdown(report: Mapping[str, Any]) -> str:
-    """The same table in Markdown, with all columns."""
-    lines = [f"| {' | '.join(HEADERS)} |", "|---|---|" + "---:|" * (len(HEADERS) - 3) + "---|"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in summary_rows(report)]
-    return "\n".join(lines) + "\n"
-
-
 def notes(report: Mapping[str, Any]) -> list[str]:
     """What the terminal prints below the table: how it was measured, and a sentence for each row."""
     lines = ["", heading(engines_of(report)[0]["benchmark"])]

@@ -45,12 +45,10 @@ class Environment:
 
     Attributes:
         python: the interpreter of the environment.
-        managed: made by :func:`install`, as against one that the user named.
     """
 
     runtime: Runtime
     python: Path
-    managed: bool
 
     def worker(self, timeout: float = 600.0) -> Worker:
         """Start the runtime's worker in this environment; ``timeout`` is in seconds, for one request."""
@@ -230,9 +228,9 @@ def require(name: str, python: str | None = None) -> Environment:
     if reason is not None:
         raise UserError(reason, "Use another runtime or another machine.")
     if python is not None:
-        return Environment(runtime, named_python(runtime, python), managed=False)
+        return Environment(runtime, named_python(runtime, python))
     if not runtime.own_environment:
-        return Environment(runtime, Path(sys.executable), managed=False)
+        return Environment(runtime, Path(sys.executable))
     name = runtime.name
     home = _home(name)
     state = _state(runtime, home, _read_marker(home))
@@ -243,7 +241,7 @@ def require(name: str, python: str | None = None) -> Environment:
             "outdated": "was installed with other pinned versions than this sparsedeploy needs",
         }[state]
         raise UserError(f"runtime {name} {problem}", f"Run: sparsedeploy runtime install {name}.")
-    return Environment(runtime, python_of(home / "env"), managed=True)
+    return Environment(runtime, python_of(home / "env"))
 
 
 def check(name: str, python: str | None = None) -> CheckReport:

@@ -59,12 +59,6 @@ INT8_TOLERANCE = 0.5
 class DeepSparseOptions(Options):
     """The graph's size and its integers."""
 
-    largest_single_file: int = option(
-        LARGEST_SINGLE_FILE,
-        "Bytes of weights above which they go to `model.data` beside `model.onnx`.",
-        at_least=0,
-        at_most=LARGEST_SINGLE_FILE,
-    )
     int8: bool = option(False, "Compute the pruned linears in 8-bit integers, with ranges from the calibration text.")
     int8_keep: str | None = option(
         None,
@@ -112,7 +106,7 @@ def export_deepsparse(job: ExportJob, options: DeepSparseOptions) -> Artifact:
     reference = answer = reference_logits(model, shapes.max_positions)
     ranges, windows = _calibrate(opened, model, linears, options) if options.int8 else ({}, None)
     with job.new_folder() as folder:
-        write_onnx(graph, folder, largest_single_file=options.largest_single_file, width_unit=WIDTH_UNIT)
+        write_onnx(graph, folder, largest_single_file=LARGEST_SINGLE_FILE, width_unit=WIDTH_UNIT)
         counted = count_weights(folder / MODEL_FILE, linears)
         sizes = {name: linears[name].weight.numel() for name in ranges}
         if options.int8:
@@ -184,9 +178,7 @@ def _quantize(
         for name in (MODEL_FILE, DATA_FILE):
             if (folder / name).is_file():
                 (folder / name).rename(Path(scratch) / name)
-        counted = write_int8(
-            Path(scratch) / MODEL_FILE, folder, ranges, sizes, largest_single_file=options.largest_single_file
-        )
+        counted = write_int8(Path(scratch) / MODEL_FILE, folder, ranges, sizes, largest_single_file=LARGEST_SINGLE_FILE)
     after = None if windows is None else graph_perplexity(folder / MODEL_FILE, windows)
     if counted.zeros < counted.float_zeros:
         raise UserError("a pruned weight is not zero after quantisation", "Please report this as a bug.")

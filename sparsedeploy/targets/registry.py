@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ from sparsedeploy.models.loading import resolve_model
 from sparsedeploy.options import described
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.targets.base import ExportJob
-
-ExportFunction = Callable[[ExportJob, Any], Artifact]
 
 
 def export_checkpoint(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsedeploy.masks import follows_n_of_m
+from sparsedeploy.masks import broken_groups
 from sparsedeploy.recovery import losa as module
 from sparsedeploy.recovery.base import RecoveryJob
 from sparsedeploy.recovery.losa import LosaOptions, losa
@@ -59,7 +59,7 @@ def test_zeros_are_the_masks_complement_after_every_phase(
         assert not linear.weight[~mask].any()
         target = result.plan.by_name[name]
         if target.pattern:
-            assert follows_n_of_m(mask, target.pattern.n, target.pattern.m)
+            assert broken_groups(mask, target.pattern.n, target.pattern.m) == 0
 
 
 def test_sparsity_after_each_step_is_the_schedules() -> None:

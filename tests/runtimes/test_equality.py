@@ -18,6 +18,7 @@ from sparsedeploy.cli.generate import generate_command
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import Environment
+from sparsedeploy.targets import deepsparse
 from tests.runtimes.exported import Exported, export_small
 from tests.targets.graphs import GraphRunner, open_graph, random_tokens
 
@@ -93,8 +94,9 @@ def test_families(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("deepsparse_runtime")
-def test_weights_beside_the_graph(tmp_path: Path) -> None:
-    exported = export_small(tmp_path, "llama", 0.5, {"largest_single_file": 0})
+def test_weights_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepsparse, "LARGEST_SINGLE_FILE", 0)
+    exported = export_small(tmp_path, "llama", 0.5)
     assert (exported.folder / "model.data").is_file()
     ids = random_tokens(1, 12)[0].tolist()
     with open_model(exported.folder, prompt_length=8, new_tokens=4, cores=1) as model:

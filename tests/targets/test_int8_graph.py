@@ -13,6 +13,7 @@ from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.runtimes.engine import open_model
+from sparsedeploy.targets import deepsparse
 from sparsedeploy.targets.int8_graph import Range, quantize_range, quantize_weight
 from sparsedeploy.targets.registry import export_checkpoint
 from tests.targets.graphs import GraphRunner, open_graph, random_tokens, save_for_export
@@ -97,8 +98,9 @@ def test_linears_to_keep(folders: dict[str, Path], tmp_path: Path) -> None:
     assert artifact.quantization.perplexity_before is None
 
 
-def test_weights_beside_the_graph(folders: dict[str, Path], tmp_path: Path) -> None:
-    options = {"int8": True, "data": str(folders["text.txt"]), "sequences": 4, "windows": 0, "largest_single_file": 0}
+def test_weights_beside_the_graph(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepsparse, "LARGEST_SINGLE_FILE", 0)
+    options = {"int8": True, "data": str(folders["text.txt"]), "sequences": 4, "windows": 0}
     export_checkpoint(folders["checkpoint"], "deepsparse", tmp_path / "out", options)
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"model.onnx", "model.data"}
     tokens = random_tokens(1, 24)
