@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from sparsedeploy.conversion import build_options
 from sparsedeploy.errors import UserError
-from sparsedeploy.options import build_options
 
 F = TypeVar("F", bound=Callable[..., Any])
 ENTRY_POINTS = "sparsedeploy.methods"

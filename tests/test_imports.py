@@ -26,6 +26,7 @@ FLOORS = (
     ("formats",),
     ("plan", "masks", "grid", "processes"),
     ("registry", "folders", "reading", "resources", "linear_algebra", "memory"),
+    ("conversion",),
     ("options", "paths"),
     ("errors", "progress", "version"),
 )

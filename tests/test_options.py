@@ -11,17 +11,9 @@ from typing import Any, Literal
 
 import pytest
 
+from sparsedeploy.conversion import build_options, convert, parse_pairs, plain_options
 from sparsedeploy.errors import UserError
-from sparsedeploy.options import (
-    Options,
-    build_options,
-    convert,
-    described,
-    option,
-    parse_pairs,
-    plain_options,
-    seed_option,
-)
+from sparsedeploy.options import Options, described, option, seed_option
 from sparsedeploy.registry import REGISTRIES
 
 

@@ -13,8 +13,9 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from sparsedeploy.cli.completion import offers
+from sparsedeploy.conversion import convert, parse_pairs
 from sparsedeploy.errors import UserError
-from sparsedeploy.options import Described, convert, described, parse_pairs
+from sparsedeploy.options import Described, described
 
 T = TypeVar("T")
 Target = tuple[str, str]  # (section, option)

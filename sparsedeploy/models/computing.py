@@ -77,3 +77,19 @@ def processor_flags() -> frozenset[str]:
         return frozenset()
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     return frozenset(found[1].split()) if found else frozenset()
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` picks CUDA when there is one.
+
+    Raises:
+        UserError: CUDA is asked for and absent, or the name is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if re.fullmatch(r"cpu|cuda(:\d{1,4})?", name) is None:
+        raise UserError(f"unknown device '{name}'", "Use auto, cpu, cuda or cuda:N.")
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device '{name}' is not on this machine", "Use --device cpu.")
+    return device

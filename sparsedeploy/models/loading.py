@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -181,22 +180,6 @@ def load_asked(folder: Path, load: LoadOptions) -> nn.Module:
     return load_model(
         folder, dtype=load.torch_dtype, device=load.torch_device, trust_remote_code=load.trust_remote_code
     )
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` picks CUDA when there is one.
-
-    Raises:
-        UserError: CUDA is asked for and absent, or the name is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if re.fullmatch(r"cpu|cuda(:\d{1,4})?", name) is None:
-        raise UserError(f"unknown device '{name}'", "Use auto, cpu, cuda or cuda:N.")
-    device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"device '{name}' is not on this machine", "Use --device cpu.")
-    return device
 
 
 def exact_matmul() -> None:

@@ -24,8 +24,8 @@ class LoadOptions(Options):
 
     @property
     def torch_device(self) -> torch.device:
-        """The device; see :func:`~sparsedeploy.models.loading.resolve_device`."""
-        from sparsedeploy.models.loading import resolve_device
+        """The device; see :func:`~sparsedeploy.models.computing.resolve_device`."""
+        from sparsedeploy.models.computing import resolve_device
 
         return resolve_device(self.device)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sparsedeploy.options import typed_words
+from sparsedeploy.conversion import typed_words
 from sparsedeploy.reporting.benchmark_table import (
     LEGEND,
     PHASES,

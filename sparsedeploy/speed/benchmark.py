@@ -21,8 +21,8 @@ import numpy as np
 import psutil
 
 from sparsedeploy import progress
+from sparsedeploy.conversion import plain_options
 from sparsedeploy.errors import UserError
-from sparsedeploy.options import plain_options
 from sparsedeploy.runtimes.engine import (
     Deployment,
     LoadedModel,

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsedeploy.calibration.options import CalibrationOptions
+from sparsedeploy.conversion import plain_options
 from sparsedeploy.grid import KINDS, Grid
 from sparsedeploy.models.options import LoadOptions
-from sparsedeploy.options import Options, described, like, option, plain_options, seed_option
+from sparsedeploy.options import Options, described, like, option, seed_option
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.quality.options import EvalOptions, TaskOptions, TextOptions
 from sparsedeploy.recovery.options import DataOptions, Loss
@@ -69,7 +70,7 @@ class PruneOptions(Options):
     """
 
     sparsity: float | None = option(
-        None, "Fraction of decoder-linear weights to remove: 0.7.", short="-s", replaces=_TARGET
+        None, "Fraction of decoder-linear weights to remove, such as 0.7.", short="-s", replaces=_TARGET
     )
     method: str = option(
         "wanda",

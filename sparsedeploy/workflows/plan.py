@@ -19,6 +19,7 @@ from sparsedeploy.allocation.base import Search
 from sparsedeploy.calibration.samples import CalibrationSet, default_length
 from sparsedeploy.calibration.text import calibration_set
 from sparsedeploy.checkpoint.manifest import CalibrationRecord
+from sparsedeploy.conversion import build_options
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import LayerSource, StreamedLayers
@@ -27,7 +28,6 @@ from sparsedeploy.models.low_rank import refuse_unmerged
 from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.models.tokenizer import load_tokenizer
-from sparsedeploy.options import build_options
 from sparsedeploy.plan import NM, MixedNM, SparsityPlan, check_sparsity, parse_pattern
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
 from sparsedeploy.pruning import PRUNERS

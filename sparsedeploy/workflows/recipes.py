@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from sparsedeploy.allocation import ALLOCATORS, MixedOptions
+from sparsedeploy.conversion import build_options, convert_options, shown
 from sparsedeploy.errors import UserError
-from sparsedeploy.options import build_options, convert_options, shown
 from sparsedeploy.paths import expand
 from sparsedeploy.plan import parse_pattern
 from sparsedeploy.pruning import PRUNERS

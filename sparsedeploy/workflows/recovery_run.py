@@ -14,11 +14,11 @@ from torch import nn
 
 from sparsedeploy.checkpoint.manifest import CalibrationRecord, Manifest, RecoveryRecord
 from sparsedeploy.checkpoint.writer import Provenance, write_checkpoint
+from sparsedeploy.conversion import build_options
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.config_check import positions
 from sparsedeploy.models.loading import load_model
 from sparsedeploy.models.tokenizer import check_tokens, load_tokenizer
-from sparsedeploy.options import build_options
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
 from sparsedeploy.recovery.base import Recovered, RecoveryJob
 from sparsedeploy.recovery.data import TrainingData, load_training_data

@@ -25,13 +25,13 @@ import yaml
 
 from sparsedeploy import progress
 from sparsedeploy.checkpoint.manifest import load_manifest
+from sparsedeploy.conversion import plain_options, typed_words
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import locked, write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.models.tensor_files import TensorFiles
-from sparsedeploy.options import plain_options, typed_words
 from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.reading import read_object
 from sparsedeploy.recovery.options import DataOptions

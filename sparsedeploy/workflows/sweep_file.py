@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sparsedeploy.conversion import build_options, shown
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.loading import resolve_model
-from sparsedeploy.options import Options, build_options, described, option, shown
+from sparsedeploy.options import Options, described, option
 from sparsedeploy.plan import parse_pattern
 from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.workflows.recipes import parse_recipe, read_yaml

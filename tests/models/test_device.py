@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.models.loading import resolve_device
+from sparsedeploy.models.computing import resolve_device
 
 
 @pytest.mark.parametrize("name", ["meta", "mps", "xpu", "cuda:", "cuda:x", "cuda:99999", "cpu:1", "", "tpu9"])
