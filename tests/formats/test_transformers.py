@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.errors import UserError
-from sparsedeploy.formats import hf, quantized
+from sparsedeploy.formats import hf, kernel_library, quantized
 from sparsedeploy.formats import packed as packing
 from sparsedeploy.formats.config import PackedConfig
 from sparsedeploy.models.structure import find_decoder_stack
@@ -48,7 +49,7 @@ def save_sparse_model(
 @pytest.fixture(autouse=True)
 def _unpacked_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Multiply unpacked weights even where the kernels are importable: equal to the dense model in every bit."""
-    monkeypatch.setattr(hf, "_kernels", lambda: None)
+    monkeypatch.setattr(kernel_library, "load", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,32 @@ def test_dequantize(exported: tuple[Path, Path], tmp_path: Path) -> None:
     expected, found = load_file(dense / "model.safetensors"), load_file(tmp_path / "dense/model.safetensors")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_kernels_compute_what_the_dense_model_does(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is copied, saved after it has run, loaded anew, or that keeps only what the kernels read."""
+    monkeypatch.undo()
+    if kernel_library.load() is None:
+        pytest.skip("no C++ compiler: install g++")
+    dense = logits(exported[0], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(exported[1], dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(model(PROMPT).logits, dense, atol=1e-5)
+        model.save_pretrained(tmp_path / "again")
+        assert torch.allclose(logits(tmp_path / "again", dtype=torch.float32), dense, atol=1e-5)
+        copy = deepcopy(model)
+        first = next(module for module in model.modules() if isinstance(module, hf.PackedLinear))
+        state = {name: torch.zeros_like(t) if "values" in name else t for name, t in first.state_dict().items()}
+        first.load_state_dict(state)
+        assert not torch.allclose(model(PROMPT).logits, dense, atol=5e-5)
+        for module in copy.modules():
+            if isinstance(module, hf.PackedLinear):
+                module.prepare(keep=False)
+                assert all(buffer.numel() == 0 for buffer in module.buffers())
+        del model
+        assert torch.allclose(copy(PROMPT).logits, dense, atol=1e-5)
 
 
 def test_shards_get_an_index(tmp_path: Path) -> None:

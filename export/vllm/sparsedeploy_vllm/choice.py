@@ -17,7 +17,7 @@ from torch.nn import functional
 from sparsedeploy.errors import UserError
 from sparsedeploy.formats import packed as packing
 from sparsedeploy.formats.packed import PackedWeight
-from sparsedeploy_vllm.product import packed_product
+from sparsedeploy.formats.product import multiply, prepare
 
 VARIABLE = "SPARSEDEPLOY_CPU"
 BATCH_VARIABLE = "SPARSEDEPLOY_CPU_BATCH"
@@ -57,10 +57,11 @@ def torch_dense(weight: torch.Tensor) -> Product:
     return lambda x: functional.linear(x, weight)
 
 
-def choose(weight: PackedWeight, dense: Callable[[torch.Tensor], Product] = torch_dense) -> Choice:
-    """Decide for a prepared CPU weight; equal shapes of about equal sparsity are measured once.
+def choose(weight: PackedWeight, dtype: torch.dtype, dense: Callable[[torch.Tensor], Product] = torch_dense) -> Choice:
+    """Decide for a CPU weight; equal shapes and formats of about equal sparsity are measured once.
 
     Args:
+        dtype: of the activations.
         dense: makes the product that would be used instead, from the dense weight.
 
     The environment variable ``SPARSEDEPLOY_CPU`` (``packed`` or ``dense``) decides instead of the measurement;
@@ -82,17 +83,25 @@ def choose(weight: PackedWeight, dense: Callable[[torch.Tensor], Product] = torc
         )
     batch = int(number)
     density = weight.count / max(1, weight.rows * weight.columns)
-    key = (weight.rows, weight.columns, weight.values.dtype, round(density, 1), torch.get_num_threads(), batch)
+    kind = packing.describe(weight)
+    values = (weight.values.dtype, kind.bits, kind.group, dtype)
+    key = (weight.rows, weight.columns, *values, round(density, 1), torch.get_num_threads(), batch)
     if key not in _decided:
-        _decided[key] = measure(weight, dense, batch)
+        _decided[key] = measure(weight, dtype, dense, batch)
     return _decided[key]
 
 
-def measure(weight: PackedWeight, dense: Callable[[torch.Tensor], Product] = torch_dense, batch: int = 1) -> Choice:
+def measure(
+    weight: PackedWeight,
+    dtype: torch.dtype,
+    dense: Callable[[torch.Tensor], Product] = torch_dense,
+    batch: int = 1,
+) -> Choice:
     """Time both products of ``batch`` tokens by turns, each from memory, and take the best of each."""
-    x = torch.randn(batch, weight.columns).to(weight.values.dtype)
+    x = torch.randn(batch, weight.columns).to(dtype)
     flush = torch.ones(_FLUSH_VALUES)
-    products: tuple[Product, ...] = (lambda x: packed_product(x, weight), dense(packing.unpack(weight)))
+    ready = prepare(weight)
+    products: tuple[Product, ...] = (lambda x: multiply(x, ready), dense(packing.unpack(weight).to(dtype)))
     best = [float("inf")] * len(products)
     for repetition in range(_REPETITIONS + 1):
         for index, product in enumerate(products):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.formats import packed as packing
 from sparsedeploy.formats.bitmask import BitmaskWeight
 from sparsedeploy.formats.config import ModuleFormat
-from sparsedeploy.formats.nm import NMWeight
-from sparsedeploy.formats.packed import PackedWeight
+from sparsedeploy.formats.packed import FloatWeight, PackedWeight
+from sparsedeploy.formats.quantized import QuantizedWeight
 
 _NUMBERS = {"q": 0, "k": 1, "v": 2}
 
@@ -102,20 +102,15 @@ def _to(weight: PackedWeight | torch.Tensor, device: torch.device, dtype: torch.
     """A copy on the layer's device with values of its dtype."""
     if isinstance(weight, torch.Tensor):
         return weight.to(device, dtype, copy=True)
+    if isinstance(weight, QuantizedWeight):
+        codes = _moved(weight.codes, device, torch.int8)
+        return replace(weight, codes=codes, scales=weight.scales.to(device, copy=True))
+    return _moved(weight, device, dtype)
+
+
+def _moved(weight: FloatWeight, device: torch.device, dtype: torch.dtype) -> FloatWeight:
+    values = weight.values.to(device, dtype, copy=True)
     if isinstance(weight, BitmaskWeight):
-        return BitmaskWeight(
-            weight.rows,
-            weight.columns,
-            weight.mask.to(device, copy=True),
-            weight.values.to(device, dtype, copy=True),
-            weight.offsets.to(device, copy=True),
-        )
-    if not isinstance(weight, NMWeight):
-        raise TypeError("weights of int8 and int4 codes are refused when the configuration is read")
-    return NMWeight(
-        weight.rows,
-        weight.columns,
-        weight.pattern,
-        weight.values.to(device, dtype, copy=True),
-        weight.positions.to(device, copy=True),
-    )
+        mask, offsets = weight.mask.to(device, copy=True), weight.offsets.to(device, copy=True)
+        return replace(weight, mask=mask, values=values, offsets=offsets)
+    return replace(weight, values=values, positions=weight.positions.to(device, copy=True))

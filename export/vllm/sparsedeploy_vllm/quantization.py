@@ -8,7 +8,7 @@ each part (``parts.py``); when loading ends, parts of one format are joined.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,20 +25,20 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.utils import set_weight_attrs
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.formats import nm
 from sparsedeploy.formats import packed as packing
-from sparsedeploy.formats.bitmask import BitmaskWeight
 from sparsedeploy.formats.config import METHOD, ModuleFormat, PackedConfig
 from sparsedeploy.formats.nm import NMWeight
 from sparsedeploy.formats.packed import PackedWeight
-from sparsedeploy.plan import NM
+from sparsedeploy.formats.product import Prepared, multiply, prepare
+from sparsedeploy.formats.quantized import QuantizedWeight
 from sparsedeploy_vllm import choice
 from sparsedeploy_vllm.parts import Part, loader, share_of_rank
-from sparsedeploy_vllm.product import packed_product, prepare
 
 logger = init_logger("vllm.plugins.sparsedeploy")
 
-_PARTS = ("weight", "weight_mask", "weight_values", "weight_offsets", "weight_positions")
-_ANOTHER_SIZE = "Choose a tensor-parallel size that divides it into whole groups of 64 columns."
+_PARTS = ("weight", "weight_mask", "weight_values", "weight_offsets", "weight_positions", "weight_scales")
+_ANOTHER_SIZE = "Choose a tensor-parallel size that divides it into whole groups of 64 columns (128 with such scales)."
 
 
 @register_quantization_config(METHOD)
@@ -65,7 +65,7 @@ class SparseDeployConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseDeployConfig:
-        return cls(_read(config))
+        return cls(PackedConfig.from_dict(config))
 
     @classmethod
     def override_quantization_method(
@@ -73,7 +73,7 @@ class SparseDeployConfig(QuantizationConfig):
     ) -> str | None:
         """Claims nothing; refuses a damaged or newer configuration while vLLM reads the model's, before it starts."""
         if hf_quant_cfg.get("quant_method") == METHOD:
-            _read(hf_quant_cfg)
+            PackedConfig.from_dict(hf_quant_cfg)
         return None
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -99,53 +99,31 @@ class SparseDeployConfig(QuantizationConfig):
         return [None if key is None else self.packed.modules[key] for key in keys]
 
 
-def _read(config: dict[str, Any]) -> PackedConfig:
-    """The checkpoint's configuration.
-
-    Raises:
-        UserError: malformed, or modules of int8 or int4 codes, which the plugin has no kernels for.
-    """
-    packed = PackedConfig.from_dict(config)
-    for name, entry in packed.modules.items():
-        if entry.bits is not None:
-            raise UserError(
-                f"{name} has int{entry.bits} codes, which the vLLM plugin does not multiply yet",
-                "Load the checkpoint with transformers, or export it without quantisation.",
-            )
-    return packed
-
-
 @dataclass(frozen=True)
 class _Segment:
     """Consecutive rows of the finished layer in one format; its tensors are the layer's parameters.
 
     Attributes:
         suffix: of the parameters' names.
-        pattern: None for a bitmask or dense rows.
+        weight: None for dense rows.
     """
 
     suffix: str
-    rows: int
-    columns: int
-    dense: bool
-    pattern: NM | None
+    weight: Prepared | None
+
+    def tensors(self, dense: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """What the layer keeps for it, by the parameters' names."""
+        if self.weight is None:
+            assert dense is not None
+            return {f"weight{self.suffix}": dense}
+        return {f"packed_{name}{self.suffix}": tensor for name, tensor in self.weight.tensors().items()}
 
     def product(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        def tensor(part: str) -> torch.Tensor:
-            return getattr(layer, part + self.suffix)
-
-        if self.dense:
-            return functional.linear(x, tensor("weight"), bias)
-        weight: PackedWeight
-        if self.pattern is None:
-            weight = BitmaskWeight(
-                self.rows, self.columns, tensor("weight_mask"), tensor("weight_values"), tensor("weight_offsets")
-            )
-        else:
-            weight = NMWeight(
-                self.rows, self.columns, self.pattern, tensor("weight_values"), tensor("weight_positions")
-            )
-        return packed_product(x, weight, bias)
+        if self.weight is None:
+            return functional.linear(x, getattr(layer, f"weight{self.suffix}"), bias)
+        names = self.weight.tensors()
+        tensors = {name: getattr(layer, f"packed_{name}{self.suffix}") for name in names}
+        return multiply(x, self.weight.with_tensors(tensors), bias)
 
 
 class PackedLinearMethod(LinearMethodBase):
@@ -224,24 +202,22 @@ class PackedLinearMethod(LinearMethodBase):
         for part in _PARTS:
             delattr(layer, part)
         joined = _join(weights)
+        dtype = layer.packed_dtype
         if all(_is_cpu(weight) for weight in joined):
-            joined = [self._choose(weight) for weight in joined]
+            joined = [self._choose(weight, dtype) for weight in joined]
             if all(isinstance(weight, torch.Tensor) for weight in joined):
                 self._become_dense(layer, [weight for weight in joined if isinstance(weight, torch.Tensor)])
                 return
-        else:
-            self._tune(joined)
         segments = []
         for index, weight in enumerate(joined):
-            suffix = "" if index == 0 else f"_{index}"
-            dense = isinstance(weight, torch.Tensor)
-            tensors = {"weight": weight} if isinstance(weight, torch.Tensor) else weight.tensors()
-            for name, tensor in tensors.items():
-                layer.register_parameter(name + suffix, nn.Parameter(tensor.contiguous(), requires_grad=False))
-            rows, columns = weight.shape if isinstance(weight, torch.Tensor) else (weight.rows, weight.columns)
-            pattern = weight.pattern if isinstance(weight, NMWeight) else None
-            segments.append(_Segment(suffix, rows, columns, dense, pattern))
+            dense = weight if isinstance(weight, torch.Tensor) else None
+            ready = None if isinstance(weight, torch.Tensor) else prepare(weight)
+            segment = _Segment("" if index == 0 else f"_{index}", ready)
+            for name, tensor in segment.tensors(dense).items():
+                layer.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
+            segments.append(segment)
         layer.packed_segments = tuple(segments)
+        self._tune(segments, dtype)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         segments = layer.packed_segments
@@ -250,10 +226,10 @@ class PackedLinearMethod(LinearMethodBase):
         out = torch.cat([segment.product(layer, x, None) for segment in segments], dim=-1)
         return out if bias is None else out + bias
 
-    def _choose(self, weight: PackedWeight | torch.Tensor) -> PackedWeight | torch.Tensor:
+    def _choose(self, weight: PackedWeight | torch.Tensor, dtype: torch.dtype) -> PackedWeight | torch.Tensor:
         if isinstance(weight, torch.Tensor):
             return weight
-        decision = choice.choose(weight, _vllm_dense)
+        decision = choice.choose(weight, dtype, _vllm_dense)
         sparsity = 1 - weight.count / (weight.rows * weight.columns)
         logger.info_once(
             "%d x %d at %.0f %% sparsity runs %s (%s)",
@@ -263,14 +239,18 @@ class PackedLinearMethod(LinearMethodBase):
             "packed" if decision.packed else "dense",
             decision.reason,
         )
-        return weight if decision.packed else packing.unpack(weight)
+        return weight if decision.packed else packing.unpack(weight).to(dtype)
 
-    def _tune(self, weights: list[PackedWeight | torch.Tensor]) -> None:
-        from sparsedeploy_vllm import tuning
+    def _tune(self, segments: list[_Segment], dtype: torch.dtype) -> None:
+        ready = [segment.weight for segment in segments if segment.weight is not None]
+        if all(tensor.device.type == "cpu" for weight in ready for tensor in weight.tensors().values()):
+            return
+        # Triton is imported only where there is a GPU: a CPU installation may lack it.
+        from sparsedeploy_vllm import gpu, tuning
 
-        for weight in weights:
-            if isinstance(weight, BitmaskWeight | NMWeight):
-                tuning.tune(weight)
+        for weight in ready:
+            if isinstance(weight, gpu.GpuWeight):
+                tuning.tune(weight, dtype)
 
     def _become_dense(self, layer: Any, weights: list[torch.Tensor]) -> None:
         """Hand the layer over to vLLM's own dense method."""
@@ -289,10 +269,10 @@ def _vllm_dense(weight: torch.Tensor) -> choice.Product:
 
 
 def _join(weights: Sequence[PackedWeight | torch.Tensor]) -> list[PackedWeight | torch.Tensor]:
-    """Prepare the parts for their device and join neighbours of one format."""
+    """Join neighbours of one format; CPU kernels read mask bits, so that N:M can join them there."""
     groups: list[list[Any]] = []
     for weight in weights:
-        ready = weight if isinstance(weight, torch.Tensor) else prepare(weight)
+        ready = _as_bitmask(weight) if _is_cpu(weight) else weight
         if groups and _alike(groups[-1][-1], ready):
             groups[-1].append(ready)
         else:
@@ -305,6 +285,12 @@ def _join(weights: Sequence[PackedWeight | torch.Tensor]) -> list[PackedWeight |
         else group[0]
         for group in groups
     ]
+
+
+def _as_bitmask(weight: PackedWeight | torch.Tensor) -> PackedWeight | torch.Tensor:
+    if isinstance(weight, QuantizedWeight) and isinstance(weight.codes, NMWeight):
+        return replace(weight, codes=nm.to_bitmask(weight.codes))
+    return nm.to_bitmask(weight) if isinstance(weight, NMWeight) else weight
 
 
 def _alike(first: PackedWeight | torch.Tensor, second: PackedWeight | torch.Tensor) -> bool:

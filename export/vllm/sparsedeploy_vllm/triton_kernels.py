@@ -8,51 +8,43 @@
 
 Bitmask: the place of a value is the number of mask bits before it. Within a byte these eight counts are found at once:
 the bits are spread to one per nibble, and a multiplication by 0x11111110 adds up, in each nibble, the nibbles below it.
+
+Values are floating-point numbers (``BITS`` 0), or codes of 8 or 4 bits with a float16 scale per ``GROUP`` columns.
+Codes of a bitmask are read as 32-bit words, two for eight int4 codes and two for four int8 codes, and shifted into
+place: a load per code would cost more than the bytes. ``gpu.py`` prepares the tensors and starts the kernels.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 # Triton functions take no Python types: their arguments are pointers, tiles and compile-time constants.
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch.nn import functional
-
-from sparsedeploy.formats.bitmask import BitmaskWeight
-from sparsedeploy.formats.nm import NMWeight, code_bits, stores_positions
-
-# Triton's interpreter, which is how the kernels are tested without a GPU, multiplies no bfloat16 tiles.
-INTERPRETED = triton.knobs.runtime.interpret
-LARGEST_VECTOR_BATCH = 4
-LARGEST_TENSOR_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a product is run.
-
-    Attributes:
-        kernel: ``vector`` or ``tensor``.
-        rows: weight rows of a program.
-        columns: weight columns of a step.
-        warps: warps of a program.
-        stages: loads that the compiler keeps in flight.
-    """
-
-    kernel: str
-    rows: int
-    columns: int
-    warps: int
-    stages: int = 2
 
 
 @triton.jit
-def _expand_bitmask(mask_ptr, values_ptr, row, row_ok, base, first_byte, row_bytes, BYTES: tl.constexpr):
-    """Weights ``[rows, BYTES, 8]`` of a step, and the count of values that each row used."""
+def _codes_from(words_ptr, start, BITS: tl.constexpr):
+    """The 32 bits that begin at code ``start``: they may end in the next word."""
+    SHIFT: tl.constexpr = 3 if BITS == 4 else 2
+    first = start >> SHIFT
+    shift = ((start & ((1 << SHIFT) - 1)) * BITS).to(tl.uint32)
+    low = tl.load(words_ptr + first).to(tl.uint32, bitcast=True)
+    high = tl.load(words_ptr + first + 1).to(tl.uint32, bitcast=True)
+    return ((low >> shift) | ((high << 1) << (shift ^ 31))).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _scale(scales_ptr, row, row_ok, column, columns, GROUP: tl.constexpr):
+    """Scales ``[rows, columns]`` of some columns, float32."""
+    groups = (columns + GROUP - 1) // GROUP
+    place = row.to(tl.int64)[:, None] * groups + (column // GROUP)[None, :]
+    return tl.load(scales_ptr + place, mask=row_ok[:, None] & (column < columns)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _mask_bytes(mask_ptr, row, row_ok, base, first_byte, row_bytes, BYTES: tl.constexpr):
+    """Of a step's mask bytes ``[rows, BYTES]``: the bytes, the place of each one's first value, the counts of values
+    before each of its bits (a nibble each), and the count of values that each row used."""
     byte_at = first_byte + tl.arange(0, BYTES)
     place = row.to(tl.int64)[:, None] * row_bytes + byte_at[None, :]
     byte = tl.load(mask_ptr + place, mask=row_ok[:, None] & (byte_at < row_bytes)[None, :], other=0).to(tl.int32)
@@ -62,10 +54,35 @@ def _expand_bitmask(mask_ptr, values_ptr, row, row_ok, base, first_byte, row_byt
     before = spread * 0x11111110
     count = ((before >> 28) & 15) + (byte >> 7)
     start = base[:, None] + tl.cumsum(count, axis=1) - count
+    return byte, start, before, tl.sum(count, axis=1)
+
+
+@triton.jit
+def _expand_bitmask(
+    mask_ptr, values_ptr, scales_ptr, row, row_ok, base, first_byte, row_bytes, columns,
+    ROWS: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Weights ``[rows, BYTES, 8]`` of a step, and the count of values that each row used; float32 from codes."""
+    byte, start, before, used = _mask_bytes(mask_ptr, row, row_ok, base, first_byte, row_bytes, BYTES)
     bit = tl.arange(0, 8)
     kept = ((byte[:, :, None] >> bit[None, None, :]) & 1) != 0
-    offset = start[:, :, None] + ((before[:, :, None] >> (4 * bit)[None, None, :]) & 15)
-    return tl.load(values_ptr + offset, mask=kept, other=0.0), tl.sum(count, axis=1)
+    nth = (before[:, :, None] >> (4 * bit)[None, None, :]) & 15
+    if BITS == 0:
+        weight = tl.load(values_ptr + (start[:, :, None] + nth), mask=kept, other=0.0)
+    else:
+        if BITS == 4:
+            word = _codes_from(values_ptr, start, BITS)
+            code = (word[:, :, None] << (28 - 4 * nth)) >> 28
+        else:
+            # A word holds the codes of half a byte's columns.
+            half = tl.arange(0, 2)[None, None, :] * ((before >> 16) & 15)[:, :, None]
+            word = _codes_from(values_ptr, start[:, :, None] + half, BITS)
+            nth_of_half = tl.reshape(nth, (ROWS, BYTES, 2, 4)) - half[:, :, :, None]
+            code = tl.reshape((word[:, :, :, None] << (24 - 8 * nth_of_half)) >> 24, (ROWS, BYTES, 8))
+        column = (first_byte + tl.arange(0, BYTES)) * 8
+        scale = _scale(scales_ptr, row, row_ok, column, columns, GROUP)
+        weight = tl.where(kept, code.to(tl.float32) * scale[:, :, None], 0.0)
+    return weight, used
 
 
 @triton.jit
@@ -87,23 +104,40 @@ def _nm_positions(
 
 
 @triton.jit
-def _nm_values(values_ptr, row, row_ok, group, group_ok, groups, N: tl.constexpr):
-    """Values ``[rows, groups, N]``."""
+def _nm_values(
+    values_ptr, scales_ptr, row, row_ok, group, group_ok, groups, columns,
+    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Values ``[rows, groups, N]``; float32 from codes."""
     index = tl.arange(0, N)
     place = (row.to(tl.int64)[:, None, None] * groups + group[None, :, None]) * N + index[None, None, :]
-    return tl.load(values_ptr + place, mask=row_ok[:, None, None] & group_ok[None, :, None], other=0.0)
+    ok = row_ok[:, None, None] & group_ok[None, :, None]
+    if BITS == 0:
+        values = tl.load(values_ptr + place, mask=ok, other=0.0)
+    else:
+        if BITS == 4:
+            byte = tl.load(values_ptr + (place >> 1), mask=ok, other=0).to(tl.int32)
+            code = (byte << (28 - 4 * (place & 1).to(tl.int32))) >> 28
+        else:
+            code = tl.load(values_ptr + place, mask=ok, other=0).to(tl.int32)
+        scale = _scale(scales_ptr, row, row_ok, group * M, columns, GROUP)
+        values = code.to(tl.float32) * scale[:, :, None]
+    return values
 
 
 @triton.jit
 def _expand_nm(
-    values_ptr, positions_ptr, row, row_ok, first_group, groups, row_bytes,
-    GROUPS: tl.constexpr, FIELD: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+    values_ptr, scales_ptr, positions_ptr, row, row_ok, first_group, groups, row_bytes, columns,
+    GROUPS: tl.constexpr, FIELD: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Weights ``[rows, GROUPS, M]`` of a step."""
+    """Weights ``[rows, GROUPS, M]`` of a step; float32 from codes."""
     group = first_group + tl.arange(0, GROUPS)
     group_ok = group < groups
     positions = _nm_positions(positions_ptr, row, row_ok, group, group_ok, row_bytes, FIELD, N, M)
-    values = _nm_values(values_ptr, row, row_ok, group, group_ok, groups, N)
+    values = _nm_values(
+        values_ptr, scales_ptr, row, row_ok, group, group_ok, groups, columns, N, M, BITS, GROUP
+    )  # fmt: skip
     column = tl.arange(0, M)
     hit = positions[:, :, :, None] == column[None, None, None, :]
     # At most one of the N positions is this column, so the sum is exact.
@@ -123,41 +157,71 @@ def _x_tile(x_ptr, batch_row, column, columns):
 
 
 @triton.jit
+def _add_kept(total, kept, weight, x_ptr, batch_row, column, columns):
+    return tl.where(kept, total + weight * _x_tile(x_ptr, batch_row, column, columns)[None, :], total)
+
+
+@triton.jit
 def _bitmask_vector(
-    x_ptr, mask_ptr, values_ptr, offsets_ptr, bias_ptr, out_ptr, rows, columns, row_bytes,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x_ptr, mask_ptr, values_ptr, scales_ptr, offsets_ptr, bias_ptr, out_ptr, rows, columns, row_bytes,
+    BATCH: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
+    """A thread takes whole bytes of the mask and shifts their values out one by one: few instructions a weight."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
     base = tl.load(offsets_ptr + row, mask=row_ok, other=0)
-    sum0 = tl.zeros((ROWS, BYTES, 8), tl.float32)
+    sum0 = tl.zeros((ROWS, BYTES), tl.float32)
     sum1, sum2, sum3 = sum0, sum0, sum0
     for first in range(0, row_bytes, BYTES):
-        weight, used = _expand_bitmask(mask_ptr, values_ptr, row, row_ok, base, first, row_bytes, BYTES)
-        weight = weight.to(tl.float32)
+        byte, start, before, used = _mask_bytes(mask_ptr, row, row_ok, base, first, row_bytes, BYTES)
         base += used
-        column = (first + tl.arange(0, BYTES))[:, None] * 8 + tl.arange(0, 8)[None, :]
-        sum0 += weight * _x_tile(x_ptr, 0, column, columns)[None, :, :]
-        if BATCH > 1:
-            sum1 += weight * _x_tile(x_ptr, 1, column, columns)[None, :, :]
-        if BATCH > 2:
-            sum2 += weight * _x_tile(x_ptr, 2, column, columns)[None, :, :]
-        if BATCH > 3:
-            sum3 += weight * _x_tile(x_ptr, 3, column, columns)[None, :, :]
-    _store(out_ptr, bias_ptr, row, row_ok, 0, tl.sum(tl.sum(sum0, axis=2), axis=1), rows, HAS_BIAS)
+        column = (first + tl.arange(0, BYTES)) * 8
+        if BITS == 0:
+            scale = 1.0
+        else:
+            # A code is shifted to the top of its word, which its scale takes back.
+            scale = _scale(scales_ptr, row, row_ok, column, columns, GROUP) * (2.0**BITS / 2.0**32)
+            word = _codes_from(values_ptr, start, BITS)
+            if BITS == 8:
+                high = _codes_from(values_ptr, start + ((before >> 16) & 15), BITS)
+        part0 = tl.zeros((ROWS, BYTES), tl.float32)
+        part1, part2, part3 = part0, part0, part0
+        for bit in tl.static_range(8):
+            kept = (byte & (1 << bit)) != 0
+            if BITS == 0:
+                weight = tl.load(values_ptr + start, mask=kept, other=0.0).to(tl.float32)
+                start = tl.where(kept, start + 1, start)
+            else:
+                if BITS == 8 and bit == 4:
+                    word = high
+                weight = (word << (32 - BITS)).to(tl.float32)
+                word = tl.where(kept, word >> BITS, word)
+            part0 = _add_kept(part0, kept, weight, x_ptr, 0, column + bit, columns)
+            if BATCH > 1:
+                part1 = _add_kept(part1, kept, weight, x_ptr, 1, column + bit, columns)
+            if BATCH > 2:
+                part2 = _add_kept(part2, kept, weight, x_ptr, 2, column + bit, columns)
+            if BATCH > 3:
+                part3 = _add_kept(part3, kept, weight, x_ptr, 3, column + bit, columns)
+        sum0 += part0 * scale
+        sum1 += part1 * scale
+        sum2 += part2 * scale
+        sum3 += part3 * scale
+    _store(out_ptr, bias_ptr, row, row_ok, 0, tl.sum(sum0, axis=1), rows, HAS_BIAS)
     if BATCH > 1:
-        _store(out_ptr, bias_ptr, row, row_ok, 1, tl.sum(tl.sum(sum1, axis=2), axis=1), rows, HAS_BIAS)
+        _store(out_ptr, bias_ptr, row, row_ok, 1, tl.sum(sum1, axis=1), rows, HAS_BIAS)
     if BATCH > 2:
-        _store(out_ptr, bias_ptr, row, row_ok, 2, tl.sum(tl.sum(sum2, axis=2), axis=1), rows, HAS_BIAS)
+        _store(out_ptr, bias_ptr, row, row_ok, 2, tl.sum(sum2, axis=1), rows, HAS_BIAS)
     if BATCH > 3:
-        _store(out_ptr, bias_ptr, row, row_ok, 3, tl.sum(tl.sum(sum3, axis=2), axis=1), rows, HAS_BIAS)
+        _store(out_ptr, bias_ptr, row, row_ok, 3, tl.sum(sum3, axis=1), rows, HAS_BIAS)
 
 
 @triton.jit
 def _nm_vector(
-    x_ptr, values_ptr, positions_ptr, bias_ptr, out_ptr, rows, columns, groups, row_bytes,
+    x_ptr, values_ptr, scales_ptr, positions_ptr, bias_ptr, out_ptr, rows, columns, groups, row_bytes,
     BATCH: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, FIELD: tl.constexpr, N: tl.constexpr,
-    M: tl.constexpr, HAS_BIAS: tl.constexpr,
+    M: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Only the N values of a group are multiplied, each with the x that its position names."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -167,7 +231,9 @@ def _nm_vector(
     for first in range(0, groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
         group_ok = group < groups
-        values = _nm_values(values_ptr, row, row_ok, group, group_ok, groups, N).to(tl.float32)
+        values = _nm_values(
+            values_ptr, scales_ptr, row, row_ok, group, group_ok, groups, columns, N, M, BITS, GROUP
+        ).to(tl.float32)  # fmt: skip
         positions = _nm_positions(positions_ptr, row, row_ok, group, group_ok, row_bytes, FIELD, N, M)
         column = group[None, :, None] * M + positions
         sum0 += values * _x_tile(x_ptr, 0, column, columns)
@@ -202,6 +268,7 @@ def _store_tile(out_ptr, bias_ptr, batch_row, batch, row, row_ok, total, rows, H
 
 @triton.jit
 def _dot(x, weight, total, WIDEN: tl.constexpr):
+    weight = weight.to(x.dtype)
     if WIDEN:
         x = x.to(tl.float32)
         weight = weight.to(tl.float32)
@@ -210,8 +277,9 @@ def _dot(x, weight, total, WIDEN: tl.constexpr):
 
 @triton.jit
 def _bitmask_tensor(
-    x_ptr, mask_ptr, values_ptr, offsets_ptr, bias_ptr, out_ptr, batch, rows, columns, row_bytes,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr,
+    x_ptr, mask_ptr, values_ptr, scales_ptr, offsets_ptr, bias_ptr, out_ptr, batch, rows, columns, row_bytes,
+    BATCH: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
@@ -219,7 +287,9 @@ def _bitmask_tensor(
     base = tl.load(offsets_ptr + row, mask=row_ok, other=0)
     total = tl.zeros((BATCH, ROWS), tl.float32)
     for first in range(0, row_bytes, BYTES):
-        weight, used = _expand_bitmask(mask_ptr, values_ptr, row, row_ok, base, first, row_bytes, BYTES)
+        weight, used = _expand_bitmask(
+            mask_ptr, values_ptr, scales_ptr, row, row_ok, base, first, row_bytes, columns, ROWS, BYTES, BITS, GROUP
+        )  # fmt: skip
         base += used
         x = _load_x(x_ptr, batch_row, batch, first * 8 + tl.arange(0, BYTES * 8), columns)
         total = _dot(x, tl.reshape(weight, (ROWS, BYTES * 8)), total, WIDEN)
@@ -228,9 +298,9 @@ def _bitmask_tensor(
 
 @triton.jit
 def _nm_tensor(
-    x_ptr, values_ptr, positions_ptr, bias_ptr, out_ptr, batch, rows, columns, groups, row_bytes,
+    x_ptr, values_ptr, scales_ptr, positions_ptr, bias_ptr, out_ptr, batch, rows, columns, groups, row_bytes,
     BATCH: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, FIELD: tl.constexpr, N: tl.constexpr,
-    M: tl.constexpr, HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr,
+    M: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
@@ -238,7 +308,8 @@ def _nm_tensor(
     total = tl.zeros((BATCH, ROWS), tl.float32)
     for first in range(0, groups, GROUPS):
         weight = _expand_nm(
-            values_ptr, positions_ptr, row, row_ok, first, groups, row_bytes, GROUPS, FIELD, N, M
+            values_ptr, scales_ptr, positions_ptr, row, row_ok, first, groups, row_bytes, columns,
+            GROUPS, FIELD, N, M, BITS, GROUP,
         )  # fmt: skip
         x = _load_x(x_ptr, batch_row, batch, first * M + tl.arange(0, GROUPS * M), columns)
         total = _dot(x, tl.reshape(weight, (ROWS, GROUPS * M)), total, WIDEN)
@@ -247,111 +318,37 @@ def _nm_tensor(
 
 @triton.jit
 def _bitmask_unpack(
-    mask_ptr, values_ptr, offsets_ptr, out_ptr, rows, columns, row_bytes, ROWS: tl.constexpr, BYTES: tl.constexpr
-):
+    mask_ptr, values_ptr, scales_ptr, offsets_ptr, out_ptr, rows, columns, row_bytes,
+    ROWS: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
     base = tl.load(offsets_ptr + row, mask=row_ok, other=0)
     for first in range(0, row_bytes, BYTES):
-        weight, used = _expand_bitmask(mask_ptr, values_ptr, row, row_ok, base, first, row_bytes, BYTES)
+        weight, used = _expand_bitmask(
+            mask_ptr, values_ptr, scales_ptr, row, row_ok, base, first, row_bytes, columns, ROWS, BYTES, BITS, GROUP
+        )  # fmt: skip
         base += used
         column = (first + tl.arange(0, BYTES))[:, None] * 8 + tl.arange(0, 8)[None, :]
         place = row.to(tl.int64)[:, None, None] * columns + column[None, :, :]
-        tl.store(out_ptr + place, weight, mask=row_ok[:, None, None] & (column < columns)[None, :, :])
+        ok = row_ok[:, None, None] & (column < columns)[None, :, :]
+        tl.store(out_ptr + place, weight.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def _nm_unpack(
-    values_ptr, positions_ptr, out_ptr, rows, columns, groups, row_bytes,
+    values_ptr, scales_ptr, positions_ptr, out_ptr, rows, columns, groups, row_bytes,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, FIELD: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
     for first in range(0, groups, GROUPS):
         weight = _expand_nm(
-            values_ptr, positions_ptr, row, row_ok, first, groups, row_bytes, GROUPS, FIELD, N, M
+            values_ptr, scales_ptr, positions_ptr, row, row_ok, first, groups, row_bytes, columns,
+            GROUPS, FIELD, N, M, BITS, GROUP,
         )  # fmt: skip
         column = (first + tl.arange(0, GROUPS))[:, None] * M + tl.arange(0, M)[None, :]
         place = row.to(tl.int64)[:, None, None] * columns + column[None, :, :]
-        tl.store(out_ptr + place, weight, mask=row_ok[:, None, None] & (column < columns)[None, :, :])
-
-
-def linear(
-    x: torch.Tensor, weight: BitmaskWeight | NMWeight, bias: torch.Tensor | None, config: Config | None
-) -> torch.Tensor:
-    """``x [batch, columns]`` times the packed weight: ``[batch, rows]``, summed in float32.
-
-    Args:
-        config: None unpacks the weight and multiplies densely. An N:M weight must store positions
-            (:func:`~sparsedeploy.formats.nm.stores_positions`); the others are bitmasks by another name.
-    """
-    if config is None:
-        return functional.linear(x, unpack(weight), bias)
-    x = x.contiguous()
-    out = torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device)
-    if isinstance(weight, BitmaskWeight):
-        _bitmask_linear(x, weight, bias, config, out)
-    else:
-        _nm_linear(x, weight, bias, config, out)
-    return out
-
-
-def unpack(weight: BitmaskWeight | NMWeight) -> torch.Tensor:
-    """The dense weight ``[rows, columns]`` on its device."""
-    out = torch.empty(weight.rows, weight.columns, dtype=weight.values.dtype, device=weight.values.device)
-    rows, columns = 4, 512
-    grid = (triton.cdiv(weight.rows, rows),)
-    if isinstance(weight, BitmaskWeight):
-        sizes = (weight.rows, weight.columns, weight.mask.shape[1])
-        tensors = (weight.mask, weight.values, weight.offsets, out)
-        _bitmask_unpack[grid](*tensors, *sizes, ROWS=rows, BYTES=columns // 8, num_warps=4)
-    else:
-        tile = {"ROWS": rows, **_nm_tile(weight, columns)}
-        _nm_unpack[grid](weight.values, weight.positions, out, *_nm_sizes(weight), **tile, num_warps=4)
-    return out
-
-
-def _bitmask_linear(
-    x: torch.Tensor, weight: BitmaskWeight, bias: torch.Tensor | None, config: Config, out: torch.Tensor
-) -> None:
-    tensors = (x, weight.mask, weight.values, weight.offsets, out if bias is None else bias, out)
-    sizes = (weight.rows, weight.columns, weight.mask.shape[1])
-    options = _options(x, bias, config)
-    if config.kernel == "vector":
-        _bitmask_vector[_grid(weight, config)](*tensors, *sizes, BYTES=config.columns // 8, **options)
-    else:
-        _bitmask_tensor[_grid(weight, config)](*tensors, len(x), *sizes, BYTES=config.columns // 8, **options)
-
-
-def _nm_linear(x: torch.Tensor, weight: NMWeight, bias: torch.Tensor | None, config: Config, out: torch.Tensor) -> None:
-    tensors = (x, weight.values, weight.positions, out if bias is None else bias, out)
-    options = {**_nm_tile(weight, config.columns), **_options(x, bias, config)}
-    if config.kernel == "vector":
-        _nm_vector[_grid(weight, config)](*tensors, *_nm_sizes(weight), **options)
-    else:
-        _nm_tensor[_grid(weight, config)](*tensors, len(x), *_nm_sizes(weight), **options)
-
-
-def _grid(weight: BitmaskWeight | NMWeight, config: Config) -> tuple[int]:
-    return (triton.cdiv(weight.rows, config.rows),)
-
-
-def _options(x: torch.Tensor, bias: torch.Tensor | None, config: Config) -> dict[str, Any]:
-    """What both formats' kernels are compiled for."""
-    options = {"ROWS": config.rows, "HAS_BIAS": bias is not None}
-    options.update(num_warps=config.warps, num_stages=config.stages)
-    if config.kernel == "vector":
-        return {"BATCH": len(x), **options}
-    # The smallest tile of the tensor cores has 16 rows.
-    batch = max(16, triton.next_power_of_2(len(x)))
-    return {"BATCH": batch, "WIDEN": INTERPRETED and x.dtype == torch.bfloat16, **options}
-
-
-def _nm_sizes(weight: NMWeight) -> tuple[int, int, int, int]:
-    return (weight.rows, weight.columns, weight.groups, weight.positions.shape[1])
-
-
-def _nm_tile(weight: NMWeight, columns: int) -> dict[str, int]:
-    assert stores_positions(weight.pattern), "convert it with to_bitmask at load time"
-    n, m = weight.pattern.n, weight.pattern.m
-    return {"GROUPS": columns // m, "FIELD": code_bits(weight.pattern), "N": n, "M": m}
+        ok = row_ok[:, None, None] & (column < columns)[None, :, :]
+        tl.store(out_ptr + place, weight.to(out_ptr.dtype.element_ty), mask=ok)
