@@ -51,8 +51,6 @@ SHAPE = {
     "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True, "max_position_embeddings": 4096,
 }  # fmt: skip
 RATES = {"50%": "0.5", "70%": "0.7", "2:4": "2:4"}
-# Added to a model's name where one thread was timed by its processor time, beside other work on the machine.
-ALONE = ", one thread, processor time"
 READING = "<!-- What follows is written by hand and kept when the tables are made anew. -->\n"
 
 
@@ -69,9 +67,6 @@ def main() -> None:
     measured.add_argument("others", nargs="*", help="ENGINE:NAME=FOLDER, such as torch:dense=MODEL")
     measured.add_argument("--rounds", type=int, default=3)
     measured.add_argument("--new-tokens", type=int, default=64)
-    measured.add_argument(
-        "--processor-time", action="store_true", help="one thread, timed by the processor time it has"
-    )
     measured.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     measured.add_argument("--minutes", type=float, default=1e9, help="stop then; run again to go on")
     measured.add_argument("--only", default="", help="a regular expression of cells")
@@ -88,9 +83,7 @@ def main() -> None:
         return
     path = RESULTS.with_suffix(".json")
     results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"machine": {}, "models": {}}
-    alone = arguments.command == "run" and arguments.processor_time
-    name = arguments.folder.name + (ALONE if alone else "")
-    model = results["models"].setdefault(name, {"cells": {}, "perplexity": {}})
+    model = results["models"].setdefault(arguments.folder.name, {"cells": {}, "perplexity": {}})
     if arguments.command == "run":
         results["machine"] = {"processor": processor(), "threads": usable_cores()}
         run_cells(arguments, results, model, path)
@@ -217,8 +210,8 @@ def run_cells(arguments: argparse.Namespace, results: dict[str, Any], model: dic
             entry = model["cells"].setdefault(title, {"weights": weights, "bytes": size, "runs": []})
             if len(entry["runs"]) > number or time.monotonic() - started > 60 * arguments.minutes:
                 continue
-            how = (arguments.new_tokens, arguments.batches, arguments.processor_time)
-            sample = llamacpp(file, engine == "ours", *how) if file.suffix == ".gguf" else other(engine, file, *how[:2])
+            how = (arguments.new_tokens, arguments.batches)
+            sample = llamacpp(file, engine == "ours", *how) if file.suffix == ".gguf" else other(engine, file, *how)
             entry["runs"].append(sample)
             print(title, {key: round(value, 2) for key, value in sample.items()}, flush=True)
             write_json(path, results)
@@ -233,30 +226,22 @@ def resident() -> float:
     return sum(child.memory_info().rss for child in psutil.Process().children(recursive=True)) / 1e6
 
 
-def processor_seconds() -> float:
-    """What this process's children have used."""
-    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
-    return sum(each.user + each.system for each in times)
-
-
-def llamacpp(file: Path, backend: bool, new_tokens: int, batches: list[int], alone: bool) -> dict[str, float]:
+def llamacpp(file: Path, backend: bool, new_tokens: int, batches: list[int]) -> dict[str, float]:
     """One process of llama.cpp, with or without the backend for sparse weights."""
     os.environ["SPARSEDEPLOY_LLAMACPP"] = "auto" if backend else "off"
     sizes = {
         "prompt_length": PROMPT,
         "new_tokens": new_tokens + 1,
         "chunk": PROMPT,
-        "cores": 1 if alone else usable_cores(),
+        "cores": usable_cores(),
     }
     with require("llamacpp").worker(600) as worker:
-        clock = processor_seconds if alone else time.perf_counter
-        started = clock()
+        started = time.perf_counter()
         model = worker.call("load", folder=str(file.parent), file=file.name, batch=max(batches), **sizes)["model"]
-        sample = {"load": clock() - started}
+        sample = {"load": time.perf_counter() - started}
 
         def measure(prompt: list[int], count: int, batch: int) -> dict[str, Any]:
-            how = {"decode_tokens": count, "batch": batch, "processor": alone}
-            return worker.call("measure", model=model, prompt=prompt, **how)
+            return worker.call("measure", model=model, prompt=prompt, decode_tokens=count, batch=batch)
 
         return {**sample, **timings(measure, new_tokens, batches), "megabytes": resident()}
 
@@ -338,7 +323,7 @@ def write(results: dict[str, Any]) -> None:
 
 
 def quality_of(results: dict[str, Any], name: str, entry: dict[str, Any]) -> float | None:
-    found = results["models"].get(name.removesuffix(ALONE), {}).get("perplexity", {}).get(entry["weights"], {})
+    found = results["models"][name]["perplexity"].get(entry["weights"], {})
     value: float | None = found.get("sparse", found.get("dense"))
     return value
 
@@ -353,8 +338,7 @@ def table(results: dict[str, Any]) -> str:
         "after it, one sequence (x1) and eight at once (x8, tokens of all of them); medians of interleaved rounds. "
         "*llama.cpp* is as it is; *ours* is the same llama.cpp with the backend for sparse weights; *no zeros* are the "
         "dense weights in our kernels. `decode` is against llama.cpp's dense type of the same name. Memory is the "
-        "process's, Python included. Where one thread was timed by its processor time, other work ran on the machine: "
-        "it takes less from a thread's own time than from the clock, and from all cells alike.",
+        "process's, Python included.",
         "",
     ]
     for name, model in results["models"].items():
@@ -375,8 +359,7 @@ def table(results: dict[str, Any]) -> str:
             cells += [f"{statistics.median(ratios):.2f}x" if ratios else "", f"{quality:.2f}" if quality else ""]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-        perplexities = results["models"].get(name.removesuffix(ALONE), model)["perplexity"]
-        both = {key: found for key, found in perplexities.items() if len(found) == 2}
+        both = {key: found for key, found in model["perplexity"].items() if len(found) == 2}
         if both:
             worst = max(abs(found["sparse"] / found["dense"] - 1) for found in both.values())
             lines += [f"The same pruned files with and without the backend: perplexities agree within {worst:.2%}.", ""]

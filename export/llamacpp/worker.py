@@ -202,20 +202,13 @@ class Server:
     def generate(self, model: int, **arguments: Any) -> Generator[dict[str, Any], None, dict[str, Any]]:
         return cached_model.generate(_LastOnly(self.models[model]), **arguments)
 
-    def measure(
-        self, model: int, prompt: list[int], decode_tokens: int, batch: int = 1, processor: bool = False
-    ) -> dict[str, Any]:
-        """Seconds that ``batch`` copies of a prompt took, and each step of the tokens that follow them greedily.
-
-        Args:
-            processor: processor time of this thread, for a model loaded for one core: other work disturbs it less.
-        """
+    def measure(self, model: int, prompt: list[int], decode_tokens: int, batch: int = 1) -> dict[str, Any]:
+        """Seconds that ``batch`` copies of a prompt took, and each step of the tokens that follow them greedily."""
         loaded = self.models[model]
         loaded.check_room(len(prompt), decode_tokens)
-        clock = time.thread_time if processor else time.perf_counter
         prompts = np.array([prompt] * batch, dtype=np.int32)
         loaded.seen = 0
-        return cached_model.measure_batch(loaded.run, prompts, decode_tokens, clock)
+        return cached_model.measure_batch(loaded.run, prompts, decode_tokens)
 
 
 if __name__ == "__main__":
