@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,18 @@ def parse_pattern(text: str) -> NM | MixedNM | None:
     if match := re.fullmatch(r"mixed-(\d+(?:\.\d+)?):(\d+)", text.strip()):
         return MixedNM(float(match[1]), int(match[2]))
     return NM.parse(text)
+
+
+def layer_number(name: str) -> int | None:
+    """The decoder layer that a module's name says; None for the output head."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def depths(names: Iterable[str]) -> dict[str, int]:
+    """The decoder layer of each module by its name; the output head comes behind the last one."""
+    numbers = {name: layer_number(name) for name in names}
+    behind = 1 + max((at for at in numbers.values() if at is not None), default=-1)
+    return {name: behind if at is None else at for name, at in numbers.items()}
 
 
 @dataclass(frozen=True)
@@ -171,6 +183,11 @@ class SparsityPlan:
     def achieved(self) -> float:
         """The parameter-weighted sparsity that the integer counts give."""
         return sum(t.zeros for t in self.targets) / sum(t.size for t in self.targets)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the output head is among the modules."""
+        return any(layer_number(target.name) is None for target in self.targets)
 
     def check_modules(self, shapes: list[ModuleShape]) -> None:
         """Refuse a plan that is for another model.

@@ -2,7 +2,8 @@
 
 ``convert SOURCE CHECKPOINT OUTPUT TYPE`` runs llama.cpp's ``convert_hf_to_gguf.py`` from its sources. It knows a
 tokenizer by the hash of what it makes of a text; one that it does not know is described by how it splits text, where
-llama.cpp has that. ``zeros SOURCE BEFORE AFTER`` compares the decoder layers' weights of two files and prints JSON.
+llama.cpp has that. ``zeros SOURCE BEFORE AFTER [TENSOR ...]`` compares the decoder layers' weights of two files, and
+these tensors, and prints JSON.
 """
 
 from __future__ import annotations
@@ -100,8 +101,11 @@ def split_name(path: Path) -> str | None:
     return None
 
 
-def zeros(source: Path, before: str, after: str) -> dict[str, Any]:
+def zeros(source: Path, before: str, after: str, *others: str) -> dict[str, Any]:
     """Count the zeros of the decoder layers' matrices, and those of the first file that the second has lost.
+
+    Args:
+        others: tensors that count besides.
 
     Returns:
         ``weights`` and ``zeros`` of the second file, ``pruned`` zeros of the first, of which ``revived`` are not zero
@@ -118,7 +122,8 @@ def zeros(source: Path, before: str, after: str) -> dict[str, Any]:
         if name == "token_embd.weight" and "output.weight" in second:
             continue  # a row of it is looked up; without an output head of its own it is the head
         result["bytes_per_token"] += int(tensor.n_bytes)
-        if not name.startswith("blk.") or not name.endswith(".weight") or len(tensor.shape) < 2:
+        inside = name.startswith("blk.") and name.endswith(".weight") and len(tensor.shape) >= 2
+        if not inside and name not in others:
             continue
         old = dequantize(first[name].data, first[name].tensor_type) == 0
         new = dequantize(tensor.data, tensor.tensor_type) == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -84,11 +84,68 @@ def allocate_each(
     Args:
         allocations: name -> options.
     """
+    measured = measure_each(
+        model,
+        tokens,
+        pattern,
+        allocations,
+        mixed=mixed,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        processes=processes,
+    )
+    return {name: measured.plan(name, sparsity, model_sha256) for name in allocations}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one pass over the dense model gave to some allocations, for plans of any rate.
+
+    Attributes:
+        allocations: name -> options.
+        found: by name, what each layer was reduced to.
+        costs: of mixed patterns.
+    """
+
+    layers: list[list[ModuleShape]]
+    pattern: NM | MixedNM | None
+    mixed: MixedOptions | None
+    allocations: Mapping[str, Any]
+    found: Mapping[str, list[Any]]
+    costs: Mapping[str, torch.Tensor]
+
+    def plan(self, name: str, sparsity: float, model_sha256: str | None = None) -> SparsityPlan:
+        """The plan of an allocation at a rate.
+
+        Raises:
+            UserError: a target or pattern that the allocation or the shapes cannot meet.
+        """
+        options = self.allocations[name]
+        allocated = ALLOCATORS.get(name).function(options).allocate(self.found[name], self.layers, sparsity)
+        known: dict[str, Any] = {"allocation": name, "options": asdict(options), "model_sha256": model_sha256}
+        if isinstance(self.pattern, MixedNM):
+            return mixed_plan(allocated, self.layers, self.pattern, mixed=self.mixed, costs=self.costs, **known)
+        return plan_from_allocation(allocated, self.layers, sparsity, pattern=self.pattern, **known)
+
+
+def measure_each(
+    model: nn.Module | LayerSource,
+    tokens: torch.Tensor | None,
+    pattern: NM | MixedNM | None,
+    allocations: Mapping[str, Any],
+    *,
+    mixed: MixedOptions | None = None,
+    batch_size: int | None = None,
+    accumulate: torch.dtype = torch.float32,
+    processes: Processes = SINGLE_PROCESS,
+) -> Measured:
+    """Measure the dense model once for several allocations; see :func:`allocate`."""
     methods = {name: ALLOCATORS.get(name) for name in allocations}
     for name, options in allocations.items():
         check_pattern(name, options, pattern)
-    allocators = {name: method.function(allocations[name]) for name, method in methods.items()}
-    reading = {name: allocator for name, allocator in allocators.items() if methods[name].traits["needs"] != "none"}
+    reading = {
+        name: method.function(allocations[name]) for name, method in methods.items() if method.traits["needs"] != "none"
+    }
     layers = model_layers(model)
     marginal = isinstance(pattern, MixedNM) and mixed is not None and mixed.rule == "marginal"
     costs: dict[str, torch.Tensor] = {}
@@ -115,19 +172,8 @@ def allocate_each(
             accumulate=accumulate,
             processes=processes,
         )
-    plans = {}
-    for name, allocator in allocators.items():
-        allocated = allocator.allocate([measured.get(name) for measured in by_layer], layers, sparsity)
-        known: dict[str, Any] = {
-            "allocation": name,
-            "options": asdict(allocations[name]),
-            "model_sha256": model_sha256,
-        }
-        if isinstance(pattern, MixedNM):
-            plans[name] = mixed_plan(allocated, layers, pattern, mixed=mixed, costs=costs, **known)
-        else:
-            plans[name] = plan_from_allocation(allocated, layers, sparsity, pattern=pattern, **known)
-    return plans
+    found = {name: [measured.get(name) for measured in by_layer] for name in allocations}
+    return Measured(layers, pattern, mixed, allocations, found, costs)
 
 
 def check_pattern(allocation: str, options: Any, pattern: NM | MixedNM | None) -> None:
@@ -180,9 +226,9 @@ def measure_layers(
 
 
 def model_layers(model: nn.Module | LayerSource) -> list[list[ModuleShape]]:
-    """The shapes of the prunable linears, layer by layer."""
+    """The shapes of the prunable linears, layer by layer, and of the output head where it counts."""
     stack = as_source(model).stack
     return [
         [ModuleShape(name, linear.out_features, linear.in_features) for name, linear in stack.linears(index).items()]
-        for index in range(len(stack.layers))
+        for index in range(len(stack))
     ]

@@ -48,6 +48,11 @@ class Checkpoint:
 
         return load_model(self.folder, dtype=torch.float32, trust_remote_code=self.trust_remote_code)
 
+    @property
+    def head_is_pruned(self) -> bool:
+        """Whether the output head is pruned, too."""
+        return _head_is_pruned(self.folder)
+
 
 def open_checkpoint(checkpoint: str | Path, *, adapters: bool = False, trust_remote_code: bool = False) -> Checkpoint:
     """Find a model folder or hub id and check, before anything large is read, that it can be exported.
@@ -92,6 +97,13 @@ def describe_folder(folder: Path, *, verify: bool = False) -> Artifact:
     return _describe_checkpoint(folder)
 
 
+def _head_is_pruned(folder: Path) -> bool:
+    """What the manifest of a pruned checkpoint says; False for any other folder."""
+    from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
+
+    return (folder / MANIFEST).is_file() and load_manifest(folder).plan.has_head
+
+
 def _describe_checkpoint(folder: Path) -> Artifact:
     # Heavy, and not needed for an exported folder.
 
@@ -106,8 +118,9 @@ def _describe_checkpoint(folder: Path) -> Artifact:
     files = TensorFiles(folder)
     weights = zeros = 0
     dtype = "float32"
-    linears = find_decoder_stack(model).all_linears()
-    for module, slices in stored_slices(model, files).items():
+    head = _head_is_pruned(folder)
+    linears = find_decoder_stack(model, head).all_linears()
+    for module, slices in stored_slices(model, files, head).items():
         weight = read_linear(files, slices, linears[module].in_features)
         weights += weight.numel()
         zeros += weight.numel() - int(weight.count_nonzero())

@@ -195,6 +195,50 @@ class Arguments:
         ]
 
 
+def enter_head(source: LayerSource, tokens: torch.Tensor, hidden: torch.Tensor, known: Probe) -> torch.Tensor:
+    """What the model passes to its output head when its last layer returns ``hidden``: behind the final norm.
+
+    Args:
+        tokens: the batch, int64 ``[sequences, length]``.
+
+    Returns:
+        ``[sequences, length, columns]``.
+
+    Raises:
+        UserError: a model that does not call its head once on all tokens.
+    """
+    stack = source.stack
+    assert stack.head is not None
+    name, head = stack.head
+    found: list[torch.Tensor] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0])
+        raise StopForward
+
+    def forward_of(at: int) -> Callable[..., Any]:
+        last = at + 1 == len(stack.layers)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            taken, _ = _split(args, kwargs, stack.layer_name(at))
+            return _like(known.results[type(stack.layers[at])], hidden if last else taken)
+
+        return forward
+
+    handle = head.register_forward_pre_hook(look)
+    try:
+        with _replaced(stack.layers, forward_of), suppress(StopForward):
+            source.model(input_ids=tokens.to(source.device), use_cache=False)
+    finally:
+        handle.remove()
+    if len(found) != 1 or found[0].shape[:-1] != tokens.shape:
+        raise UserError(
+            f"{type(source.model).__name__} does not call {name} on all tokens, so its inputs cannot be measured",
+            "Leave the output head out: no --lm-head.",
+        )
+    return found[0]
+
+
 def _pass(
     source: LayerSource,
     tokens: torch.Tensor,

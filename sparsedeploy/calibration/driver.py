@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.calibration.activations import Keep, choose_batch_size, new_buffer
-from sparsedeploy.calibration.arguments import Arguments, StopForward, hidden_of, probe
+from sparsedeploy.calibration.arguments import Arguments, StopForward, enter_head, hidden_of, probe
 from sparsedeploy.calibration.statistics import InputStatistics, Kind
 from sparsedeploy.errors import UserError
 from sparsedeploy.memory import return_freed_memory
@@ -33,14 +33,14 @@ class _Irregular(Exception):
 
 @dataclass
 class LayerContext:
-    """One decoder layer during a pass, before it is changed.
+    """One decoder layer, or the output head, during a pass, before it is changed.
 
     Attributes:
-        index: depth, from 0.
+        index: depth, from 0; the head comes after the last layer.
         linears: full name -> linear, in order of definition.
         statistics: full name -> statistics of its input; linears that share an input share the object.
         inputs: the hidden states ``[sequences, tokens, hidden]`` that enter; empty where only weights are read.
-        outputs: the hidden states that leave it, in a pass that does not change weights.
+        outputs: the hidden states that leave it, in a pass that does not change weights; for the head its inputs.
     """
 
     index: int
@@ -57,7 +57,7 @@ def iterate_weights(source: nn.Module | LayerSource, *, finished: int = 0) -> It
         UserError: weights that are not finite.
     """
     layers = as_source(source)
-    for index in range(finished, len(layers.stack.layers)):
+    for index in range(finished, len(layers.stack)):
         with layers.layer(index):
             layers.read_ahead(index + 1)
             linears = layers.stack.linears(index)
@@ -120,7 +120,7 @@ class LayerDriver:
             self.batch_size = 1
 
     def __len__(self) -> int:
-        return len(self.stack.layers)
+        return len(self.stack)
 
     @torch.no_grad()
     def iterate(self, kind: Kind, *, changes_weights: bool, finished: int = 0) -> Iterator[LayerContext]:
@@ -137,7 +137,7 @@ class LayerDriver:
         """
         hidden, arguments = self._enter()
         spare = None if changes_weights else new_buffer(tuple(hidden.shape), hidden.dtype, self.device, self.keep)
-        for index in range(len(self)):
+        for index in range(len(self.stack.layers)):
             return_freed_memory()
             with self.source.layer(index) as layer:
                 # Before a layer is changed there is no room for the next one: its statistics and the solver take it.
@@ -163,6 +163,9 @@ class LayerDriver:
                     self.source.read_ahead(index + 1)
                     if index + 1 < len(self):
                         self._run(index, layer, hidden, arguments, hidden)
+        if self.stack.head is not None and finished < len(self):
+            with self.source.layer(len(self.stack.layers)):
+                yield self._head(kind, hidden)
 
     @torch.no_grad()
     def hidden_states(self) -> Iterator[torch.Tensor]:
@@ -171,7 +174,7 @@ class LayerDriver:
         There is one buffer: what is yielded is overwritten by the next layer.
         """
         hidden, arguments = self._enter()
-        for index in range(len(self)):
+        for index in range(len(self.stack.layers)):
             with self.source.layer(index) as layer:
                 self.source.read_ahead(index + 1)
                 self._run(index, layer, hidden, arguments, hidden)
@@ -179,7 +182,7 @@ class LayerDriver:
 
     def _enter(self) -> tuple[torch.Tensor, Arguments]:
         """The hidden states that enter layer 0, ``[sequences, tokens, hidden]``, and what else the layers take."""
-        known = probe(self.source, self.tokens[:1])
+        known = self._known = probe(self.source, self.tokens[:1])
         self._entering = known.entering
         # Several streams of hidden states ([streams, 1, tokens, hidden]) are kept whole, sequence by sequence.
         self._batched = known.batched
@@ -213,6 +216,34 @@ class LayerDriver:
             if outputs is not None:
                 left = hidden_of(result)
                 outputs[start : start + self.batch_size] = left if self._batched else left[None]
+
+    def _head(self, kind: Kind, hidden: torch.Tensor) -> LayerContext:
+        """The output head and its inputs, which the model makes of ``hidden``, what leaves the last layer.
+
+        ``hidden`` may be overwritten.
+        """
+        assert self.stack.head is not None
+        name, head = self.stack.head
+        check_finite(name, head.weight)
+        statistics = InputStatistics(head.in_features, kind, self.device, self.accumulate)
+        inputs: torch.Tensor | None = None
+        for start in range(0, len(hidden), self.batch_size):
+            span = slice(start, start + self.batch_size)
+            rows = hidden[span].to(self.device, non_blocking=True)
+            found = enter_head(self.source, self.tokens[span], rows if self._batched else rows[0], self._known)
+            if inputs is None:
+                shape = (len(hidden), *found.shape[1:])
+                inputs = hidden if hidden.shape == shape else new_buffer(shape, found.dtype, self.device, self.keep)
+            inputs[span] = found
+            if kind != "none":
+                statistics.add(found, len(found))
+        assert inputs is not None
+        measured = {}
+        if kind != "none":
+            statistics.combine(self.processes)
+            statistics.check(name)
+            measured[name] = statistics
+        return LayerContext(len(self.stack.layers), {name: head}, measured, inputs, inputs)
 
     def _gather(
         self,

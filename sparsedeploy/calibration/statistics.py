@@ -16,6 +16,11 @@ Kind = Literal["none", "sum_squares", "hessian"]
 _ROWS_AT_ONCE = 1024
 
 
+def richest(*kinds: Kind) -> Kind:
+    """The kind that answers for all: the Hessian's diagonal holds the sums of squares."""
+    return max(kinds, key=("none", "sum_squares", "hessian").index)
+
+
 def never_reached(name: str) -> UserError:
     """What to raise for a linear that no calibration token reached."""
     return UserError(f"no calibration token reached {name}", "Use more or other calibration text.")
@@ -31,6 +36,7 @@ class InputStatistics:
         sequences: how many were added; the driver counts those that ran through the layer, reached or not.
         rows: tokens that were added.
         linears: how many read this input.
+        reused: several methods read the sums, so none may consume them.
         memo: what was derived from the complete sums and serves all linears with this input, such as a factorisation.
     """
 
@@ -40,6 +46,7 @@ class InputStatistics:
         self.sequences = 0
         self.rows = 0
         self.linears = 1
+        self.reused = False
         self._computed_in: torch.dtype | None = None
         self.memo: dict[object, Any] = {}
         shape = (columns, columns) if kind == "hessian" else (columns,)
@@ -101,8 +108,10 @@ class InputStatistics:
 
     def consume_hessian(self) -> torch.Tensor:
         """The upper triangle of :attr:`hessian`; what is below it is not defined. Takes no memory of its own: the sums
-        become the Hessian, and of them the diagonal alone stays here.
+        become the Hessian, and of them the diagonal alone stays here. Sums that are reused stay, and this is a copy.
         """
+        if self.reused:
+            return self.hessian
         if self.kind != "hessian":
             raise ValueError("no Hessian was accumulated, or it was already consumed")
         whole = self._total

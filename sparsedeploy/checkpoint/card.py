@@ -21,7 +21,7 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.paths import expand
-from sparsedeploy.plan import SparsityPlan
+from sparsedeploy.plan import SparsityPlan, layer_number
 from sparsedeploy.reading import Fields, read_object, read_text
 from sparsedeploy.registry import TARGETS
 
@@ -338,10 +338,9 @@ def _with_options(name: str, options: Mapping[str, Any]) -> str:
 
 
 def _layers(plan: SparsityPlan) -> str:
-    layers: dict[str, list[int]] = {}
+    layers: dict[int | None, list[int]] = {}
     for target in plan.targets:
-        depth = next((part for part in target.name.split(".") if part.isdigit()), "")
-        total = layers.setdefault(depth, [0, 0])
+        total = layers.setdefault(layer_number(target.name), [0, 0])
         total[0] += target.zeros
         total[1] += target.size
     rates = [zeros / size for zeros, size in layers.values()]

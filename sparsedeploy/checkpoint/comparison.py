@@ -15,6 +15,7 @@ from sparsedeploy.checkpoint import masks as mask_file
 from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.tensor_files import StoredTensor, TensorFiles
+from sparsedeploy.plan import layer_number
 from sparsedeploy.reading import SOUND_COPY, read_object
 
 
@@ -127,7 +128,7 @@ def compare_folders(a: Path, b: Path) -> FolderDifference:
             result.changed.append(change)
         else:
             result.same += 1
-        layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        layer = layer_number(name)
         if layer is not None and len(stored[0].shape) > 1:
             total = sums.setdefault(layer, [0.0] * 5)
             for at, value in enumerate((*change.zeros, change.size, *squares)):

@@ -17,7 +17,7 @@ from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.models.stored_names import StoredSlice, read_linear
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.models.weight_files import stray_weights, weight_files
-from sparsedeploy.plan import NM, SparsityPlan, parse_pattern
+from sparsedeploy.plan import NM, SparsityPlan, layer_number, parse_pattern
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class ModuleFindings:
     matrix: Matrix
 
     @property
-    def layer(self) -> int:
-        """The decoder layer that its name says."""
-        return next((int(part) for part in self.name.split(".") if part.isdigit()), 0)
+    def layer(self) -> int | None:
+        """The decoder layer that its name says; None for the output head."""
+        return layer_number(self.name)
 
     @property
     def follows(self) -> bool | None:
@@ -79,9 +79,9 @@ class Inspection:
         return sum(m.masked for m in self.modules) / sum(m.rows * m.columns for m in self.modules)
 
     @property
-    def losses(self) -> dict[int, float]:
-        """Decoder layer -> the sum of its modules' reconstruction errors, the largest first; empty without any."""
-        sums: dict[int, float] = {}
+    def losses(self) -> dict[int | None, float]:
+        """Layer (None: the output head) -> the sum of its modules' errors, the largest first; empty without any."""
+        sums: dict[int | None, float] = {}
         for module in self.modules:
             if module.loss is not None:
                 sums[module.layer] = sums.get(module.layer, 0.0) + module.loss

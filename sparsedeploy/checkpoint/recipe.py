@@ -14,13 +14,16 @@ from typing import Any
 
 import yaml
 
-from sparsedeploy.plan import NM, ModuleTarget, SparsityPlan
+from sparsedeploy.plan import NM, ModuleTarget, SparsityPlan, layer_number
 from sparsedeploy.registry import PRUNERS
 
 _HEADER = """\
 # This checkpoint's plan for llm-compressor:
 #   llmcompressor.oneshot(model, dataset=..., recipe="recipe.yaml", pipeline="sequential")
 # mask_structure counts what is pruned: 2:8 kept is 6:8 here. Modules that lose nothing are left out.
+"""
+_HEAD = """\
+# The output head, which was pruned too, is not in this recipe: llm-compressor prunes decoder layers.
 """
 _LACKS = """\
 # llm-compressor has no modifier for the pruning method '{method}': no recipe replays this checkpoint.
@@ -69,7 +72,7 @@ def recipe_yaml(plan: SparsityPlan, method: str, options: dict[str, Any]) -> str
         return _LACKS.format(method=method)
     by_structure: dict[NM | None, list[ModuleTarget]] = {}
     for target in plan.targets:
-        if target.zeros_per_row:
+        if target.zeros_per_row and layer_number(target.name) is not None:
             by_structure.setdefault(target.pattern, []).append(target)
     parts: list[dict[str, Any]] = []
     for pattern, targets in by_structure.items():
@@ -77,7 +80,8 @@ def recipe_yaml(plan: SparsityPlan, method: str, options: dict[str, Any]) -> str
         parts.extend(_arguments(modifier, pattern, group, options) for group in groups)
     names = ["sparsity_modifiers"] if len(parts) == 1 else [f"group{index}_modifiers" for index in range(len(parts))]
     stage = {name: {modifier.name: arguments} for name, arguments in zip(names, parts, strict=True)}
-    return _HEADER + modifier.note + yaml.safe_dump({"sparsity_stage": stage}, sort_keys=False, width=110)
+    note = modifier.note + (_HEAD if plan.has_head else "")
+    return _HEADER + note + yaml.safe_dump({"sparsity_stage": stage}, sort_keys=False, width=110)
 
 
 def _arguments(

@@ -97,10 +97,11 @@ def write_checkpoint(
     """
     with new_folder(output, overwrite=overwrite) as staging:
         files = TensorFiles(source)
-        slices = stored_slices(model, files)
+        head = provenance.plan.has_head
+        slices = stored_slices(model, files, head)
         writer = TensorWriter(files, staging, provenance.plan.targets, slices)
         writer.create()
-        linears = find_decoder_stack(model).all_linears()
+        linears = find_decoder_stack(model, head).all_linears()
         for name in progress.track(list(masks), "write weights", unit="modules"):
             weight = linears[name].weight.detach()
             writer.put(name, apply_mask(weight, masks[name].to(weight.device)), masks[name])

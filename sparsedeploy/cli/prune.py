@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _OWN_ENGINE = PruneRunOptions.engine
 _ROUNDING = ("quantize", "quantize_group")
-_PLANNED = ("sparsity", "pattern", "pattern_options", "allocation", "allocation_options")
+_PLANNED = ("sparsity", "pattern", "pattern_options", "allocation", "allocation_options", "lm_head")
 
 
 @takes(

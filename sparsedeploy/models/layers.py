@@ -36,26 +36,30 @@ class LayerSource(Protocol):
     device: torch.device
 
     def layer(self, index: int) -> Any:
-        """Context manager: the layer of that depth with its weights in place."""
+        """Context manager: the layer of that depth, or the output head, with its weights in place."""
 
     def read_ahead(self, index: int) -> None:
         """The layer of that depth is next: begin to read it, where that takes time. Beyond the last one: nothing."""
 
 
 class ResidentLayers:
-    """All layers of a loaded model, in evaluation mode."""
+    """All layers of a loaded model, in evaluation mode.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        head: whether the output head counts as a last layer.
+    """
+
+    def __init__(self, model: nn.Module, head: bool = False) -> None:
         if model.training:
             raise ValueError("the model must be in evaluation mode")
         watchable_experts(model)
         self.model = model
-        self.stack = find_decoder_stack(model)
+        self.stack = find_decoder_stack(model, head)
         self.device = next(model.parameters()).device
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        yield self.stack.layers[index]
+        yield self.stack.module(index)
 
     def read_ahead(self, index: int) -> None:
         pass
@@ -67,6 +71,7 @@ class StreamedLayers:
     Args:
         folder: the model folder.
         dtype: to compute in; None takes the configuration's own, or float32 where the processor is bad at that.
+        head: whether the output head counts as a last layer.
 
     Raises:
         UserError: a folder that is no causal LM or lacks tensors.
@@ -79,6 +84,7 @@ class StreamedLayers:
         device: torch.device,
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
+        head: bool = False,
     ) -> None:
         config = load_config(folder, trust_remote_code=trust_remote_code)
         self.files = TensorFiles(folder)
@@ -86,7 +92,7 @@ class StreamedLayers:
         dtype = self.dtype = compute_type(config, device, dtype)
         self.model = build_empty(folder, config, dtype=dtype, trust_remote_code=trust_remote_code)
         watchable_experts(self.model)
-        self.stack = find_decoder_stack(self.model)
+        self.stack = find_decoder_stack(self.model, head)
         self.names = StoredNames(self.model, self.files)
         if self.names.left_over:
             first = self.names.left_over[0]
@@ -94,7 +100,7 @@ class StreamedLayers:
         if dense := sorted({name for layer in self.stack.layers for name in uncalled_linears(layer)}):
             progress.note(f"{', '.join(dense)} of a layer stay dense: their inputs cannot be measured")
         self._kept_in_float32 = _float32_names(self.model, dtype)
-        self._layer_tensors = [self._stored(self.stack.layer_name(i)) for i in range(len(self.stack.layers))]
+        self._layer_tensors = [self._stored(self.stack.layer_name(i)) for i in range(len(self.stack))]
         # Without weights, layers that share them hold parameters of their own: what is stored once tells.
         check_not_shared(
             self.model,
@@ -124,7 +130,7 @@ class StreamedLayers:
             self._set(parameter, stored.assemble(tensors, self.model))
         del tensors
         try:
-            yield self.stack.layers[index]
+            yield self.stack.module(index)
         finally:
             for parameter in self._layer_tensors[index]:
                 module, name = self._owner(parameter)
@@ -135,7 +141,7 @@ class StreamedLayers:
                     module._buffers[name] = empty
 
     def read_ahead(self, index: int) -> None:
-        if index < len(self.stack.layers):
+        if index < len(self.stack):
             self._ahead = (index, self._reader.submit(self._read, index))
 
     def _take(self, index: int) -> dict[str, torch.Tensor]:
@@ -153,10 +159,14 @@ class StreamedLayers:
         return {f"{prefix}.{name}": self.names.locate(f"{prefix}.{name}") for name in module.state_dict()}
 
     def _load_surroundings(self) -> None:
-        """Everything of the base model outside its layers: embeddings, norms, projections; not the output head."""
-        base = getattr(self.model, "base_model", self.model)
+        """Everything of the base model outside its layers: embeddings, norms, projections; not the output head.
+
+        Where that is pruned, also what lies between the base model and it.
+        """
+        base = self.model if self.stack.head else getattr(self.model, "base_model", self.model)
         state = self.model.state_dict(keep_vars=True)
-        inside = {id(tensor) for tensor in self.stack.layers.state_dict(keep_vars=True).values()}
+        parts = [self.stack.layers, *([self.stack.head[1]] if self.stack.head else [])]
+        inside = {id(tensor) for part in parts for tensor in part.state_dict(keep_vars=True).values()}
         ours = {id(tensor) for tensor in base.state_dict(keep_vars=True).values()} - inside
         # Tied parameters are one object under several names.
         groups: dict[int, list[str]] = {}

@@ -190,14 +190,17 @@ class StoredNames:
         )
 
 
-def stored_slices(model: nn.Module, files: TensorFiles) -> dict[str, tuple[StoredSlice, ...]]:
+def stored_slices(model: nn.Module, files: TensorFiles, head: bool = False) -> dict[str, tuple[StoredSlice, ...]]:
     """Where the rows of every prunable linear are stored, by full name.
+
+    Args:
+        head: whether the output head is among them.
 
     Raises:
         UserError: tensors that the files lack, or a form that cannot be written back.
     """
     names = StoredNames(model, files)
-    return {name: names.slices(name, linear) for name, linear in find_decoder_stack(model).all_linears().items()}
+    return {name: names.slices(name, linear) for name, linear in find_decoder_stack(model, head).all_linears().items()}
 
 
 def read_linear(files: TensorFiles, slices: Iterable[StoredSlice], columns: int) -> torch.Tensor:

@@ -21,31 +21,47 @@ class DecoderStack:
     Attributes:
         name: the module path of the list that holds them, such as ``model.layers``.
         layers: the layers in order of depth.
+        head: the output head by its name, where it is pruned like one more layer behind the last; else None.
     """
 
     name: str
     layers: nn.ModuleList
+    head: tuple[str, nn.Linear] | None = None
+
+    def __len__(self) -> int:
+        """The layers, with the output head where it counts."""
+        return len(self.layers) + (self.head is not None)
 
     def layer_name(self, index: int) -> str:
-        return f"{self.name}.{index}"
+        return self.head[0] if self.head and index == len(self.layers) else f"{self.name}.{index}"
+
+    def module(self, index: int) -> nn.Module:
+        """The layer of that index, or the head."""
+        return self.head[1] if self.head and index == len(self.layers) else self.layers[index]
 
     def linears(self, index: int) -> dict[str, PrunableLinear]:
         """Full name -> linear, for the layer of that index, in the order of its definition."""
+        if self.head and index == len(self.layers):
+            return dict([self.head])
         return prunable_linears(self.layer_name(index), self.layers[index])
 
     def all_linears(self) -> dict[str, PrunableLinear]:
         """Every prunable linear of the model, layer by layer."""
-        return {name: linear for index in range(len(self.layers)) for name, linear in self.linears(index).items()}
+        return {name: linear for index in range(len(self)) for name, linear in self.linears(index).items()}
 
 
-def find_decoder_stack(model: nn.Module) -> DecoderStack:
+def find_decoder_stack(model: nn.Module, head: bool = False) -> DecoderStack:
     """Find the list of decoder layers: the outermost list of modules that holds most linear weights.
 
     It is looked for in the part that transformers calls the model's decoder, so a model that also sees or hears is
     represented by its language model. The layers may be of several classes.
 
+    Args:
+        head: whether the output head is pruned, too.
+
     Raises:
-        UserError: there is none, its layers keep most of their weights outside ``nn.Linear``, or share them.
+        UserError: there is none, its layers keep most of their weights outside ``nn.Linear``, or share them; or a
+            head that cannot be pruned (:func:`output_head`).
     """
     name, layers = _largest_list(model, language_model(model)) or _largest_list(model, model) or ("", None)
     if layers is None:
@@ -64,7 +80,29 @@ def find_decoder_stack(model: nn.Module) -> DecoderStack:
         (f"{name}.{at}", [id(p) for p in layer.parameters() if p.dim() >= 2]) for at, layer in enumerate(layers)
     )
     check_not_shared(model, matrices_of)
-    return DecoderStack(name, layers)
+    return DecoderStack(name, layers, output_head(model) if head else None)
+
+
+def output_head(model: nn.Module) -> tuple[str, nn.Linear]:
+    """The linear that gives the logits, by its name.
+
+    Raises:
+        UserError: there is none, or it is tied to the embedding.
+    """
+    kind, fix = type(model).__name__, "Leave the output head out: no --lm-head."
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if not isinstance(head, nn.Linear) or name is None:
+        raise UserError(f"{kind} has no output head that is a linear", fix)
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if getattr(embedding, "weight", None) is head.weight or f"{name}.weight" in tied:
+        raise UserError(
+            f"the output head {name} of {kind} is tied to the embedding, which would be pruned with it",
+            f"{fix[:-1]}; or give the model a head of its own (tie_word_embeddings: false and {name}.weight).",
+        )
+    return name, head
 
 
 def language_model(model: nn.Module) -> nn.Module:

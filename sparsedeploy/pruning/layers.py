@@ -86,7 +86,7 @@ def prune_layers(
     else:
         driver = LayerDriver(source, tokens, batch_size=batch_size, accumulate=accumulate, processes=processes)
         layers = driver.iterate(needs, changes_weights=True, finished=finished)
-    with progress.bar(f"prune ({method})", len(stack.layers), "layers") as advance:
+    with progress.bar(f"prune ({method})", len(stack), "layers") as advance:
         advance(finished)
         modules: dict[str, Pruned] = {}
         for layer in layers:
@@ -218,7 +218,7 @@ def prune_model(
         UserError: a plan for other modules, or weights or activations that are not finite.
     """
     result: dict[str, Pruned] = {}
-    source = ResidentLayers(model)
+    source = ResidentLayers(model, plan.has_head)
     extra: dict[str, Any] = {"batch_size": batch_size, "reconstruct": reconstruct, "grid": grid}
     for layer in prune_layers(source, tokens, plan, method, options, **extra):
         result.update({name: replace(pruned, mask=pruned.mask.cpu()) for name, pruned in layer.modules.items()})

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sparsedeploy import progress
-from sparsedeploy.calibration.driver import LayerContext, LayerDriver, iterate_weights
-from sparsedeploy.calibration.statistics import Kind
+from sparsedeploy.calibration.driver import LayerDriver, iterate_weights
+from sparsedeploy.calibration.statistics import InputStatistics, Kind, richest
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_free_space, write_bytes, write_json
+from sparsedeploy.grid import Grid
 from sparsedeploy.masks import pack_bits, unpack_bits
 from sparsedeploy.models.layers import LayerSource
+from sparsedeploy.models.linear_views import PrunableLinear
 from sparsedeploy.plan import ModuleTarget
 from sparsedeploy.pruning.layers import prune_linear
 from sparsedeploy.registry import PRUNERS
@@ -74,68 +77,8 @@ class LevelDatabase:
         """
         return _level(target) in self._stored(target.name)
 
-    def add(
-        self,
-        source: LayerSource,
-        tokens: torch.Tensor | None,
-        targets: Iterable[ModuleTarget],
-        method: str,
-        options: Any,
-        *,
-        reconstruct: bool = False,
-        batch_size: int | None = None,
-        accumulate: torch.dtype = torch.float32,
-    ) -> None:
-        """Prune the dense model's linears at the levels that are not stored yet, in one pass; it is not changed.
-
-        Raises:
-            UserError: no tokens for a method that needs them, too little free space, or weights or activations that
-                are not finite.
-        """
-        missing: dict[str, list[ModuleTarget]] = {}
-        size = 0
-        for target in dict.fromkeys(targets):
-            if not self.holds(target):
-                missing.setdefault(target.name, []).append(target)
-                size += (target.size - target.zeros) * _WEIGHT + target.size // 8
-        if not missing:
-            return
-        check_free_space(self.folder, size)
-        needs: Kind = "hessian" if reconstruct else PRUNERS.get(method).traits["needs"]
-        if needs == "none":
-            layers = iterate_weights(source)
-        elif tokens is None:
-            raise UserError(f"{method} measures calibration text and none was given", "Add --data.")
-        else:
-            driver = LayerDriver(source, tokens, batch_size=batch_size, accumulate=accumulate)
-            layers = driver.iterate(needs, changes_weights=False)
-        with progress.bar(f"level database ({method})", len(source.stack.layers), "layers") as advance, torch.no_grad():
-            for layer in layers:
-                self._add_layer(layer, missing, method, options, reconstruct)
-                advance()
-
-    def _add_layer(
-        self,
-        layer: LayerContext,
-        missing: Mapping[str, list[ModuleTarget]],
-        method: str,
-        options: Any,
-        reconstruct: bool,
-    ) -> None:
-        for name, linear in layer.linears.items():
-            statistics = layer.statistics.get(name)
-            content: dict[str, torch.Tensor] = {}
-            for target in missing.get(name, ()):
-                pruned = prune_linear(PRUNERS.get(method), linear, statistics, target, options, reconstruct)
-                content[f"{_level(target)}.mask"] = pack_bits(pruned.mask).cpu()
-                content[f"{_level(target)}.kept"] = pruned.weight[pruned.mask].cpu()
-                if sum(tensor.nbytes for tensor in content.values()) >= _BATCH:
-                    self._write(name, content)
-                    content = {}
-            if content:
-                self._write(name, content)
-
-    def _write(self, name: str, content: dict[str, torch.Tensor]) -> None:
+    def write(self, name: str, content: dict[str, torch.Tensor]) -> None:
+        """Store levels of a module in a file of their own."""
         digest = hashlib.sha256(" ".join(sorted(content)).encode()).hexdigest()[:16]
         path = self.folder / name / f"{digest}.safetensors"
         write_bytes(path, save(content))
@@ -170,6 +113,97 @@ class LevelDatabase:
                     raise _broken(path, str(error)) from error
             self._files[name] = found
         return self._files[name]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Levels that a database shall hold, and what makes them.
+
+    Attributes:
+        reconstruct, grid: see :func:`~sparsedeploy.pruning.layers.prune_layers`.
+    """
+
+    database: LevelDatabase
+    targets: Iterable[ModuleTarget]
+    method: str
+    options: Any
+    reconstruct: bool = False
+    grid: Grid | None = None
+
+    @property
+    def needs(self) -> Kind:
+        """The statistics that are read."""
+        needs: Kind = PRUNERS.get(self.method).traits["needs"]
+        return "hessian" if self.reconstruct or self.grid else needs
+
+    def missing(self) -> dict[str, list[ModuleTarget]]:
+        """By module, what is not stored yet."""
+        found: dict[str, list[ModuleTarget]] = {}
+        for target in dict.fromkeys(self.targets):
+            if not self.database.holds(target):
+                found.setdefault(target.name, []).append(target)
+        return found
+
+    def add(
+        self, name: str, linear: PrunableLinear, statistics: InputStatistics | None, targets: Iterable[ModuleTarget]
+    ) -> None:
+        """Make and store levels of one linear, which is not changed."""
+        content: dict[str, torch.Tensor] = {}
+        method = PRUNERS.get(self.method)
+        for target in targets:
+            pruned = prune_linear(method, linear, statistics, target, self.options, self.reconstruct, self.grid)
+            content[f"{_level(target)}.mask"] = pack_bits(pruned.mask).cpu()
+            content[f"{_level(target)}.kept"] = pruned.weight[pruned.mask].cpu()
+            if sum(tensor.nbytes for tensor in content.values()) >= _BATCH:
+                self.database.write(name, content)
+                content = {}
+        if content:
+            self.database.write(name, content)
+
+
+@torch.no_grad()
+def add_levels(
+    source: LayerSource,
+    tokens: torch.Tensor | None,
+    wanted: Sequence[Wanted],
+    *,
+    batch_size: int | None = None,
+    accumulate: torch.dtype = torch.float32,
+) -> None:
+    """Prune the dense model's linears at the levels that are not stored yet, in one pass for all databases.
+
+    The model is not changed.
+
+    Args:
+        tokens: calibration sequences int64 ``[sequences, length]``; None for methods that need none.
+
+    Raises:
+        UserError: no tokens for a method that needs them, too little free space, or weights or activations that are
+            not finite.
+    """
+    missing = [(each, targets) for each in wanted if (targets := each.missing())]
+    if not missing:
+        return
+    every = [target for _, by_name in missing for targets in by_name.values() for target in targets]
+    size = sum((target.size - target.zeros) * _WEIGHT + target.size // 8 for target in every)
+    check_free_space(missing[0][0].database.folder, size)
+    names = ", ".join(dict.fromkeys(each.method for each, _ in missing))
+    needs = richest(*(each.needs for each, _ in missing))
+    if needs == "none":
+        layers = iterate_weights(source)
+    elif tokens is None:
+        raise UserError(f"{names} measures calibration text and none was given", "Add --data.")
+    else:
+        driver = LayerDriver(source, tokens, batch_size=batch_size, accumulate=accumulate)
+        layers = driver.iterate(needs, changes_weights=False)
+    with progress.bar(f"level database ({names})", len(source.stack), "layers") as advance:
+        for layer in layers:
+            for statistics in layer.statistics.values():
+                statistics.reused = len(missing) > 1
+            for name, linear in layer.linears.items():
+                for each, targets in missing:
+                    each.add(name, linear, layer.statistics.get(name), targets.get(name, ()))
+            advance()
 
 
 def _level(target: ModuleTarget) -> str:

@@ -14,6 +14,7 @@ from rich.table import Table
 from sparsedeploy.checkpoint.comparison import FolderDifference, TensorChange
 from sparsedeploy.checkpoint.inspection import Inspection, ModuleFindings
 from sparsedeploy.checkpoint.sizes import FormatSize, format_sizes
+from sparsedeploy.plan import layer_number
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _SHOWN = 8
@@ -73,7 +74,7 @@ def inspection_values(result: Inspection) -> dict[str, Any]:
         "sparsity": result.sparsity,
         "zeros": result.zeros,
         "modules": modules,
-        "layer_losses": {str(layer): loss for layer, loss in result.losses.items()},
+        "layer_losses": {"head" if layer is None else str(layer): loss for layer, loss in result.losses.items()},
         "format_bytes": {one.name: one.bytes for one in format_sizes(module.matrix for module in result.modules)},
         "problems": result.problems,
         "plan": result.manifest.plan.to_dict(),
@@ -147,16 +148,17 @@ def _losses_table(result: Inspection) -> Table:
     )
     for layer, loss in list(result.losses.items())[:_SHOWN]:
         inside = max((m for m in result.modules if m.layer == layer), key=lambda m: m.loss or 0.0)
-        table.add_row(str(layer), f"{loss:.4g}", f"{loss / total:.1%}", _short(inside.name))
+        table.add_row(
+            "head" if layer is None else str(layer), f"{loss:.4g}", f"{loss / total:.1%}", _short(inside.name)
+        )
     return table
 
 
 def _layers_table(a: Path, b: Path, found: FolderDifference) -> Table:
     table = _table("decoder layers", ("layer", f"zero in {a}", f"zero in {b}", "norm lost", "masks shared"))
-    shared: dict[int, list[int]] = {}
+    shared: dict[int | None, list[int]] = {}
     for one in found.overlap or []:
-        depth = next((int(part) for part in one.name.split(".") if part.isdigit()), 0)
-        total = shared.setdefault(depth, [0, 0])
+        total = shared.setdefault(layer_number(one.name), [0, 0])
         total[0] += one.both
         total[1] += sum(one.pruned) - one.both
     for layer in found.layers:

@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sparsedeploy.checkpoint.manifest import Manifest
+from sparsedeploy.plan import depths
 from sparsedeploy.reporting.charts import heat_map
 from sparsedeploy.reporting.page import beside, details, figure, levels, note, section, table
 
@@ -16,20 +17,17 @@ Cells = dict[str, list[float | None]]
 
 def module_rows(manifest: Manifest) -> list[dict[str, Any]]:
     """What a report keeps of each pruned module."""
-    rows = []
-    for name, module in manifest.modules.items():
-        parts = name.split(".")
-        layer = next((int(part) for part in parts if part.isdigit()), 0)
-        rows.append(
-            {
-                "layer": layer,
-                "projection": parts[-1],
-                "weights": module.rows * module.columns,
-                "zeros": module.zeros,
-                "loss": module.loss,
-            }
-        )
-    return rows
+    depth_of = depths(manifest.modules)
+    return [
+        {
+            "layer": depth_of[name],
+            "projection": name.rpartition(".")[2],
+            "weights": module.rows * module.columns,
+            "zeros": module.zeros,
+            "loss": module.loss,
+        }
+        for name, module in manifest.modules.items()
+    ]
 
 
 def levels_section(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Markup:

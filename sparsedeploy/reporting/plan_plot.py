@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sparsedeploy.plan import ModuleTarget, SparsityPlan
+from sparsedeploy.plan import ModuleTarget, SparsityPlan, depths
 from sparsedeploy.reporting.charts import Chart, Series, heat_map, line_chart
 from sparsedeploy.reporting.pictures import save_picture
 
@@ -40,13 +40,14 @@ class PlanProfile:
 
 
 def profile(plan: SparsityPlan) -> PlanProfile:
-    """Group a plan's modules by the layer number in their names."""
+    """Group a plan's modules by the layer number in their names; the output head is a layer behind the last."""
     by_layer: dict[int, dict[str, ModuleTarget]] = {}
+    depth_of = depths(target.name for target in plan.targets)
     for target in plan.targets:
         parts = target.name.split(".")
         at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        layer, name = (int(parts[at]), ".".join(parts[at + 1 :])) if at is not None else (0, target.name)
-        by_layer.setdefault(layer, {})[name] = target
+        name = ".".join(parts[at + 1 :]) if at is not None else target.name
+        by_layer.setdefault(depth_of[target.name], {})[name] = target
     ordered = [by_layer[index] for index in sorted(by_layer)]
     names = list(dict.fromkeys(name for layer in ordered for name in layer))
     return PlanProfile(

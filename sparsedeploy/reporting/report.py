@@ -125,7 +125,21 @@ def _trials_section(report: Mapping[str, Any]) -> Markup:
         "Rates that were tried",
         figure(chart, f"Perplexity on held-out text in PyTorch; the bound is {bound:.3f}."),
         table(headers, rows),
+        *_compared(report.get("compared", [])),
     )
+
+
+def _compared(compared: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
+    """The comparison that a search went on from."""
+    if compared:
+        rows = [
+            (f"{one['method']}, {one['allocation']}", one["reason"] or f"{one['perplexity']:.3f}") for one in compared
+        ]
+        yield note(
+            f"Methods and allocations were compared before, at {compared[0]['rate']:.0%}: every layer pruned on the "
+            "dense model's inputs, from one calibration, and the perplexity estimated on a part of the text:"
+        )
+        yield table(("method and allocation", "perplexity"), rows)
 
 
 def _engine_sections(measured: Mapping[str, Any], *, named: bool) -> Iterator[Markup]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from sparsedeploy.plan import depths
 from sparsedeploy.reporting.benchmark_table import rows_at, setting_title, settings, times
 
 # The first of these that a task has is its score. The pruning papers report acc for their tasks.
@@ -14,11 +15,11 @@ _METRICS = ("acc", "acc_norm", "exact_match")
 
 
 def layer_sparsity(plan: Mapping[str, Any]) -> list[float]:
-    """The parameter-weighted sparsity of each decoder layer of a plan (as plain data), by depth."""
+    """The parameter-weighted sparsity of each decoder layer of a plan (as plain data), by depth; the head's last."""
     totals: dict[int, list[int]] = {}
+    depth_of = depths(module["name"] for module in plan["modules"])
     for module in plan["modules"]:
-        depth = next(int(part) for part in module["name"].split(".") if part.isdigit())
-        total = totals.setdefault(depth, [0, 0])
+        total = totals.setdefault(depth_of[module["name"]], [0, 0])
         total[0] += module["rows"] * module["zeros_per_row"]
         total[1] += module["rows"] * module["columns"]
     return [zeros / size for _, (zeros, size) in sorted(totals.items())]

@@ -32,6 +32,7 @@ from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.structure import find_decoder_stack, plain_linears
 from sparsedeploy.options import Options, option
+from sparsedeploy.plan import layer_number
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.targets.base import ExportJob, describe
@@ -98,22 +99,24 @@ def export_deepsparse(job: ExportJob, options: DeepSparseOptions) -> Artifact:
     import_onnx()
     opened = job.open(adapters=True)
     model = opened.load()
-    linears = plain_linears(find_decoder_stack(model).all_linears(), "an ONNX graph")
+    linears = plain_linears(find_decoder_stack(model, opened.head_is_pruned).all_linears(), "an ONNX graph")
     # The small linears inside a linear are the factors of an adapter: dense by design, and not prunable.
     linears = {path: linear for path, linear in linears.items() if path.rpartition(".")[0] not in linears}
     graph = KVCacheGraph(model, options.max_positions)
     shapes = _shapes(graph)
     reference = answer = reference_logits(model, shapes.max_positions)
-    ranges, windows = _calibrate(opened, model, linears, options) if options.int8 else ({}, None)
+    # The output head stays in float32.
+    inside = {path: linear for path, linear in linears.items() if layer_number(path) is not None}
+    ranges, windows = _calibrate(opened, model, inside, options) if options.int8 else ({}, None)
     with job.new_folder() as folder:
         write_onnx(graph, folder, largest_single_file=LARGEST_SINGLE_FILE, width_unit=WIDTH_UNIT)
         counted = count_weights(folder / MODEL_FILE, linears)
         sizes = {name: linears[name].weight.numel() for name in ranges}
         if options.int8:
-            fake_quantize(linears, ranges)
+            fake_quantize(inside, ranges)
             answer = reference_logits(model, shapes.max_positions)
         # The engine of the check holds the weights once more: let go of the model's first.
-        del graph, model, linears
+        del graph, model, linears, inside
         gc.collect()
         check = check_graph(folder / MODEL_FILE, reference)
         quantization, new_zeros = None, 0

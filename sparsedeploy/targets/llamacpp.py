@@ -106,7 +106,7 @@ def export_llamacpp(job: ExportJob, options: LlamacppOptions) -> Artifact:
             placed = grid is not None and kind == TYPES[grid.bits].lower()
             if manifest is not None and placed:
                 _place_codes(environment, opened.folder, manifest, exact, folder / MODEL_FILE)
-            found = _zeros(environment, exact, folder / MODEL_FILE)
+            found = _zeros(environment, exact, folder / MODEL_FILE, opened.head_is_pruned)
             advance(1, "written")
             answer = reference
             if kind != "f32":
@@ -184,13 +184,15 @@ def _place_codes(environment: Environment, checkpoint: Path, manifest: Manifest,
         )
 
 
-def _zeros(environment: Environment, exact: Path, final: Path) -> dict[str, Any]:
-    """Zeros of the decoder layers' matrices.
+def _zeros(environment: Environment, exact: Path, final: Path, head: bool) -> dict[str, Any]:
+    """Zeros of the decoder layers' matrices, and of the output head where that is pruned, too.
 
     Raises:
         UserError: a pruned weight is not zero any more.
     """
-    found: dict[str, Any] = json.loads(_tool(environment, "zeros", str(exact), str(final)))
+    found: dict[str, Any] = json.loads(
+        _tool(environment, "zeros", str(exact), str(final), *(["output.weight"] if head else []))
+    )
     if found["revived"]:
         raise UserError(
             f"{found['revived']:,} of {found['pruned']:,} pruned weights are not zero after quantisation",

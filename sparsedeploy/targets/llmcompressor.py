@@ -80,6 +80,11 @@ def export_llmcompressor(job: ExportJob, options: LlmcompressorOptions) -> Artif
     manifest = load_manifest(opened.folder)
     llmcompressor.check_method(manifest.method)
     plan = manifest.plan
+    if plan.has_head:
+        raise UserError(
+            "llm-compressor prunes decoder layers, and this checkpoint's output head is pruned, too",
+            "Export it for another target, or prune without --lm-head.",
+        )
     dense = _dense_model(options.model or manifest.source.name, manifest.source.sha256)
     tokens = recorded_tokens(opened.tokenizer, opened.config, manifest, data=options.data, field=options.field)
     version = llmcompressor.pinned_version()

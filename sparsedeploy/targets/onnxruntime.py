@@ -69,7 +69,9 @@ def export_onnxruntime(job: ExportJob, options: OnnxRuntimeOptions) -> Artifact:
     model = opened.load()
     shapes = replace(config_shapes(opened.config), max_positions=limit)
     reference = reference_logits(model, limit)
-    digests = _weight_digests(plain_linears(find_decoder_stack(model).all_linears(), "an ONNX graph"))
+    digests = _weight_digests(
+        plain_linears(find_decoder_stack(model, opened.head_is_pruned).all_linears(), "an ONNX graph")
+    )
     # Optimum loads the model once more: let go of it first.
     del model
     with job.new_folder() as folder, environment.worker(options.timeout) as worker:

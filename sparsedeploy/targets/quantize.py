@@ -32,6 +32,7 @@ from sparsedeploy.checkpoint import masks as mask_file
 from sparsedeploy.checkpoint.manifest import RECIPE, Manifest, load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.tensor_files import TensorFiles
+from sparsedeploy.plan import layer_number
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.runtimes import llmcompressor
 from sparsedeploy.targets.base import ExportJob, describe
@@ -74,6 +75,8 @@ def export_quantized(job: ExportJob, options: QuantizeOptions, *, engine: Engine
     where = llmcompressor.environment()
     plan = manifest.plan
     masks = mask_file.load_masks(opened.folder / mask_file.FILE, {t.name: t.columns for t in plan.targets})
+    # A pruned output head is not quantised: it keeps its values.
+    masks = {name: mask for name, mask in masks.items() if layer_number(name) is not None}
     stored = TensorFiles(opened.folder).locate(f"{plan.targets[0].name}.weight").dtype
     dtype = str(torch.bfloat16 if scheme == "w4a16" and stored == torch.float32 else stored).removeprefix("torch.")
     tokens = None

@@ -114,6 +114,8 @@ def export_vllm(job: ExportJob, options: VllmOptions) -> Artifact:
         if len(files.shards) > 1:
             metadata = {"total_size": packer.bytes}
             write_json(folder / INDEX, {"metadata": metadata, "weight_map": packer.weight_map})
+        if opened.head_is_pruned:
+            progress.note("the output head stays as it is, with its zeros: vLLM has no packed form of it")
         model = load_model(opened.folder, trust_remote_code=job.trust_remote_code)
         positions = config_shapes(opened.config).max_positions
         answer = reference_logits(model, min(TOKENS, positions or TOKENS)).answer

@@ -2,7 +2,8 @@
 
 ``OUTPUT/deploy.json`` holds what is known after each step, so the same command goes on where it was stopped, and
 another target in the same folder takes the search over. Trials are ordinary checkpoints in ``OUTPUT/checkpoints``, of
-which only the best so far is kept.
+which only the best so far is kept. They share the texts, the dense model's perplexity and the plans in
+``OUTPUT/plans``; see :mod:`sparsedeploy.workflows.deploy_compare`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from sparsedeploy.checkpoint.card import add_evaluations, pruned_card, put_card
 from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.errors import UserError, add_hint
 from sparsedeploy.folders import locked, write_json, write_text
+from sparsedeploy.models.computing import resolve_device
 from sparsedeploy.models.fingerprint import model_sha256
-from sparsedeploy.models.loading import build_empty, load_config
+from sparsedeploy.models.loading import build_empty, load_config, load_model
 from sparsedeploy.models.options import LoadOptions
+from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.quality.engine_perplexity import engine_perplexity
 from sparsedeploy.quality.evaluate import evaluate
 from sparsedeploy.quality.options import EvalOptions, TextOptions
@@ -34,11 +37,13 @@ from sparsedeploy.runtimes.engine import find_deployment
 from sparsedeploy.runtimes.environments import install, status
 from sparsedeploy.speed.benchmark import benchmark
 from sparsedeploy.targets.registry import export_checkpoint
+from sparsedeploy.workflows.deploy_compare import compare_pairs, make_plans, pairs_of, plan_path, tried_perplexity
 from sparsedeploy.workflows.deploy_plan import Step, Work, measured_speed
 from sparsedeploy.workflows.deploy_report import Outcome, format_options, report_of, result_of
-from sparsedeploy.workflows.deploy_request import SPLIT, STATE, Prepared, State, held_out_windows, prepare
+from sparsedeploy.workflows.deploy_request import SPLIT, STATE, Prepared, State, prepare
 from sparsedeploy.workflows.deploy_search import Space, Trial, chosen, nearest, next_trial
 from sparsedeploy.workflows.options import DeployOptions, PruneOptions, RunOptions
+from sparsedeploy.workflows.plan import resolve_allocation
 from sparsedeploy.workflows.prune import prune
 
 
@@ -70,7 +75,7 @@ def plan(prepared: Prepared) -> list[Step]:
     length = options.calibration.length or default_length(model.config)
     work = Work.of(model, options.calibration.sequences * length, options.windows * prepared.context)
     speed = measured_speed()
-    space = _space(options, 0.0)
+    space = _space(options, (state.dense or {}).get("perplexity", 0.0) * (1 + prepared.within))
     known = {method: [one["seconds"] for one in state.trials if one["method"] == method] for method in options.methods}
     rough = {m: sum(known[m]) / len(known[m]) if known[m] else work.trial_seconds(m, speed) for m in options.methods}
     steps = [
@@ -82,17 +87,17 @@ def plan(prepared: Prepared) -> list[Step]:
             state.dense is not None,
         ),
     ]
-    firsts = [Trial(space.middle, method, space.allocations[0]) for method in space.methods]
-    for trial in firsts:
-        done = trial in state.results
-        steps.append(Step("try", f"{trial.rate:.0%}, {trial.method}, {trial.allocation}", rough[trial.method], done))
-    slowest = max(rough.values())
-    for allocation in space.allocations[1:]:
-        steps.append(Step("try", f"{space.middle:.0%}, the best method, {allocation}", slowest))
-    halvings = space.most_trials - len(firsts) - len(space.allocations) + 1
-    ladder = ", ".join(f"{rate:.0%}" for rate in space.rates)
-    if halvings:
-        steps.append(Step("try", f"the best pair at up to {halvings} more of {ladder}", halvings * slowest))
+    middle, ladder = f"{space.middle:.0%}", ", ".join(f"{rate:.0%}" for rate in space.rates)
+    if len(space.pairs) > 1:
+        what = f"{', '.join(space.methods)} with {', '.join(space.spread)} at {middle}, from one calibration"
+        seconds = work.comparison_seconds([method for method, _ in space.pairs], speed)
+        steps.append(Step("compare", what, seconds, bool(state.compared)))
+    slowest, rivals = max(rough.values()), space.firsts(space.pairs[0])
+    if space.searching:
+        what = f"the best method at {middle} with {', '.join(trial.allocation for trial in rivals)}"
+        steps.append(Step("try", what, len(rivals) * slowest, len(state.trials) >= len(rivals)))
+    done = bool(state.trials) and next_trial(space, pairs_of(state.compared), state.results) is None
+    steps.append(Step("try", f"the best pair at up to {space.halvings} of {ladder}", space.halvings * slowest, done))
     for name in prepared.aim.formats:
         seconds = 2 * work.export_seconds()
         steps.append(Step("export", f"{name}, and its perplexity in the engine", seconds, name in state.formats))
@@ -123,11 +128,10 @@ def _run(prepared: Prepared, command: str) -> dict[str, Any]:
     checkpoint = _pruned(prepared, best)
     _describe(prepared, checkpoint, state)
     with _step(f"4/5  export {best.rate:.0%} ({best.method}, {best.allocation})"):
-        windows = held_out_windows(prepared)
         for name, how in aim.formats.items():
             known = state.formats.get(name)
             if known is None or (known["perplexity"] is not None and not (output / known["folder"]).is_dir()):
-                state.formats[name] = _format(prepared, checkpoint, best, name, how, windows)
+                state.formats[name] = _format(prepared, checkpoint, best, name, how)
                 state.save()
         baseline = _baseline(prepared)
     within = {name: one for name, one in state.formats.items() if one["perplexity"] and one["perplexity"] <= limit}
@@ -151,28 +155,36 @@ def _run(prepared: Prepared, command: str) -> dict[str, Any]:
 
 
 def _search(prepared: Prepared, state: State, space: Space) -> Trial:
-    while (trial := next_trial(space, state.results)) is not None:
+    assert state.dense is not None
+    make_plans(prepared, space)
+    if len(space.pairs) > 1 and not state.compared:
+        state.compared = compare_pairs(prepared, space, state.dense["perplexity"])
+        state.save()
+        for row in state.compared:
+            name = f"{row['method']}, {row['allocation']}, {row['rate']:.0%}"
+            progress.note(f"     {name}, estimated: {_told(row, state.dense)}")
+    while (trial := next_trial(space, pairs_of(state.compared), state.results)) is not None:
         started = time.perf_counter()
         found: float | None = None
-        reason = None
         try:
-            found = _quality(prepared, _pruned(prepared, trial))["perplexity"]
-        except UserError as error:  # a rate that an allocation cannot meet, or a model that diverged
-            if "diverged" not in error.message and "cannot be met" not in error.message:
+            model = load_model(_pruned(prepared, trial), dtype=torch.float32, device=resolve_device("auto"))
+            found, reason = tried_perplexity(model, prepared.windows)
+        except UserError as error:  # a rate that an allocation cannot meet
+            if "cannot be met" not in error.message:
                 raise
             reason = error.message
         row = {**asdict(trial), "perplexity": found, "reason": reason, "seconds": time.perf_counter() - started}
         state.trials.append(row)
         state.save()
         progress.note(f"     {trial.name}: {reason or _told(row, state.dense or {})}")
-        _forget(prepared, chosen(space, state.results))
-    best = chosen(space, state.results)
+        _forget(prepared, chosen(space, pairs_of(state.compared), state.results))
+    best = chosen(space, pairs_of(state.compared), state.results)
     if best is None:
         close = nearest(state.results)
         value = next(one for one in state.trials if Trial(one["rate"], one["method"], one["allocation"]) == close)
         raise UserError(
             f"no rate from {space.rates[0]:.0%} to {space.rates[-1]:.0%} stays within {prepared.options.within}; the "
-            f"nearest is {close.rate:.0%} with {close.method}, {close.allocation}: {_told(value, state.dense or {})}",
+            f"nearest is {close.rate:.0%} with {close.method}, {close.allocation}: {_told(value, state.dense)}",
             "Allow more (--within), or try lower rates: --rate 0.2.",
         )
     if best.rate == space.rates[-1]:
@@ -184,13 +196,14 @@ def _pruned(prepared: Prepared, trial: Trial) -> Path:
     """The checkpoint of a trial, made where it is not there."""
     folder = prepared.output / "checkpoints" / trial.name
     if not folder.is_dir():
-        asked = PruneOptions(
-            sparsity=trial.rate,
-            method=trial.method,
-            allocation=trial.allocation,
-            calibration=prepared.options.calibration,
+        path = plan_path(prepared, trial.allocation, trial.rate)
+        how = (
+            {"plan": SparsityPlan.load(path)}
+            if path.exists()
+            else {"sparsity": trial.rate, "allocation": trial.allocation}
         )
-        prune(prepared.source, folder, asked, RunOptions(resume=True))
+        asked = PruneOptions(method=trial.method, calibration=prepared.options.calibration, **how)
+        prune(prepared.source, folder, asked, RunOptions(resume=True), drawn=lambda: prepared.drawn)
     return folder
 
 
@@ -219,16 +232,14 @@ def _describe(prepared: Prepared, checkpoint: Path, state: State) -> None:
             path.unlink(missing_ok=True)
 
 
-def _format(
-    prepared: Prepared, checkpoint: Path, best: Trial, name: str, how: Mapping[str, str], windows: torch.Tensor
-) -> dict[str, Any]:
+def _format(prepared: Prepared, checkpoint: Path, best: Trial, name: str, how: Mapping[str, str]) -> dict[str, Any]:
     """Export in one format and measure its perplexity in the engine; a format that fails is a row with its reason."""
     folder = prepared.output / "artifacts" / prepared.aim.name / f"sparse-{100 * best.rate:g}-{name}"
     row: dict[str, Any] = {"folder": folder.relative_to(prepared.output).as_posix(), "perplexity": None, "reason": None}
     try:
         export_checkpoint(checkpoint, prepared.aim.name, folder, format_options(prepared, how), overwrite=True)
         deployment = find_deployment(folder)
-        row |= engine_perplexity(deployment, windows, cores=prepared.options.cores).to_dict()
+        row |= engine_perplexity(deployment, prepared.windows, cores=prepared.options.cores).to_dict()
     except UserError as error:
         row["reason"] = str(error)
         progress.note(f"     {name}: {error}")
@@ -262,7 +273,11 @@ def _quality_of(state: State, checkpoint: Path) -> dict[str, Any] | None:
 
 
 def _space(options: DeployOptions, limit: float) -> Space:
-    return Space(sorted(set(options.rates)), _once(options.methods), _once(options.allocations), limit)
+    allocations = _once(options.allocations)
+    searching = [
+        name for name in allocations if resolve_allocation(PruneOptions(sparsity=0.5, allocation=name)).searches
+    ]
+    return Space(sorted(set(options.rates)), _once(options.methods), allocations, limit, searching)
 
 
 def _once(names: Iterable[str]) -> list[str]:

@@ -113,12 +113,25 @@ class Work:
         Args:
             speed: floating-point operations per second.
         """
-        passes = {"magnitude": 0, "wanda": 2}.get(method, 3)
-        operations = passes * 2.0 * self.weights * self.calibration + 2.0 * (self.weights + self.others) * self.held_out
-        if method not in ("magnitude", "wanda"):
-            operations += 2 * self.squares * self.calibration
-            operations += self.solves * (8 if method == "alps" else 3)
-        return operations / speed
+        passes = 0 if method == "magnitude" else 2
+        operations = passes * 2.0 * self.weights * self.calibration + self._gathering(method)
+        return (operations + self._solving(method) + self._judging()) / speed
+
+    def comparison_seconds(self, methods: Sequence[str], speed: float) -> float:
+        """A rough time of two passes over the dense model, one for plans and one for all ``methods``, and of what each
+        of these makes of it.
+        """
+        operations = 2 * 2.0 * self.weights * self.calibration + max(map(self._gathering, methods))
+        return (operations + sum(self._solving(method) + self._judging() for method in methods)) / speed
+
+    def _gathering(self, method: str) -> float:
+        return 0.0 if method in ("magnitude", "wanda") else 2 * self.squares * self.calibration
+
+    def _solving(self, method: str) -> float:
+        return self.solves * {"magnitude": 0, "wanda": 0, "alps": 8}.get(method, 3)
+
+    def _judging(self) -> float:
+        return 2.0 * (self.weights + self.others) * self.held_out
 
     def export_seconds(self) -> float:
         """A rough time of one export with its checks: some passes over the weights on disk, and a start."""

@@ -19,7 +19,7 @@ from sparsedeploy.reporting.report import FORMAT
 from sparsedeploy.reporting.summary import layer_sparsity
 from sparsedeploy.runtimes.engine import find_deployment
 from sparsedeploy.version import __version__
-from sparsedeploy.workflows.deploy_request import Prepared, State, held_out_windows
+from sparsedeploy.workflows.deploy_request import Prepared, State
 from sparsedeploy.workflows.deploy_search import Trial
 
 
@@ -96,6 +96,7 @@ def result_of(outcome: Outcome) -> dict[str, Any]:
         "noisy": any(one["too_noisy"] for one in measured["noise"]),
         "decode_speedup": alive[name]["decode"]["speedup"],
         "prefill_speedup": alive[name]["prefill"]["speedup"],
+        "compared": state.compared,
         "trials": state.trials,
         "formats": state.formats,
         "report": str(prepared.output / f"report-{prepared.aim.name}.html"),
@@ -147,7 +148,7 @@ def report_of(outcome: Outcome, result: dict[str, Any], command: str) -> dict[st
                 "commands": {"prune": steps["prune"], "export": _export_line(prepared, checkpoint, folder, name)},
             }
         )
-    prompts = prompts_of(held_out_windows(prepared))
+    prompts = prompts_of(prepared.windows)
     for model in models:
         model["samples"] = _samples(prepared, Path(model["artifact"]), prompts)
     settings = {**prepared.request["options"], **prepared.request["calibration"], **prepared.measuring}
@@ -161,6 +162,7 @@ def report_of(outcome: Outcome, result: dict[str, Any], command: str) -> dict[st
         "perplexity_in": f"torch for the dense model, in {prepared.aim.name} for the others",
         "settings": settings,
         "bound": state.dense["perplexity"] * (1 + prepared.within),
+        "compared": state.compared,
         "trials": state.trials,
         "models": models,
         "commands": [steps[name] for name in ("prune", "eval dense", "eval")]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsedeploy.calibration.samples import default_length
+from sparsedeploy.calibration.samples import CalibrationSet, default_length
+from sparsedeploy.calibration.text import calibration_set
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
 from sparsedeploy.models.fingerprint import model_sha256
@@ -58,6 +60,19 @@ class Prepared:
     within: float
     request: dict[str, Any]
     measuring: dict[str, Any]
+
+    @cached_property
+    def windows(self) -> torch.Tensor:
+        """The windows of the held-out text, int64 ``[windows, context]``."""
+        tokenizer, field = load_tokenizer(self.folder), self.options.calibration.field
+        return text_windows(
+            self.held_out, tokenizer, self.context, field=field, split=SPLIT, limit=self.options.windows
+        )
+
+    @cached_property
+    def drawn(self) -> CalibrationSet:
+        """The calibration sequences of all trials."""
+        return calibration_set(self.folder, load_config(self.folder), self.options.calibration)
 
 
 def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
@@ -112,6 +127,7 @@ class State:
     """What is known, in a file that is written anew after each step.
 
     Attributes:
+        compared: methods and allocations at the middle rate, see :func:`~.deploy_compare.compare_pairs`.
         formats: of this target: name -> folder, perplexity in the engine, and why there is none.
         result: of this target; None until everything was measured as it is asked for now.
     """
@@ -121,6 +137,7 @@ class State:
         values = read_object(self._path, fix="Name a new folder.") if self._path.exists() else {}
         self._request, self._target, self._measuring = prepared.request, prepared.aim.name, prepared.measuring
         self.dense: dict[str, Any] | None = values.get("dense")
+        self.compared: list[dict[str, Any]] = values.get("compared", [])
         self.trials: list[dict[str, Any]] = values.get("trials", [])
         self._targets: dict[str, dict[str, Any]] = values.get("targets", {})
         known = self._targets.get(self._target, {})
@@ -140,14 +157,8 @@ class State:
     def save(self) -> None:
         here = {"measuring": self._measuring, "formats": self.formats, "result": self.result}
         self._targets = {**self._targets, self._target: here}
-        values = {"dense": self.dense, "trials": self.trials, "targets": self._targets}
+        values = {"dense": self.dense, "compared": self.compared, "trials": self.trials, "targets": self._targets}
         write_json(self._path, {"format": _FORMAT, "request": self._request, **values})
-
-
-def held_out_windows(prepared: Prepared) -> torch.Tensor:
-    tokenizer = load_tokenizer(prepared.folder)
-    field, limit = prepared.options.calibration.field, prepared.options.windows
-    return text_windows(prepared.held_out, tokenizer, prepared.context, field=field, split=SPLIT, limit=limit)
 
 
 def _check_output(output: Path, request: dict[str, Any]) -> None:

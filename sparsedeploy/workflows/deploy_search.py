@@ -1,7 +1,9 @@
 """Which rate, method and allocation: the next trial follows from the results so far, so a search resumes by itself.
 
-At the middle rate of the ladder every method is tried with the first allocation, then every other allocation with the
-best method. With the best pair the ladder is halved until the highest rate within the bound is known.
+At the middle rate of the ladder all methods and allocations were compared from one calibration. With the best pair the
+ladder is halved until the highest rate within the bound is known. What the comparison says of the middle rate decides
+on which side to begin; a bound of the answer is only what was pruned. Allocations that search by pruning are pruned at
+the middle rate with the best method, beside the best pair.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+
+Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -33,57 +37,77 @@ class Space:
     Attributes:
         rates: ascending.
         limit: the highest perplexity that is within the bound.
+        searching: those of the allocations that prune to make a plan.
     """
 
     rates: Sequence[float]
     methods: Sequence[str]
     allocations: Sequence[str]
     limit: float
+    searching: Sequence[str] = ()
 
     @property
-    def most_trials(self) -> int:
-        """The most that a search takes."""
-        return len(self.methods) + len(self.allocations) - 1 + math.ceil(math.log2(len(self.rates) + 1)) - 1
+    def spread(self) -> list[str]:
+        """The allocations that are compared from one calibration."""
+        return [name for name in self.allocations if name not in self.searching] or ["uniform"]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The methods with these allocations."""
+        return list(product(self.methods, self.spread))
+
+    @property
+    def halvings(self) -> int:
+        """The most rates of a pair that are pruned, unless the comparison errs about the middle one."""
+        return math.ceil(math.log2(len(self.rates) + 1))
 
     @property
     def middle(self) -> float:
         return self.rates[len(self.rates) // 2]
 
+    def firsts(self, pair: Pair) -> list[Trial]:
+        """What is pruned at the middle rate, when ``pair`` is the best one of the comparison."""
+        names = [pair[1]] if pair[1] in self.allocations else []
+        return [Trial(self.middle, pair[0], name) for name in (*names, *self.searching)]
 
-def next_trial(space: Space, results: Mapping[Trial, float]) -> Trial | None:
+
+def next_trial(space: Space, compared: Mapping[Pair, float], results: Mapping[Trial, float]) -> Trial | None:
     """What to try next; None when the search is over.
 
     Args:
-        results: perplexities; infinity for a model that diverged or could not be pruned.
+        compared: the perplexities of the pairs; a single pair needs none.
+        results: of trials; infinity for a model that diverged or could not be pruned.
     """
-    for method in space.methods:
-        if (trial := Trial(space.middle, method, space.allocations[0])) not in results:
-            return trial
-    method = _lowest(space, results, space.allocations[:1])[0]
-    for allocation in space.allocations:
-        if (trial := Trial(space.middle, method, allocation)) not in results:
-            return trial
-    method, allocation = best_pair(space, results)
-    low, high = _bracket(space, results, method, allocation)
-    if high - low <= 1:
-        return None
-    return Trial(space.rates[(low + high) // 2], method, allocation)
+    if space.searching:
+        for trial in space.firsts(_best_compared(space, compared)):
+            if trial not in results:
+                return trial
+    pair = best_pair(space, compared, results)
+    known = {trial.rate: value for trial, value in results.items() if (trial.method, trial.allocation) == pair}
+    guessed = {space.middle: compared[pair]} if pair in compared else {}
+    low, high = _bracket(space, {**guessed, **known})
+    if high - low > 1:
+        return Trial(space.rates[(low + high) // 2], *pair)
+    for at in (low, high):  # what was only guessed
+        if 0 <= at < len(space.rates) and space.rates[at] not in known:
+            return Trial(space.rates[at], *pair)
+    return None
 
 
-def best_pair(space: Space, results: Mapping[Trial, float]) -> tuple[str, str]:
+def best_pair(space: Space, compared: Mapping[Pair, float], results: Mapping[Trial, float]) -> Pair:
     """The method and allocation with the lowest perplexity at the middle rate."""
-    return _lowest(space, results, space.allocations)
+    pruned = [trial for trial in results if trial.rate == space.middle]
+    if not (space.searching and pruned):
+        return _best_compared(space, compared)
+    best = min(pruned, key=lambda trial: results[trial])
+    return best.method, best.allocation
 
 
-def chosen(space: Space, results: Mapping[Trial, float]) -> Trial | None:
+def chosen(space: Space, compared: Mapping[Pair, float], results: Mapping[Trial, float]) -> Trial | None:
     """The highest rate of the best pair that is within the bound; None where there is none yet."""
-    if not results:
-        return None
-    method, allocation = best_pair(space, results)
+    pair = best_pair(space, compared, results)
     within = [
-        trial
-        for trial, value in results.items()
-        if (trial.method, trial.allocation) == (method, allocation) and value <= space.limit
+        trial for trial, value in results.items() if (trial.method, trial.allocation) == pair and value <= space.limit
     ]
     return max(within, key=lambda trial: trial.rate, default=None)
 
@@ -93,23 +117,21 @@ def nearest(results: Mapping[Trial, float]) -> Trial:
     return min(results, key=lambda trial: results[trial])
 
 
-def _lowest(space: Space, results: Mapping[Trial, float], allocations: Sequence[str]) -> tuple[str, str]:
-    found = {
-        pair: results[trial]
-        for pair in product(space.methods, allocations)
-        if (trial := Trial(space.middle, *pair)) in results
-    }
-    return min(found, key=lambda pair: found[pair])
+def _best_compared(space: Space, compared: Mapping[Pair, float]) -> Pair:
+    return min(space.pairs, key=lambda pair: compared.get(pair, math.inf))
 
 
-def _bracket(space: Space, results: Mapping[Trial, float], method: str, allocation: str) -> tuple[int, int]:
-    """The highest place in the ladder that is known to be within the bound, and the lowest known not to be."""
+def _bracket(space: Space, known: Mapping[float, float]) -> tuple[int, int]:
+    """The highest place in the ladder whose rate is within the bound, and the lowest that is not.
+
+    Args:
+        known: rate -> perplexity.
+    """
     low, high = -1, len(space.rates)
     for at, rate in enumerate(space.rates):
-        value = results.get(Trial(rate, method, allocation))
-        if value is None:
+        if rate not in known:
             continue
-        if value <= space.limit:
+        if known[rate] <= space.limit:
             low = max(low, at)
         else:
             high = min(high, at)

@@ -18,6 +18,7 @@ from sparsedeploy.checkpoint.manifest import Manifest
 from sparsedeploy.checkpoint.writer import Provenance, write_checkpoint
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable
+from sparsedeploy.models.layers import ResidentLayers
 from sparsedeploy.models.tokenizer import check_tokens
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.pruning.layers import losses_of, prune_model
@@ -113,11 +114,17 @@ def prune(
             f"allocation {choice.name} searches, which a model in memory cannot",
             "Save the model and run: sparsedeploy prune FOLDER.",
         )
+    if options.quantize is not None:
+        raise UserError(
+            "--quantize writes scales beside the weights, which a model in memory has no place for",
+            f"Save the model and run: sparsedeploy prune FOLDER --quantize {options.quantize}.",
+        )
     method = PRUNERS.get(options.method)
     method_options = method.make_options(options.method_options)
     training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
+        layers = ResidentLayers(model, options.head)
         calibration = None
         if measures_text(choice, options.method, reconstruct=options.reconstruct):
             calibration = _calibration(model, options, tokenizer, tokens)
@@ -125,12 +132,12 @@ def prune(
             raise UserError(f"tokens have no effect: {options.method} reads no calibration text", "Leave them out.")
         read = calibration.tokens if calibration else None
         if options.plan is not None:
-            options.plan.check_modules([shape for layer in model_layers(model) for shape in layer])
+            options.plan.check_modules([shape for layer in model_layers(layers) for shape in layer])
             plan = options.plan
         else:
             assert choice is not None
             plan = allocate(
-                model,
+                layers,
                 read,
                 choice.sparsity,
                 choice.pattern,

@@ -107,8 +107,16 @@ class PruneOptions(Options):
     quantize_group: Literal["32", "64", "128"] = option(
         "32", "Columns that share a scale of --quantize; GGUF files need 32.", only_with="quantize"
     )
+    lm_head: bool = option(
+        False, "Prune the output head, too, like one more layer behind the last; one that is tied cannot be pruned."
+    )
     plan: SparsityPlan | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+
+    @property
+    def head(self) -> bool:
+        """Whether the output head is pruned: that is asked for, or the plan says it."""
+        return self.lm_head or (self.plan is not None and self.plan.has_head)
 
     @property
     def grid(self) -> Grid | None:
@@ -293,6 +301,7 @@ def request_of(
             pattern_options=plan.details.get("mixed"),
             allocation=plan.allocation,
             allocation_options=plan.options,
+            lm_head=plan.has_head,
         )
     request = {"prune": _section(prune)}
     if reads_text:

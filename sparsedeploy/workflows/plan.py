@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sparsedeploy.checkpoint.manifest import CalibrationRecord
 from sparsedeploy.conversion import build_options
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import model_sha256
-from sparsedeploy.models.layers import LayerSource, StreamedLayers
+from sparsedeploy.models.layers import LayerSource, ResidentLayers, StreamedLayers
 from sparsedeploy.models.loading import load_asked, load_config, resolve_model
 from sparsedeploy.models.low_rank import refuse_unmerged
 from sparsedeploy.models.options import LoadOptions
@@ -119,6 +120,7 @@ class Prepared:
             device=load.torch_device,
             dtype=load.torch_dtype,
             trust_remote_code=load.trust_remote_code,
+            head=self.options.head,
         )
 
     @property
@@ -136,6 +138,7 @@ class Prepared:
             "method_options": asdict(self.pruner_options),
             "reconstruct": self.options.reconstruct,
             "quantize": asdict(grid) if (grid := self.options.grid) else None,
+            "lm_head": self.options.head,
             "calibration": asdict(described) if (described := self.described) else None,
         }
 
@@ -147,6 +150,7 @@ class Prepared:
             "method": self.options.method,
             "method_options": asdict(self.pruner_options),
             "reconstruct": self.options.reconstruct,
+            "quantize": asdict(grid) if (grid := self.options.grid) else None,
             "calibration": asdict(described) if (described := self.described) else None,
             "accumulate": self.options.calibration.accumulate,
             "dtype": str(first.dtype),
@@ -178,6 +182,7 @@ def prepare(
     prunes: bool = True,
     calibrates: bool = False,
     allocation: str = "uniform",
+    drawn: Callable[[], CalibrationSet] | None = None,
 ) -> Prepared:
     """Check a request against its model and read what calibration text it needs.
 
@@ -185,6 +190,7 @@ def prepare(
         prunes: False where only a plan is wanted.
         calibrates: read the text whatever the pruner and the allocation need.
         allocation: the one where none is asked for.
+        drawn: the calibration sequences, where somebody has them already.
 
     Raises:
         UserError: any input that cannot be used.
@@ -205,7 +211,8 @@ def prepare(
     calibration = None
     fits = options.reconstruct or options.grid is not None
     if calibrates or measures_text(choice, options.method, prunes=prunes, reconstruct=fits):
-        calibration = calibration_set(folder, config, options.calibration, trust_remote_code=trust)
+        draw = drawn or partial(calibration_set, folder, config, options.calibration, trust_remote_code=trust)
+        calibration = draw()
     return Prepared(options, load, folder, config, sha256, choice, pruner_options, calibration)
 
 
@@ -277,10 +284,11 @@ def choose_plan(
     assert choice is not None, "there is a plan already"
     tokens = prepared.calibration.tokens if prepared.calibration else None
     batch_size = options.calibration.batch_size
+    layers = ResidentLayers(model, options.head) if isinstance(model, nn.Module) else model
 
     def plan_with(allocation_options: Any, name: str = choice.name) -> SparsityPlan:
         return allocate(
-            model,
+            layers,
             tokens,
             choice.sparsity,
             choice.pattern,
@@ -295,12 +303,12 @@ def choose_plan(
 
     if not choice.searches:
         return plan_with(choice.options)
-    assert isinstance(model, nn.Module), "a search prunes whole copies of the model"
-    dense = model
+    assert isinstance(layers, ResidentLayers), "a search prunes whole copies of the model"
+    dense = layers.model
     if choice.compares_levels:
         asked = choice.options
         return search_plan(
-            dense,
+            layers,
             tokens,
             prepared.selection_windows(asked.text, asked.selection, asked.windows),
             choice.sparsity,
@@ -311,6 +319,7 @@ def choose_plan(
             method_options=prepared.pruner_options,
             identity=prepared.level_identity(dense),
             reconstruct=options.reconstruct,
+            grid=options.grid,
             mixed=choice.mixed,
             model_sha256=prepared.sha256,
             batch_size=batch_size,
@@ -330,6 +339,7 @@ def choose_plan(
                 prepared.pruner_options,
                 batch_size,
                 reconstruct=options.reconstruct,
+                grid=options.grid,
             )
             try:
                 return perplexity(candidate, selection, batch_size=batch_size or 1).perplexity
@@ -338,7 +348,7 @@ def choose_plan(
 
         return trial
 
-    search = Search(choice.sparsity, choice.pattern, model_layers(dense), plan_with, trial_on)
+    search = Search(choice.sparsity, choice.pattern, model_layers(layers), plan_with, trial_on)
     allocator = ALLOCATORS.get(choice.name).function(choice.options)
     plan, details = allocator.search(search)
     return replace(plan, details={**plan.details, "search": details})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from sparsedeploy.allocation import model_layers
+from sparsedeploy.calibration.samples import CalibrationSet
 from sparsedeploy.checkpoint.journal import Journal, journalled_folder
 from sparsedeploy.checkpoint.manifest import MANIFEST, Manifest, load_manifest
 from sparsedeploy.checkpoint.masks import FILE as MASKS
@@ -33,12 +35,17 @@ def prune(
     output: Path,
     options: PruneOptions,
     run: RunOptions = RunOptions(),
+    *,
+    drawn: Callable[[], CalibrationSet] | None = None,
 ) -> Manifest:
     """Prune a model folder or hub id into ``output`` and return the new checkpoint's manifest.
 
     A pruned checkpoint with ``quantize`` and without a target keeps its masks, and its weights are rounded.
 
     Memory holds the embeddings, one decoder layer and the activations of the calibration text; never the whole model.
+
+    Args:
+        drawn: the calibration sequences that ``options.calibration`` asks for, where somebody has them already.
 
     Raises:
         UserError: any input that cannot be used; ``output`` then does not exist or is as it was.
@@ -53,7 +60,7 @@ def prune(
     with process_group(device) as processes, ExitStack() as stack:
         if processes.main:
             stack.enter_context(claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read))
-        return _prune(source, output, options, run, processes, before)
+        return _prune(source, output, options, run, processes, before, drawn)
 
 
 def pruned_before(source: str, options: PruneOptions) -> Manifest | None:
@@ -74,11 +81,12 @@ def _prune(
     run: RunOptions,
     processes: Processes,
     before: Manifest | None,
+    drawn: Callable[[], CalibrationSet] | None,
 ) -> Manifest:
     """:func:`prune` on one of possibly several processes; the first one writes."""
-    prepared = prepare(source, options, run)
+    prepared = prepare(source, options, run, drawn=drawn)
     folder, calibration, layers = prepared.folder, prepared.calibration, prepared.layers()
-    slices = stored_slices(layers.model, layers.files)
+    slices = stored_slices(layers.model, layers.files, options.head)
     if options.plan is not None:
         options.plan.check_modules([shape for layer in model_layers(layers) for shape in layer])
     request = {

@@ -49,6 +49,7 @@ def prune_with_llmcompressor(
     for what, asked in (
         ("--reconstruct", options.reconstruct),
         ("--quantize", options.quantize),
+        ("--lm-head", options.head),
         ("--resume", run.resume),
         ("--trust-remote-code", run.trust_remote_code),
     ):

@@ -56,6 +56,7 @@ def prune_and_recover(
             "recovery moves the weights that --quantize rounds",
             f"Leave --quantize out, then: sparsedeploy prune {output} --quantize {prune.quantize} -o QUANTIZED.",
         )
+    _refuse_head(prune.head)
     read = (source, prune.calibration.data, *_train_data(recover))
     with claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read):
         return _from_dense(source, prune, RecoveryRun.of(output, recover, run))
@@ -95,6 +96,16 @@ def recover_checkpoint(
         return _from_checkpoint(checkpoint, work, run.dense, calibration)
 
 
+def _refuse_head(pruned: bool) -> None:
+    """Recovery holds the masks of decoder layers only.
+
+    Raises:
+        UserError: the output head is pruned.
+    """
+    if pruned:
+        raise UserError("recovery does not keep a pruned output head sparse", "Prune without --lm-head.")
+
+
 def _train_data(recover: RecoverOptions) -> list[str]:
     return [] if recover.data is None else [recover.data.data]
 
@@ -103,6 +114,7 @@ def _from_checkpoint(
     checkpoint: Path, work: RecoveryRun, dense: str | None, calibration: Mapping[str, Any] | None
 ) -> Manifest:
     method, manifest = work.method, load_manifest(checkpoint)
+    _refuse_head(manifest.plan.has_head)
     if (checkpoint / ADAPTER).is_dir():
         raise UserError(
             f"{checkpoint} has been recovered with adapters beside its weights",

@@ -22,12 +22,13 @@ from sparsedeploy.allocation.budget import integer_counts, meet_target, nm_targe
 from sparsedeploy.allocation.evolve import EvolveOptions, Generation, Levels, Slopes, Space, evolve
 from sparsedeploy.allocation.mixed import MixedOptions
 from sparsedeploy.errors import UserError
+from sparsedeploy.grid import Grid
 from sparsedeploy.models.layers import ResidentLayers
 from sparsedeploy.models.linear_views import assign_weight
 from sparsedeploy.paths import expand
 from sparsedeploy.plan import NM, MixedNM, ModuleShape, ModuleTarget, SparsityPlan
 from sparsedeploy.pruning.layers import prune_model
-from sparsedeploy.pruning.levels import FORMAT, LevelDatabase
+from sparsedeploy.pruning.levels import FORMAT, LevelDatabase, Wanted, add_levels
 from sparsedeploy.quality.divergence import dense_predictions, divergence, divergence_gradients
 from sparsedeploy.registry import ALLOCATORS
 from sparsedeploy.resources import cache_home
@@ -40,13 +41,14 @@ class PlanScores:
 
     Args:
         dense: the model; it is not changed, a copy is.
+        head: whether plans name the output head.
         windows: int64 ``[windows, length]`` to compare on.
     """
 
-    def __init__(self, dense: nn.Module, database: LevelDatabase, windows: torch.Tensor) -> None:
+    def __init__(self, dense: nn.Module, database: LevelDatabase, windows: torch.Tensor, head: bool = False) -> None:
         self._predictions = dense_predictions(dense, windows)
         self._model = copy.deepcopy(dense)
-        self._linears = ResidentLayers(self._model).stack.all_linears()
+        self._linears = ResidentLayers(self._model, head).stack.all_linears()
         self._loaded: dict[str, ModuleTarget] = {}
         self._database = database
 
@@ -90,7 +92,7 @@ class PlanScores:
 
 
 def search_plan(
-    model: nn.Module,
+    source: ResidentLayers,
     tokens: torch.Tensor | None,
     windows: torch.Tensor,
     sparsity: float,
@@ -102,6 +104,7 @@ def search_plan(
     method_options: Any,
     identity: Mapping[str, Any],
     reconstruct: bool = False,
+    grid: Grid | None = None,
     mixed: MixedOptions | None = None,
     model_sha256: str | None = None,
     batch_size: int | None = None,
@@ -113,16 +116,17 @@ def search_plan(
         tokens: calibration sequences int64 ``[sequences, length]``.
         windows: held-out text to compare on, int64 ``[windows, length]``.
         identity: what decides a level besides its target; see :class:`LevelDatabase`.
+        reconstruct, grid: see :func:`~sparsedeploy.pruning.layers.prune_layers`.
 
     Raises:
         UserError: a fixed N:M pattern for ``evolve``, a budget outside the levels, a database of another run, or a
             model that has diverged under every plan.
     """
-    evolves = isinstance(options, EvolveOptions)
+    model, evolves = source.model, isinstance(options, EvolveOptions)
     if isinstance(pattern, NM) and evolves:
         raise UserError(f"pattern {pattern} leaves evolve nothing to search", f"Use --pattern mixed-{pattern}.")
     plans = _plans(
-        model,
+        source,
         tokens,
         sparsity,
         pattern,
@@ -139,20 +143,12 @@ def search_plan(
     space, levels = _levels(targets["uniform"], sparsity, pattern, options) if evolves else (None, [])
 
     def add(wanted: Sequence[ModuleTarget]) -> None:
-        database.add(
-            ResidentLayers(model),
-            tokens,
-            wanted,
-            method,
-            method_options,
-            reconstruct=reconstruct,
-            batch_size=batch_size,
-            accumulate=accumulate,
-        )
+        levels = Wanted(database, wanted, method, method_options, reconstruct, grid)
+        add_levels(source, tokens, [levels], batch_size=batch_size, accumulate=accumulate)
 
     add([target for each in (*targets.values(), *levels) for target in each])
     few = windows[: -(-len(windows) // 4)] if options.confirm else windows
-    score = PlanScores(model, database, few)
+    score = PlanScores(model, database, few, source.stack.head is not None)
     scores = _compare("compare allocations", targets, score)
     details: dict[str, Any] = {"selection": options.selection, "scores": scores}
     if space is not None:
@@ -168,7 +164,9 @@ def search_plan(
             candidate = copy.deepcopy(model)
             whole = replace(plans["uniform"], targets=tuple(plan))
             with progress.hidden():
-                prune_model(candidate, tokens, whole, method, method_options, batch_size, reconstruct=reconstruct)
+                prune_model(
+                    candidate, tokens, whole, method, method_options, batch_size, reconstruct=reconstruct, grid=grid
+                )
             return divergence(candidate, dense)
 
         dense = dense_predictions(model, windows)
@@ -192,7 +190,7 @@ def search_plan(
 
 
 def _plans(
-    model: nn.Module,
+    source: ResidentLayers,
     tokens: torch.Tensor | None,
     sparsity: float,
     pattern: NM | MixedNM | None,
@@ -204,12 +202,12 @@ def _plans(
         names += [m.name for m in ALLOCATORS if m.traits.get("searches") is not True and m.name != "uniform"]
     options = {name: ALLOCATORS.get(name).make_options() for name in names}
     try:
-        return allocate_each(model, tokens, sparsity, pattern, options, **known)
+        return allocate_each(source, tokens, sparsity, pattern, options, **known)
     except UserError:
-        plans = allocate_each(model, tokens, sparsity, pattern, {"uniform": options["uniform"]}, **known)
+        plans = allocate_each(source, tokens, sparsity, pattern, {"uniform": options["uniform"]}, **known)
         for name in names[1:]:
             try:
-                plans |= allocate_each(model, tokens, sparsity, pattern, {name: options[name]}, **known)
+                plans |= allocate_each(source, tokens, sparsity, pattern, {name: options[name]}, **known)
             except UserError as error:
                 progress.note(f"without {name}: {error.message}")
         return plans

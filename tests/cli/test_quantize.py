@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,23 @@ def test_a_dense_model_is_pruned_and_rounded(cli: Cli, model: Path, text: Path, 
     check_codes(output, Grid(4))
     assert load_manifest(output).request["prune"]["quantize"] == "int4"
     assert cli("inspect", output).code == 0
+
+
+def test_a_search_compares_rounded_levels(cli: Cli, model: Path, text: Path, tmp_path: Path) -> None:
+    output, database = tmp_path / "p", tmp_path / "levels"
+    search = (
+        "-a",
+        "auto",
+        *(part for o in (f"database={database}", f"text={text}") for part in ("--allocation-option", o)),
+    )
+    rounding = ("--quantize", "int8", *common(text))
+    outcome = cli("prune", model, "-o", output, "-s", "0.5", *search, *rounding)
+    assert outcome.code == 0, outcome.err
+    check_codes(output, Grid(8))
+    assert json.loads((database / "levels.json").read_text())["quantize"] == {"bits": 8, "group": 32}
+    other = cli("prune", model, "-o", tmp_path / "q", "-s", "0.5", *search, *common(text))
+    assert other.code == 2
+    assert "is for another run: quantize differ" in other.err
 
 
 def test_a_pruned_checkpoint_keeps_its_masks(cli: Cli, model: Path, text: Path, tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "command": "sparsedeploy demo",
         "summary": "2.00x decode over the dense model",
         "bound": 14.0,
+        "compared": [_trial(0.5, "wanda", 12.0), {**_trial(0.5, "alps", None), "reason": "the model has diverged"}],
         "trials": [
             _trial(0.5, "wanda", 11.0),
             _trial(0.5, "sparsegpt", 10.5),

@@ -88,9 +88,13 @@ def test_interrupted_and_resumed(deepsparse_runtime: Environment, model: Path, t
     assert inspect_checkpoint(checkpoint).problems == []
     assert "| base model | this model | change |" in (checkpoint / "README.md").read_text()
     assert [path.name for path in (output / "checkpoints").iterdir()] == [checkpoint.name]
-    assert {trial["method"] for trial in result["trials"]} == {"magnitude", "wanda"}
+    assert {row["method"] for row in result["compared"]} == {"magnitude", "wanda"}
+    best = min(result["compared"], key=lambda row: row["perplexity"])["method"]
+    assert {trial["method"] for trial in result["trials"]} == {best}
+    assert not (output / "levels").exists()
     report = (output / "report-deepsparse.html").read_text()
     assert "Rates that were tried" in report
+    assert "from one calibration" in report
     assert "decode over the dense model" in report
     # Everything is done: the third time says so at once and measures nothing.
     assert json.loads(cli(*words, "--json").out) == result
@@ -119,10 +123,10 @@ def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path, cli) -> None:  # 
     words = ("deploy", model, "-o", tmp_path / "out", *_SEARCH, "--dry-run", "--for", "onnxruntime")
     outcome = cli(*words)
     assert (outcome.code, outcome.changed) == (0, []), outcome.err
-    for word in ("50%, magnitude, uniform", "50%, wanda, uniform", "the best pair at up to 1 more of 30%, 50%, 70%"):
+    for word in ("magnitude, wanda with uniform at 50%", "the best pair at up to 2 of 30%, 50%, 70%"):
         assert word in outcome.out
     steps = json.loads(cli(*words, "--json").out)
-    assert [step["step"] for step in steps] == ["runtime", "dense", "try", "try", "try", "export", "bench"]
+    assert [step["step"] for step in steps] == ["runtime", "dense", "compare", "try", "export", "bench"]
     assert all(step["seconds"] is None or step["seconds"] > 0 for step in steps)
 
 

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsedeploy.workflows.deploy_search import Space, Trial, best_pair, chosen, nearest, next_trial
+from sparsedeploy.workflows.deploy_search import Pair, Space, Trial, best_pair, chosen, nearest, next_trial
 
 RATES = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
 
 
-def run(space: Space, perplexity) -> dict[Trial, float]:
+def run(space: Space, perplexity, compared: dict[Pair, float] | None = None) -> dict[Trial, float]:
     results: dict[Trial, float] = {}
-    while (trial := next_trial(space, results)) is not None:
+    while (trial := next_trial(space, compared or {}, results)) is not None:
         assert trial not in results
         results[trial] = perplexity(trial)
     return results
@@ -24,51 +24,72 @@ def run(space: Space, perplexity) -> dict[Trial, float]:
     offsets=st.lists(st.integers(0, 40), min_size=6, max_size=6),
     count=st.integers(1, 6),
     diverges=st.integers(0, 6),
+    searching=st.integers(0, 3),
+    error=st.sampled_from([-100, -3, 0, 3, 100]),
 )
-def test_the_highest_rate_of_the_best_pair_is_found(limit: int, offsets: list[int], count: int, diverges: int) -> None:
-    """Perplexity grows with the rate; methods and allocations differ; the highest rates may diverge."""
-    space = Space(RATES[:count], ["a", "b"], ["u", "v", "w"], float(limit))
+def test_the_highest_rate_of_the_best_pair_is_found(
+    limit: int, offsets: list[int], count: int, diverges: int, searching: int, error: int
+) -> None:
+    """Perplexity grows with the rate; methods and allocations differ, some of them search; high rates may diverge.
+
+    An estimate that is wrong about the bound costs trials, and the answer is the same.
+    """
+    allocations = ["u", "v", "w"]
+    space = Space(RATES[:count], ["a", "b"], allocations, float(limit), allocations[3 - searching :])
     pairs = {(m, a): offsets[3 * i + j] for i, m in enumerate("ab") for j, a in enumerate("uvw")}
 
     def perplexity(trial: Trial) -> float:
         at = RATES.index(trial.rate)
         return math.inf if at >= diverges + 1 else float(pairs[trial.method, trial.allocation] + 5 * at)
 
-    results = run(space, perplexity)
-    assert len(results) <= space.most_trials
-    method, allocation = best_pair(space, results)
-    within = [r for r in space.rates if perplexity(Trial(r, method, allocation)) <= limit]
-    best = chosen(space, results)
+    compared = {pair: perplexity(Trial(space.middle, *pair)) + error if pair in pairs else 0.0 for pair in space.pairs}
+    results = run(space, perplexity, compared)
+    pair = best_pair(space, compared, results)
+    if not searching:
+        assert compared[pair] == min(compared.values())
+        right = (compared[pair] <= limit) == (perplexity(Trial(space.middle, *pair)) <= limit)
+        assert len(results) <= space.halvings * (1 if right else 2)
+    within = [r for r in space.rates if perplexity(Trial(r, *pair)) <= limit]
+    best = chosen(space, compared, results)
     assert (best.rate if best else None) == (max(within) if within else None)
 
 
 def test_order_and_resumption() -> None:
-    space = Space(RATES, ["wanda", "sparsegpt"], ["uniform", "lsa"], 12.0)
+    space = Space(RATES, ["wanda", "sparsegpt"], ["uniform", "lsa", "evolve"], 12.0, ["evolve"])
 
     def perplexity(trial: Trial) -> float:
-        return 10 + 10 * trial.rate**3 - (trial.method == "sparsegpt") - (trial.allocation == "lsa") * 0.5
+        return 10 + 10 * trial.rate**3 - (trial.allocation == "evolve")
 
-    results = run(space, perplexity)
+    compared = {pair: 20.0 - (pair == ("sparsegpt", "lsa")) for pair in space.pairs}
+    results = run(space, perplexity, compared)
     names = [trial.name for trial in results]
-    assert names[:3] == ["wanda-uniform-60", "sparsegpt-uniform-60", "sparsegpt-lsa-60"]
-    assert all(name.startswith("sparsegpt-lsa") for name in names[2:])
+    assert names[:2] == ["sparsegpt-lsa-60", "sparsegpt-evolve-60"]
+    assert all(name.startswith("sparsegpt-evolve") for name in names[2:])
     # Cut anywhere, the same trials follow.
     for cut in range(len(results)):
-        assert next_trial(space, dict(list(results.items())[:cut])) == list(results)[cut]
+        assert next_trial(space, compared, dict(list(results.items())[:cut])) == list(results)[cut]
+
+
+def test_an_estimate_saves_the_middle_rate() -> None:
+    space = Space(RATES, ["wanda", "alps"], ["uniform"], 12.0)
+    compared = {("wanda", "uniform"): 13.0, ("alps", "uniform"): 11.0}
+    found = run(space, lambda trial: 8 + 5 * trial.rate, compared)  # within up to 80 %
+    assert [trial.name for trial in found] == ["alps-uniform-70", "alps-uniform-80"]
+    found = run(space, lambda trial: 10 + 3 * trial.rate, compared)  # within up to 60 %, which is pruned in the end
+    assert [trial.name for trial in found] == ["alps-uniform-70", "alps-uniform-60"]
 
 
 def test_nothing_within_the_bound_names_the_nearest() -> None:
     space = Space(RATES, ["wanda"], ["uniform"], 1.0)
     results = run(space, lambda trial: 10 + trial.rate)
-    assert chosen(space, results) is None
+    assert chosen(space, {}, results) is None
     assert nearest(results) == Trial(0.3, "wanda", "uniform")
 
 
 def test_a_single_rate_is_one_trial() -> None:
     space = Space([0.5], ["wanda"], ["uniform"], 11.0)
-    assert space.most_trials == 1
     assert list(run(space, lambda trial: 10.0)) == [Trial(0.5, "wanda", "uniform")]
-    assert chosen(space, {}) is None
+    assert chosen(space, {}, {}) is None
 
 
 @pytest.mark.parametrize(("text", "value"), [("5%", 0.05), ("0.05", 0.05), ("0", 0.0), ("150%", 1.5)])

@@ -81,6 +81,7 @@ def test_mode_and_gradients_stay_and_tokens_of_ones_own(tmp_path: Path) -> None:
         (PruneOptions(None, "magnitude"), {}, "no sparsity given"),
         (PruneOptions(0.5, "nothing"), {}, "unknown pruning method 'nothing'"),
         (PruneOptions(0.5, "magnitude", allocation="auto"), {}, "allocation auto searches"),
+        (PruneOptions(0.5, "magnitude", quantize="int8"), {}, "--quantize writes scales beside the weights"),
     ],
 )
 def test_refusals_leave_the_model_alone(options: PruneOptions, more: dict, message: str) -> None:

@@ -14,10 +14,11 @@ from torch import nn
 
 from sparsedeploy.allocation.allocate import allocate, model_layers
 from sparsedeploy.errors import UserError
+from sparsedeploy.grid import Grid
 from sparsedeploy.models.layers import ResidentLayers
 from sparsedeploy.plan import SparsityPlan, parse_pattern
 from sparsedeploy.pruning.layers import prune_model
-from sparsedeploy.pruning.levels import LevelDatabase
+from sparsedeploy.pruning.levels import LevelDatabase, Wanted, add_levels
 from sparsedeploy.quality.divergence import dense_predictions, divergence
 from sparsedeploy.registry import ALLOCATORS, PRUNERS
 from sparsedeploy.workflows.search import PlanScores, search_plan
@@ -42,11 +43,19 @@ def text(count: int, seed: int) -> torch.Tensor:
     return torch.randint(VOCABULARY, (count, 24), generator=torch.Generator().manual_seed(seed))
 
 
-def search(model: nn.Module, name: str, folder: Path, pattern: str = "unstructured", **values: Any) -> SparsityPlan:
+def search(
+    model: nn.Module,
+    name: str,
+    folder: Path,
+    pattern: str = "unstructured",
+    *,
+    grid: Grid | None = None,
+    **values: Any,
+) -> SparsityPlan:
     options = ALLOCATORS.get(name).make_options({"database": str(folder), **values})
     parsed = parse_pattern(pattern)
     return search_plan(
-        model,
+        ResidentLayers(model),
         text(4, 0),
         text(4, 1),
         0.6 if parsed is None else parsed.sparsity,
@@ -56,6 +65,7 @@ def search(model: nn.Module, name: str, folder: Path, pattern: str = "unstructur
         method="wanda",
         method_options=PRUNERS.get("wanda").make_options(),
         identity=IDENTITY,
+        grid=grid,
     )
 
 
@@ -77,7 +87,7 @@ def test_a_level_is_what_the_method_leaves_and_comes_back_from_disk(model: nn.Mo
     database = LevelDatabase(tmp_path / "db", IDENTITY)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     options = PRUNERS.get("magnitude").make_options()
-    database.add(ResidentLayers(model), None, plan.targets, "magnitude", options)
+    add_levels(ResidentLayers(model), None, [Wanted(database, plan.targets, "magnitude", options)])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     pruned = random_model("llama", num_hidden_layers=3)
     pruned.load_state_dict(before)
@@ -89,11 +99,27 @@ def test_a_level_is_what_the_method_leaves_and_comes_back_from_disk(model: nn.Mo
     assert score == pytest.approx(divergence(pruned, dense_predictions(model, windows)), rel=1e-6)
 
 
-def really(model: nn.Module, plan: SparsityPlan) -> float:
+def really(model: nn.Module, plan: SparsityPlan, grid: Grid | None = None) -> float:
     """The divergence of the model that is pruned by the plan."""
     candidate = copy.deepcopy(model)
-    prune_model(candidate, text(4, 0), plan, "wanda", PRUNERS.get("wanda").make_options())
+    prune_model(candidate, text(4, 0), plan, "wanda", PRUNERS.get("wanda").make_options(), grid=grid)
     return divergence(candidate, dense_predictions(model, text(4, 1)))
+
+
+def test_levels_are_rounded_as_the_pruning_is(model: nn.Module, tmp_path: Path) -> None:
+    """In the first layer, whose inputs no pruning changes, a level is the very weight that pruning leaves."""
+    grid = Grid(4)
+    found = search(model, "auto", tmp_path / "db", grid=grid)
+    confirmed = found.details["search"]["confirmed"]
+    assert really(model, found, grid) == pytest.approx(min(confirmed.values()), rel=1e-6)
+    pruned = copy.deepcopy(model)
+    prune_model(pruned, text(4, 0), found, "wanda", PRUNERS.get("wanda").make_options(), grid=grid)
+    database = LevelDatabase(tmp_path / "db", IDENTITY)
+    linears = ResidentLayers(pruned).stack.linears(0)
+    by_name = found.by_name
+    assert linears
+    for name, linear in linears.items():
+        assert torch.equal(database.read(by_name[name]), linear.weight)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "mixed-2:8"])
@@ -162,8 +188,8 @@ def test_slopes_are_the_changes_of_the_divergence_to_first_order(tmp_path: Path)
     plan = allocate(model, None, 0.8, None, "uniform", ALLOCATORS.get("uniform").make_options())
     database = LevelDatabase(tmp_path / "db", IDENTITY)
     more = [replace(target, zeros_per_row=target.zeros_per_row + 1) for target in plan.targets]
-    method = ("magnitude", PRUNERS.get("magnitude").make_options())
-    database.add(ResidentLayers(model), None, [*plan.targets, *more], *method)
+    options = PRUNERS.get("magnitude").make_options()
+    add_levels(ResidentLayers(model), None, [Wanted(database, [*plan.targets, *more], "magnitude", options)])
     score = PlanScores(model, database, text(4, 1))
     base = score(plan.targets)
     slopes = score.slopes(plan.targets, [(None, level) for level in more], range(4))
