@@ -109,7 +109,7 @@ def test_wanda_scores_the_head_by_what_the_model_gives_it(family: str, text: Pat
     assert head == HEAD
     pruned, whole = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (output, dense))
     weight = whole.get_submodule(head).weight.data
-    inputs = head_inputs(pruned, recorded_tokens(output, manifest))
+    inputs = head_inputs(pruned, recorded_tokens(byte_tokenizer(), whole.config, manifest))
     mask = masks_of(output)[head]
     assert torch.equal(mask, wanda_mask(weight, inputs, 0.5))
     assert torch.equal(pruned.get_submodule(head).weight.data, weight * mask)
