@@ -145,11 +145,15 @@ def methods(tmp_path: Path) -> Iterator[Path]:
     for each in REGISTRIES.values():
         list(each)  # a method registers once, when its module is imported: all before the copy
     before = {name: (dict(each._methods), dict(each._found)) for name, each in REGISTRIES.items()}
+    modules = set(sys.modules)
     try:
         yield folder
     finally:
         for name, (known, found) in before.items():
             REGISTRIES[name]._methods, REGISTRIES[name]._found = known, found
+        for name in set(sys.modules) - modules:
+            if name.startswith("sparsedeploy_method_") or name == "their_column":
+                del sys.modules[name]
 
 
 def help_of(command: str, methods: Path) -> str:

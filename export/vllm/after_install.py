@@ -38,9 +38,9 @@ def main() -> None:
 
 def remove_unfit() -> None:
     for name in _UNFIT:
-        works = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, check=False)
+        works = subprocess.run([sys.executable, "-I", "-c", f"import {name}"], capture_output=True, check=False)
         if works.returncode != 0:
-            subprocess.run([sys.executable, "-m", "pip", "uninstall", "--yes", name], check=False)
+            subprocess.run([sys.executable, "-I", "-m", "pip", "uninstall", "--yes", name], check=False)
 
 
 def describe(packages: Path, name: str, number: str, entry_points: str | None = None) -> None:

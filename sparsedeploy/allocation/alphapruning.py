@@ -1,6 +1,7 @@
 """AlphaPruning: layers whose weight spectra have heavier tails keep more weights.
 
-Lu et al., NeurIPS 2024, arXiv 2410.10912.
+Lu et al., NeurIPS 2024, arXiv 2410.10912: the exponent of each spectrum by Hill's estimator, alpha = 1 + n / sum
+ln(l_i / l_min), and rates that rise linearly with it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """ATP: sparsity rises linearly with depth, because errors of early layers travel furthest.
 
-Huang et al., *Determining Layer-wise Sparsity*, ICML 2025, arXiv 2502.14770.
+Huang et al., *Determining Layer-wise Sparsity*, ICML 2025, arXiv 2502.14770: s_i = S - beta (L - 1) / 2 +
+beta (i - 1).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""DLP: layers whose typical weight score is low keep more weights (Chen et al., ICML 2025, arXiv 2505.23807)."""
+"""DLP: layers whose typical weight score is low keep more weights (Chen et al., ICML 2025, arXiv 2505.23807).
+
+I_l = 1 - R_l / sum R, R_l the median of the layer's scores |W_ij| ||X_j||.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""EvoPress: rates found by evolution over a database of pruned levels (Sieberling et al. 2024).
+"""EvoPress: rates found by evolution over a database of pruned levels (Sieberling et al., ICML 2025, arXiv
+2410.14649, algorithm 1).
 
 Here is the search alone, over vectors of levels with a fixed budget; what a vector is worth is the caller's.
 """

@@ -1,4 +1,8 @@
-"""OWL: layers with more outlier scores keep more weights (Yin et al., ICML 2024, arXiv 2310.05175)."""
+"""OWL: layers with more outlier scores keep more weights (Yin et al., ICML 2024, arXiv 2310.05175).
+
+D_l = the share of the layer's scores |W_ij| ||X_j|| above M times their mean; s_l = s - (d_l - mean d), d_l D_l scaled
+to a given span.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """RMI: layers whose representation is like the other layers' are pruned more; LoSA's layer rates.
 
-Huang et al., *Dynamic Low-Rank Sparse Adaptation*, ICLR 2025, arXiv 2502.14816.
+Huang et al., *Dynamic Low-Rank Sparse Adaptation*, ICLR 2025, arXiv 2502.14816: I_l = exp(-h_l / sum h), h_l the sum
+of the linear CKA between layer l and each other one; the rates minimise sum I_l s_l within bounds.
 """
 
 from __future__ import annotations

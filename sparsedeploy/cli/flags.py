@@ -236,15 +236,18 @@ def _typed_as(item: Described) -> Any:
         return item.hint
     if kind in (Mapping, tuple):
         return list[str] | None
-    plain = kind if kind in (bool, int, float, Path) else str
+    plain = kind if kind in (bool, Path) else str  # numbers too: one converter says what is wrong with them
     return plain if item.required or (item.default is not None and plain is bool) else plain | None
 
 
 def _metavar(item: Described) -> str | None:
-    """What stands for the value of an option of several parts."""
+    """What stands for the value of an option; None for a switch, and where the type of the command line says it."""
+    words = {int: "INT", float: "NUMBER", Path: "PATH"}
     if item.kind is Mapping:
         return "NAME=VALUE"
-    if item.kind is not tuple or ... not in typing.get_args(item.arms[0]):
+    if item.kind is not tuple:
+        return words.get(item.kind)
+    if ... not in typing.get_args(item.arms[0]):
         return None
-    word = {int: "INT", float: "NUMBER", Path: "PATH"}.get(typing.get_args(item.arms[0])[0], "TEXT")
+    word = words.get(typing.get_args(item.arms[0])[0], "TEXT")
     return word if item.facts.repeated else f"{word},..."

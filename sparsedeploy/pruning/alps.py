@@ -1,4 +1,8 @@
-"""ALPS: the mask by operator splitting, the weights by conjugate gradients on it (Meng et al. 2024)."""
+"""ALPS: the mask by operator splitting, the weights by conjugate gradients on it.
+
+Meng et al., NeurIPS 2024, arXiv 2406.07831: X = (H + rho I)^-1 (H W + rho (D - U)), D = P(X + U), U = U + X - D, with P
+the projection onto the budget.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Magnitude pruning: the smallest absolute weights go. The data-free baseline (Han et al., NeurIPS 2015)."""
+"""Magnitude pruning: the smallest absolute weights go. The data-free baseline.
+
+Han et al., NeurIPS 2015, arXiv 1506.02626, section 3: w = 0 where |w| is below a threshold; here the threshold is the
+one that meets the budget exactly.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """LoSA: prune in steps, spread sparsity and ranks anew at each, train masked adapters in between (Huang et al., ICLR
 2025, arXiv 2502.14816).
 
-Unstructured, N:M and mixed N:M; the masks are explicit at every step, so what is pruned stays exactly zero.
+Unstructured, N:M and mixed N:M; the masks are explicit at every step, so what is pruned stays exactly zero. After step
+t of T the sparsity is s (1 - (1 - t / T)^3); the adapters are y = W x + (alpha / 8) ((B A) * M) x under the mask M.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Plain Sparse LoRA on a model that is pruned already, merged under its mask: LoSA's baseline."""
+"""Plain Sparse LoRA on a model that is pruned already, merged under its mask: LoSA's baseline.
+
+Huang et al., ICLR 2025, arXiv 2502.14816: y = W x + (alpha / 8) ((B A) * M) x with a fixed mask M.
+"""
 
 from __future__ import annotations
 

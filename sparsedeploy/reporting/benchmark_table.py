@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 PHASES = {"prefill": "prefill", "decode": "decode", "total": "end to end"}
 _HEADERS = ("", "sparse", "ms", "tokens/s", "speedup", "95 % interval", "limit")
@@ -63,7 +64,7 @@ def benchmark_tables(result: Mapping[str, Any]) -> list[Table]:
     for title, sections in _parts(result):
         table = _table(title, _HEADERS)
         for phase, rows in sections:
-            table.add_row(f"[bold]{phase}[/bold]")
+            table.add_row(Text(phase, style="bold"))
             for row in rows:
                 table.add_row(f" {row[0]}", *row[1:])
         tables.append(table)

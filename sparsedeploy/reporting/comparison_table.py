@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.table import Table
+from rich.text import Text
 
 from sparsedeploy.speed.comparison import Change, Comparison
 
@@ -17,7 +18,7 @@ def comparison_table(comparison: Comparison) -> Table:
         title = f"{change.name} on {change.runtime}, {change.setting}"
         if title != last:
             table.add_section()
-            table.add_row(f"[bold]{title}[/bold]")
+            table.add_row(Text(title, style="bold"))
         last = title
         table.add_row(
             "",

@@ -238,7 +238,7 @@ def require(name: str, python: str | None = None) -> Environment:
         problem = {
             "not installed": "is not installed",
             "incomplete": "is not completely installed (an installation was interrupted)",
-            "outdated": "was installed with other pinned versions than this sparsedeploy needs",
+            "outdated": "was installed from other pins or sources than this sparsedeploy has",
         }[state]
         raise UserError(f"runtime {name} {problem}", f"Run: sparsedeploy runtime install {name}.")
     return Environment(runtime, python_of(home / "env"))

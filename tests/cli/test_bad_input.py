@@ -39,7 +39,7 @@ def prune(cli: Cli, model: Path, text: Path, *more: object) -> Outcome:
     [
         (["-s", "1.0"], "sparsity 1.0 is outside [0, 1)"),
         (["-s", "-0.1"], "sparsity -0.1 is outside [0, 1)"),
-        (["-s", "nan"], "--sparsity is nan. It takes a finite number"),
+        (["-s", "nan"], "--sparsity is 'nan'. It takes a finite number"),
         ([], "no sparsity given"),
         (["-s", "0.995"], "cannot be met with rates between 0 and 0.99"),
         (["-p", "5:4"], "pattern 5:4 keeps more than it has"),
@@ -60,7 +60,7 @@ def prune(cli: Cli, model: Path, text: Path, *more: object) -> Outcome:
         (["-s", "0.5", "--dtype", "int8"], "--dtype is 'int8'. It takes auto, float32, bfloat16 or float16"),
         (["-s", "0.5", "--data", "nowhere.txt"], "no text at 'nowhere.txt'"),
         (["-s", "0.5", "--calibration-length", "200"], "calibration length 200 exceeds the model's 128 positions"),
-        (["-s", "0.5", "-n", "0"], "--samples is 0. It takes a whole number of at least 1"),
+        (["-s", "0.5", "-n", "0"], "--samples is '0'. It takes a whole number of at least 1"),
         (["-s", "0.5", "--plan", "nowhere.json"], "no plan at nowhere.json"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from sparsedeploy.progress import SafeConsole
 from sparsedeploy.reporting.benchmark_page import repeat_command
 from sparsedeploy.reporting.benchmark_table import benchmark_heading, benchmark_markdown, benchmark_tables
 from sparsedeploy.speed import candidates
@@ -181,6 +182,17 @@ def test_compare_finds_a_regression_beyond_the_threshold(cli: Callable[..., Outc
     assert verdicts["dense", "decode"] == verdicts["sparse-80", "prefill"] == "same"
     assert compare(cli, tmp_path, slower, old).code == 0
     assert "better" in compare(cli, tmp_path, slower, old).out
+
+
+def test_titles_are_printed_without_tags(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    values = bench_result()
+    assert "[bold]" not in compare(cli, tmp_path, values, values).out
+    printed = io.StringIO()
+    console = SafeConsole(width=80, file=printed, markup=False)
+    for table in benchmark_tables(values):
+        console.print(table)
+    assert "prefill" in printed.getvalue()
+    assert "[bold]" not in printed.getvalue()
 
 
 def test_compare_is_not_sure_of_what_the_interval_leaves_open() -> None:

@@ -74,11 +74,13 @@ def test_allocate(cli: Cli, arguments: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--samples 0", "--samples is 0. It takes a whole number of at least 1"),
-        ("--samples 99999999999999999999", "--samples is 99999999999999999999. It takes a whole number"),
-        ("--batch-size 0", "--batch-size is 0. It takes a whole number of at least 1"),
+        ("--samples 0", "--samples is '0'. It takes a whole number of at least 1"),
+        ("--samples 99999999999999999999", "--samples is '99999999999999999999'. It takes a whole number"),
+        ("--batch-size 0", "--batch-size is '0'. It takes a whole number of at least 1"),
         ("--accumulate float16", "--accumulate is 'float16'. It takes float32 or float64"),
-        ("--seed -1", "--seed is -1. It takes a whole number of at least 0"),
+        ("--seed -1", "--seed is '-1'. It takes a whole number of at least 0"),
+        ("--samples 1e9", "--samples is '1e9'. It takes a whole number"),
+        ("-s half", "--sparsity is 'half'. It takes a finite number"),
     ],
 )
 def test_a_bad_value_is_named_by_its_flag(cli: Cli, arguments: str, message: str) -> None:

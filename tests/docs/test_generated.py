@@ -3,9 +3,11 @@
 import re
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES, Registry
 from tests.scripts import ROOT, load_script
 
 
@@ -26,6 +28,17 @@ def test_every_method_has_a_formula_but_the_targets(generate: ModuleType) -> Non
         if family.folder != "target":
             for name in family.registry.names():
                 assert f"{family.folder}: {name}" in formulas, "write it in docs/formulas.md"
+
+
+@pytest.mark.parametrize("registry", [ALLOCATORS, PRUNERS, RECOVERIES], ids=lambda each: each.variable)
+def test_every_method_cites_its_paper_and_equation(registry: Registry[Any]) -> None:
+    for method in registry:
+        text = sys.modules[method.function.__module__].__doc__ or ""
+        if method.name in ("uniform", "auto"):  # from no paper
+            assert "arXiv" not in text
+            continue
+        assert re.search(r"arXiv\s\d{4}\.\d{5}|ICLR\s2026", text), f"{method.name} names no paper"
+        assert re.search(r" = | ~ |\beq\. \d|\balgorithm \d", text), f"{method.name} has no equation"
 
 
 def test_links_lead_somewhere() -> None:

@@ -32,6 +32,13 @@ def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def test_the_current_folder_is_not_imported_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
+    monkeypatch.chdir(tmp_path)
+    done = installation.run_code(load_runtime("torch"), Path(sys.executable), "import json; print(json.dumps([1]))")
+    assert (done.returncode, done.stdout) == (0, "[1]\n")
+
+
 def test_not_installed_names_the_command() -> None:
     with pytest.raises(
         UserError, match=r"runtime deepsparse is not installed. Run: sparsedeploy runtime install deepsparse"
@@ -70,7 +77,7 @@ def test_changed_pins_are_noticed(home: Path) -> None:
     (folder / "env" / "bin" / "python").symlink_to(sys.executable)
     (folder / "complete.json").write_text(json.dumps({"requirements_sha256": "0" * 64}))
     assert environments.status("deepsparse").state == "outdated"
-    with pytest.raises(UserError, match=r"other pinned versions.*runtime install deepsparse"):
+    with pytest.raises(UserError, match=r"other pins or sources.*runtime install deepsparse"):
         environments.require("deepsparse")
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from sparsedeploy.errors import UserError
 from sparsedeploy.grid import Grid
+from sparsedeploy.targets import llamacpp
 from sparsedeploy.targets.gguf_codes import TYPES, layouts, place_codes
 from tests.scripts import load_script
 
@@ -63,3 +66,15 @@ def test_codes_are_found_again_after_renaming_and_reordering(tmp_path: Path, bit
     assert np.array_equal(found["blk.0.attn_q.weight"], exact["q"][order.numpy()])
     assert np.array_equal(found["blk.0.ffn_up.weight"], exact["up"])
     assert np.array_equal(gguf.GGUFReader(tmp_path / "final.gguf").tensors[2].data, untouched)
+
+
+def test_a_bare_assertion_of_the_converter_is_one_line_with_its_place(tmp_path: Path) -> None:
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text("import sys\nassert len(sys.argv) == 2")
+    problem = "llama.cpp cannot convert M, whose architecture is NewForCausalLM"
+    with pytest.raises(UserError) as caught:
+        llamacpp._run([sys.executable, str(script)], 60, problem)
+    where = "AssertionError in convert_hf_to_gguf.py, line 2"
+    assert str(caught.value) == (
+        f"{problem}: a check of its own failed ({where}). Use a model and a tokenizer that llama.cpp supports."
+    )
