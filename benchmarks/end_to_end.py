@@ -9,7 +9,8 @@
 round: a new process loads the file, warms up, and runs a prompt of 128 tokens and 64 new ones, one sequence and eight
 at once. Finished samples are kept, so the run may be cut into pieces. Dense files run in llama.cpp as it is; pruned
 files, and dense ones as *ours, no zeros*, with the backend for sparse weights. Further engines take an exported folder
-or a checkpoint. ``quality`` takes the perplexity by llama-perplexity, of pruned files with and without the backend.
+or a checkpoint; ``torch`` runs compiled code, ``torch-eager`` does not. ``quality`` takes the perplexity by
+llama-perplexity, of pruned files with and without the backend.
 
 Writes benchmarks/results/end_to_end.json, .md and .svg. FOLDER's name is the model's in the tables.
 """
@@ -249,10 +250,13 @@ def llamacpp(file: Path, backend: bool, new_tokens: int, batches: list[int]) -> 
 def other(engine: str, folder: Path, new_tokens: int, batches: list[int]) -> dict[str, float]:
     """One process of another engine, by the interface that ``sparsedeploy bench`` uses."""
     batches = [1] if engine == "deepsparse" else batches
+    runtime = engine.removesuffix("-eager")
+    if runtime == "torch":
+        os.environ["SPARSEDEPLOY_TORCH"] = "eager" if engine.endswith("-eager") else "compiled"
     describe_folder(folder)
     started = time.perf_counter()
     options: dict[str, Any] = {"prompt_length": PROMPT, "new_tokens": new_tokens + 1, "batch": max(batches)}
-    with open_model(folder, runtime=engine, **options) as model:
+    with open_model(folder, runtime=runtime, timeout=1200, **options) as model:
         sample = {"load": time.perf_counter() - started}
 
         def measure(prompt: list[int], count: int, batch: int) -> dict[str, Any]:
@@ -264,8 +268,8 @@ def other(engine: str, folder: Path, new_tokens: int, batches: list[int]) -> dic
 def timings(measure: Any, new_tokens: int, batches: list[int]) -> dict[str, float]:
     """Tokens a second, of the prompts and of the new tokens of all sequences."""
     prompt, found = prompt_of(1000), {}
-    measure(prompt, 4, 1)
     for batch in batches:
+        measure(prompt, 4, batch)
         timing = measure(prompt, new_tokens, batch)
         found[f"prefill {batch}"] = batch * PROMPT / timing["prefill_seconds"]
         found[f"decode {batch}"] = batch / statistics.median(timing["decode_seconds"])

@@ -39,7 +39,7 @@ from sparsedeploy.folders import write_json, write_text  # noqa: E402
 from sparsedeploy.formats import packed as packing  # noqa: E402
 from sparsedeploy.formats import quantized  # noqa: E402
 from sparsedeploy.formats.packed import FloatWeight, PackedWeight  # noqa: E402
-from sparsedeploy.formats.product import multiply, prepare  # noqa: E402
+from sparsedeploy.formats.product import Prepared, multiply, prepare  # noqa: E402
 from sparsedeploy.grid import by_column  # noqa: E402
 from sparsedeploy.plan import NM  # noqa: E402
 
@@ -76,9 +76,23 @@ class Row:
 class Timer:
     """Milliseconds of a call on a device, with cold caches."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, flush_values: int = _FLUSH_VALUES) -> None:
         self.device = device
-        self.flush = torch.ones(_FLUSH_VALUES, device=device)
+        self.flush = torch.ones(flush_values, device=device)
+
+    def recorded(self, call: Callable[[], object]) -> Callable[[], object]:
+        """On a GPU, the call as a CUDA graph, so that Python's time does not count."""
+        if self.device.type != "cuda":
+            return call
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
 
     def once(self, call: Callable[[], object]) -> float:
         # Read, not written: what is written goes back to memory while the product runs.
@@ -96,9 +110,10 @@ class Timer:
 
     def best(self, calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
         """The best time of each call over interleaved rounds, after one round that warms up."""
-        for call in calls:
+        ready = [self.recorded(call) for call in calls]
+        for call in ready:
             call()
-        times = [[self.once(call) for call in calls] for _ in range(rounds)]
+        times = [[self.once(call) for call in ready] for _ in range(rounds)]
         return [min(column) for column in zip(*times, strict=True)]
 
 
@@ -130,12 +145,12 @@ def code_weight(weight: torch.Tensor, pattern: str, bits: int) -> PackedWeight:
     return quantized.pack(codes, scales, bits, GROUP, None if pattern.endswith("%") else NM.parse(pattern))
 
 
-def measure_copy(timer: Timer) -> float:
+def measure_copy(timer: Timer, size: int = _COPY_BYTES) -> float:
     """GB/s of a large copy, reads and writes counted."""
-    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=timer.device)
+    source = torch.ones(size, dtype=torch.uint8, device=timer.device)
     target = torch.empty_like(source)
     (best,) = timer.best([lambda: target.copy_(source)], 10)
-    return 2 * _COPY_BYTES / best / 1e6
+    return 2 * size / best / 1e6
 
 
 def measure_format(weight: torch.Tensor, pattern: str) -> dict[str, float | str]:
@@ -198,6 +213,10 @@ def run(
                 decision = choice.measure(stored, dtype)
                 chosen = "packed" if decision.packed else "dense"
                 choices[f"{shape} {pattern} {kind}"] = f"{chosen} ({decision.reason})"
+            else:
+                from sparsedeploy_vllm import gpu, tuning
+
+                tuning.tune(gpu.prepare(stored), dtype)
             rows += measure_products(timer, copy, weight, stored, (shape, pattern, kind), batches, rounds)
     return {
         "device": device_name(device),
@@ -220,14 +239,16 @@ def measure_products(
     names: tuple[str, str, str],
     batches: Sequence[int],
     rounds: int,
+    ready: Prepared | None = None,
 ) -> list[Row]:
     """Dense and packed products of one weight, for every batch.
 
     Args:
         copy: GB/s of a copy.
         names: shape, pattern and values.
+        ready: the prepared weight; None prepares it for its device.
     """
-    ready = prepare(stored)
+    ready = prepare(stored) if ready is None else ready
     size = packing.size(stored)
     limit = weight.numel() * weight.element_size() / size
     rows = []

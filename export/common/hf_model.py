@@ -82,6 +82,10 @@ class HfServer:
         """The folder's model, on ``cores`` threads; each engine has its own way."""
         raise NotImplementedError
 
+    def wrap(self, model: Any, capacity: int) -> HfModel:
+        """What runs a loaded model."""
+        return HfModel(model, capacity)
+
     def load(
         self, folder: str, cores: int, prompt_length: int, new_tokens: int, chunk: int, batch: int = 1
     ) -> dict[str, Any]:
@@ -90,7 +94,7 @@ class HfServer:
         model = self.open(Path(folder), cores)
         seconds = time.perf_counter() - started
         number = len(self.models) + 1
-        self.models[number] = HfModel(model, prompt_length + new_tokens)
+        self.models[number] = self.wrap(model, prompt_length + new_tokens)
         return {"model": number, "capacity": prompt_length + new_tokens, "compile_seconds": seconds}
 
     def logits(self, model: int, prompt: list[int], tokens: list[int], folder: str) -> dict[str, Any]:

@@ -18,9 +18,11 @@ PROTOCOL = take_standard_output()
 
 import numpy as np  # noqa: E402 - imported only after standard output has been redirected
 import torch  # noqa: E402
-from hf_model import HfServer, usable_cores  # noqa: E402
+from hf_model import HfModel, HfServer, usable_cores  # noqa: E402
+from static_model import StaticModel, takes_static_cache  # noqa: E402
 
 from sparsedeploy.errors import UserError  # noqa: E402
+from sparsedeploy.formats.hf import PackedLinear  # noqa: E402
 from sparsedeploy.models.loading import load_model  # noqa: E402
 
 
@@ -67,9 +69,16 @@ class Server(HfServer):
         """The folder's model."""
         torch.set_num_threads(cores)
         try:
-            return load_model(folder, dtype=self.dtype)
+            model = load_model(folder, dtype=self.dtype)
         except UserError as error:
             raise BadRequest(error.message, error.fix) from error
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.prepare(keep=False)
+        return model
+
+    def wrap(self, model: Any, capacity: int) -> HfModel:
+        return StaticModel(model, capacity) if takes_static_cache(model) else HfModel(model, capacity)
 
 
 if __name__ == "__main__":

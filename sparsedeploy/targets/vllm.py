@@ -1,12 +1,13 @@
 """Export for vLLM: a Hugging Face folder whose sparse linears are packed, read by the ``sparsedeploy-vllm`` plugin.
 
 transformers reads it too once ``sparsedeploy`` is imported. The weights keep their values: every packed tensor is
-unpacked again and compared before it is written.
+unpacked again and compared before it is written. Weights that pruning rounded are packed as their codes and scales.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,17 +19,25 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity, config_shapes
+from sparsedeploy.artifacts.folder import Checkpoint
 from sparsedeploy.artifacts.known_answer import TOKENS, save_known_answer, tolerance
 from sparsedeploy.artifacts.traffic import folder_bytes
+from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
+from sparsedeploy.checkpoint.scales import FILE as SCALES
+from sparsedeploy.checkpoint.scales import load_scales
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
 from sparsedeploy.formats import packed as packing
+from sparsedeploy.formats import quantized
 from sparsedeploy.formats.config import BITMASK, ModuleFormat, PackedConfig
+from sparsedeploy.formats.packed import PackedWeight
+from sparsedeploy.grid import Grid, codes_of
 from sparsedeploy.models.loading import build_empty, load_model
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.models.tensor_files import TensorFiles, check_tensor
 from sparsedeploy.models.weight_files import INDEX, note_left_out, small_files
 from sparsedeploy.options import Options, option
+from sparsedeploy.plan import NM
 from sparsedeploy.reading import SOUND_COPY, read_object
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.targets.base import ExportJob, describe
@@ -100,7 +109,7 @@ def export_vllm(job: ExportJob, options: VllmOptions) -> Artifact:
     inside, outside = _linears(opened.folder, opened.config, job.trust_remote_code)
     module_of = {files.locate(f"{module}.weight").name: module for module in inside}
     with job.new_folder() as folder:
-        packer = _Packer(options, set(module_of))
+        packer = _Packer(options, set(module_of), _scales(opened, module_of))
         for shard in progress.track(files.shards, "pack weights"):
             packer.write_shard(shard, folder / shard.name)
         if not packer.packed:
@@ -119,7 +128,7 @@ def export_vllm(job: ExportJob, options: VllmOptions) -> Artifact:
         model = load_model(opened.folder, trust_remote_code=job.trust_remote_code)
         positions = config_shapes(opened.config).max_positions
         answer = reference_logits(model, min(TOKENS, positions or TOKENS)).answer
-        self_test = save_known_answer(folder, *answer, tolerance(packer.dtype))
+        self_test = save_known_answer(folder, *answer, tolerance(packer.dtype, "codes" if packer.scales else None))
         artifact = describe(
             folder,
             opened,
@@ -140,9 +149,12 @@ def export_vllm(job: ExportJob, options: VllmOptions) -> Artifact:
 class _Packer:
     """Writes shards with the wanted tensors packed and counts what it did."""
 
-    def __init__(self, options: VllmOptions, wanted: set[str]) -> None:
+    def __init__(
+        self, options: VllmOptions, wanted: set[str], scales: tuple[Grid | None, dict[str, torch.Tensor]]
+    ) -> None:
         self.options = options
         self.wanted = wanted
+        self.grid, self.scales = scales
         self.modules: dict[str, ModuleFormat] = {}
         self.weight_map: dict[str, str] = {}
         self.dtype = "float32"
@@ -164,21 +176,43 @@ class _Packer:
         self.weights += weight.numel()
         self.zeros += weight.numel() - int(weight.count_nonzero())
         self.dtype = str(weight.dtype).removeprefix("torch.")
-        kind = packing.smallest_kind(weight)
-        if kind is None:
+        packed = self._packed(weight, self.scales.get(name))
+        if packed is None:
             return {name: weight}
-        packed = packing.pack(weight, kind if self.options.format == "auto" else BITMASK)
         packing.check(packed, module)
-        if not torch.equal(packing.unpack(packed), weight):
+        if not torch.equal(packing.unpack(packed).to(weight.dtype), weight):
             raise UserError(f"{module} changed when it was packed and unpacked", "Report this as a bug.")
         self.modules[module] = packing.describe(packed)
         self._count(weight, packing.size(packed))
         return {f"{module}.{part}": tensor.contiguous() for part, tensor in packed.tensors().items()}
 
+    def _packed(self, weight: torch.Tensor, scales: torch.Tensor | None) -> PackedWeight | None:
+        """The packed weight, of codes where the checkpoint has scales; None where it would be no smaller."""
+        if scales is None or self.grid is None:
+            kind = packing.smallest_kind(weight)
+            return None if kind is None else packing.pack(weight, kind if self.options.format == "auto" else BITMASK)
+        codes = codes_of(weight, scales, self.grid)
+        kind = packing.smallest_kind(codes) if self.options.format == "auto" else BITMASK
+        pattern = None if kind in (None, BITMASK) else NM.parse(kind)
+        return quantized.pack(codes, scales, self.grid.bits, self.grid.group, pattern)
+
     def _count(self, weight: torch.Tensor, packed_bytes: int) -> None:
         self.packed += 1
         self.packed_bytes += packed_bytes
         self.dense_bytes += weight.numel() * weight.element_size()
+
+
+def _scales(opened: Checkpoint, module_of: Mapping[str, str]) -> tuple[Grid | None, dict[str, torch.Tensor]]:
+    """What a pruned checkpoint's weights were rounded to, and the scales by the weights' names; none for any other."""
+    if not (opened.folder / MANIFEST).exists():
+        return None, {}
+    manifest = load_manifest(opened.folder)
+    grid = manifest.quantization
+    if grid is None:
+        return None, {}
+    shapes = {target.name: (target.rows, target.columns) for target in manifest.plan.targets}
+    scales = load_scales(opened.folder / SCALES, shapes, grid)
+    return grid, {name: scales[module] for name, module in module_of.items() if module in scales}
 
 
 def _linears(checkpoint: Path, config: Any, trust_remote_code: bool) -> tuple[list[str], list[str]]:

@@ -17,6 +17,7 @@ from sparsedeploy.checkpoint.scales import FILE as SCALES
 from sparsedeploy.checkpoint.scales import load_scales
 from sparsedeploy.errors import UserError
 from sparsedeploy.formats import quantized
+from sparsedeploy.formats.config import PackedConfig
 from sparsedeploy.grid import Grid, codes_of
 from sparsedeploy.models.loading import load_model
 from sparsedeploy.models.structure import find_decoder_stack
@@ -72,6 +73,22 @@ def test_a_search_compares_rounded_levels(cli: Cli, model: Path, text: Path, tmp
     other = cli("prune", model, "-o", tmp_path / "q", "-s", "0.5", *search, *common(text))
     assert other.code == 2
     assert "is for another run: quantize differ" in other.err
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_codes_are_exported_as_codes(cli: Cli, model: Path, text: Path, tmp_path: Path, values: str) -> None:
+    """The packed folder holds them with their scales, and transformers computes what the checkpoint does."""
+    pruned, packed = tmp_path / "p", tmp_path / "packed"
+    outcome = cli("prune", model, "-o", pruned, "-s", "0.5", "-m", "magnitude", "--quantize", values, *common(text))
+    assert outcome.code == 0, outcome.err
+    outcome = cli("export", pruned, "-o", packed, "--target", "vllm")
+    assert outcome.code == 0, outcome.err
+    config = PackedConfig.from_dict(json.loads((packed / "config.json").read_text())["quantization_config"])
+    assert {entry.bits for entry in config.modules.values()} == {int(values.removeprefix("int"))}
+    tokens = torch.arange(5, 25)[None]
+    logits = [load_model(folder, dtype=torch.float32)(tokens).logits for folder in (pruned, packed)]
+    # The kernels round activations to 8 bits.
+    assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()
 
 
 def test_a_pruned_checkpoint_keeps_its_masks(cli: Cli, model: Path, text: Path, tmp_path: Path) -> None:

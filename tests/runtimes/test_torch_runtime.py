@@ -47,6 +47,28 @@ def test_packed_folder_computes_what_the_dense_one_does(tmp_path: Path) -> None:
     assert np.abs(found[0] - found[1]).max() < TOLERANCE
 
 
+@pytest.mark.slow
+def test_compiled_code_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tokens of a packed model run in compiled code; a prompt after another finds an empty cache."""
+    save_sparse_model(tmp_path / "dense", "llama", torch.float32)
+    export_checkpoint(tmp_path / "dense", "vllm", tmp_path / "packed")
+    ids = random_tokens(1, 16)[0].tolist()
+    found = []
+    for name, how in (("dense", "eager"), ("packed", "compiled")):
+        monkeypatch.setenv("SPARSEDEPLOY_TORCH", how)
+        with open_model(tmp_path / name, prompt_length=12, new_tokens=4, cores=1, runtime="torch") as loaded:
+            loaded.logits(ids[4:], ids[:4])
+            found.append(np.concatenate(loaded.logits(ids[:12], ids[12:])))
+            assert len(loaded.measure(ids[:12], 3, 2).decode_seconds) == 3
+    assert np.abs(found[0] - found[1]).max() < TOLERANCE
+    monkeypatch.setenv("SPARSEDEPLOY_TORCH", "fast")
+    with (
+        pytest.raises(UserError, match="SPARSEDEPLOY_TORCH is 'fast'"),
+        open_model(tmp_path / "dense", prompt_length=12, new_tokens=4, cores=1, runtime="torch"),
+    ):
+        pass
+
+
 def test_it_is_always_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSEDEPLOY_HOME", str(tmp_path))
     assert status("torch").state == install("torch").state == "installed"
