@@ -2,9 +2,9 @@
 
     python benchmarks/serve_load.py ARTIFACT --seconds 60 --output benchmarks/results/serve_load
 
-Each number of clients sends one request after another for the given time. At the end the server is asked to stop
-(SIGTERM) while all clients of the last level are sending: a request counts as lost if it was sent and got neither its
-whole answer nor a refusal.
+Each number of clients sends one request after another for the given time, after one that warms the server up. At the
+end the server is asked to stop (SIGTERM) while all clients of the last level are sending: a request counts as lost if
+it was sent and got neither its whole answer nor a refusal.
 """
 
 from __future__ import annotations
@@ -48,13 +48,18 @@ class Level:
     def row(self) -> tuple[str, ...]:
         """Its row of the table."""
         ordered = sorted(self.latencies)
-        points = [ordered[min(len(ordered) - 1, int(part * len(ordered)))] for part in (0.5, 0.95, 0.99, 1.0)]
-        rate = len(ordered) / self.seconds
-        return (str(self.clients), str(len(ordered)), f"{rate:.2f}", *(f"{1e3 * one:.0f}" for one in points), self.told)
-
-    @property
-    def told(self) -> str:
-        return str(self.answers["lost"])
+        points = [
+            ordered[min(len(ordered) - 1, int(part * len(ordered)))] for part in (0.5, 0.95, 0.99, 1.0) if ordered
+        ]
+        shown = [f"{1e3 * one:.0f}" for one in points] or ["-"] * 4
+        return (
+            str(self.clients),
+            str(len(ordered)),
+            f"{len(ordered) / self.seconds:.2f}",
+            *shown,
+            str(self.answers["refused"]),
+            str(self.answers["lost"]),
+        )
 
 
 class Client(threading.Thread):
@@ -108,6 +113,9 @@ def main() -> None:
         for name in ("max_tokens", "max_new_tokens"):
             if name in body:
                 body[name] = arguments.tokens
+        first = time.perf_counter()
+        Client(url, json.dumps(body).encode(), Level(1), threading.Event(), threading.Lock()).one()
+        first = time.perf_counter() - first
         levels = [_load(url, body, count, arguments.seconds) for count in arguments.clients]
         metrics = _read(url, "/metrics")
         last, seconds = _stop_under_load(server, url, body, arguments.clients[-1])
@@ -117,6 +125,7 @@ def main() -> None:
         "artifact": Path(arguments.artifact).name,
         "tokens": arguments.tokens,
         "seconds": arguments.seconds,
+        "first_request_seconds": first,
         "machine": asdict(this_machine()),
         "python": platform.python_version(),
         "levels": [asdict(level) for level in levels],
@@ -143,7 +152,8 @@ def _load(url: str, body: dict[str, Any], count: int, seconds: float) -> Level:
     for client in clients:
         client.join()
     level.seconds = time.perf_counter() - started
-    print(f"{count} clients: {dict(level.answers)}, median {statistics.median(level.latencies):.2f} s", file=sys.stderr)
+    median = f"median {statistics.median(level.latencies):.2f} s" if level.latencies else "no answer"
+    print(f"{count} clients: {dict(level.answers)}, {median}", file=sys.stderr)
     return level
 
 
@@ -182,7 +192,7 @@ def _read(url: str, path: str) -> str:
 
 
 def _table(levels: list[Level], last: Level, seconds: float, values: dict[str, Any]) -> str:
-    headers = ("clients", "requests", "requests/s", "p50 ms", "p95 ms", "p99 ms", "max ms", "lost")
+    headers = ("clients", "requests", "requests/s", "p50 ms", "p95 ms", "p99 ms", "max ms", "refused", "lost")
     rows = [level.row() for level in levels]
     lines = [f"| {' | '.join(headers)} |", "|" + "---:|" * len(headers), *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(
@@ -192,6 +202,8 @@ def _table(levels: list[Level], last: Level, seconds: float, values: dict[str, A
             f"{values['seconds']:g} s for each number of clients, on loopback, on {values['machine']['processor']}.",
             "",
             *lines,
+            "",
+            f"The first request of all, which is in no row, took {values['first_request_seconds']:.2f} s.",
             "",
             f"Asked to stop (SIGTERM) under {last.clients} clients, the server ended after {seconds:.1f} s with exit "
             f"code {values['stop']['exit_code']}: {last.answers['ok']} answered, {last.answers['refused']} refused, "

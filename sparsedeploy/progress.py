@@ -16,13 +16,16 @@ from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 T = TypeVar("T")
 _visible = False
 _terminal: TextIO | None = None  # where bars and notes go; None for standard error
+_begun = ""  # the last line of a log, where it says what begins
 # Between two lines of a log, in seconds.
 _LINE_SECONDS = 30.0
+_WIDE = 100  # characters that a long bar needs beside its texts
 
 
 # Cc: control characters; Cf: invisible ones, which can reverse the order of what is shown; Cs: half a surrogate; Zl and
@@ -57,7 +60,9 @@ def show(visible: bool = True) -> None:
 
 def note(text: str) -> None:
     """Print one line about what happens next, on standard error, when progress is shown."""
+    global _begun  # noqa: PLW0603 - standard error belongs to the process
     if _visible:
+        _begun = ""
         SafeConsole(file=_stream(), highlight=False).print(text, soft_wrap=True, markup=False)
 
 
@@ -92,24 +97,28 @@ def hidden() -> Iterator[None]:
 def bar(description: str, total: int | None, unit: str = "", *, done: int = 0) -> Iterator[Callable[..., None]]:
     """A progress bar; yields ``advance(steps=1, status="")``.
 
-    Where standard error is no terminal, plain lines instead: the description, then one every half minute.
+    Where standard error is no terminal, plain lines instead: the description, once for the same work several times in
+    a row, then one every half minute.
 
     Args:
         done: steps that an earlier run has made; they do not count for the time left.
     """
+    global _begun  # noqa: PLW0603 - see note
     if not _visible:
         yield lambda steps=1, status="": None
         return
     console = SafeConsole(file=_stream(), highlight=False)
     if not console.is_terminal:
-        console.print(description, markup=False)
+        if description != _begun:
+            console.print(description, markup=False, soft_wrap=True)
+        _begun = description
         yield _lines(console, description, total, unit, done)
         return
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=28),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=28 if console.width >= _WIDE else 10),
         MofNCompleteColumn(),
-        TextColumn(f"{unit}{{task.fields[status]}}", markup=False),
+        TextColumn(f"{unit}{{task.fields[status]}}", markup=False, table_column=Column(no_wrap=True)),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

@@ -117,7 +117,7 @@ def compare_folders(a: Path, b: Path) -> FolderDifference:
     # Layer -> zeros in A, zeros in B, elements, squared norm of the difference, squared norm of B.
     sums: dict[int, list[float]] = {}
     shared = sorted(names[0] & names[1], key=_natural)
-    for name in progress.track(shared, "compare tensors", unit=" tensors"):
+    for name in progress.track(shared, "compare tensors", unit="tensors"):
         stored = files[0][name], files[1][name]
         if stored[0].shape != stored[1].shape:
             result.shapes[name] = list(stored[0].shape), list(stored[1].shape)

@@ -32,5 +32,5 @@ def demo_command(
     console.print(f"\n{report['about']}", soft_wrap=True)
     console.print(summary_table(report))
     for line in notes(report):
-        console.print(line)
+        console.print(line, soft_wrap=not console.is_terminal)
     console.print(f"report: {output / 'report.html'} and {output / 'report.json'}", soft_wrap=True)

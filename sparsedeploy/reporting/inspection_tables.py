@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,24 @@ def inspection_parts(folder: Path, result: Inspection) -> Iterator[RenderableTyp
     plan = result.manifest.plan
     parts = zip(*(module.name.split(".") for module in result.modules), strict=False)
     common = "".join(f"{group[0]}." for group in itertools.takewhile(lambda group: len(set(group)) == 1, parts))
-    yield f"modules of {common}" if common else "modules"
-    table = _table(
-        f"{folder}: {result.manifest.method}, {plan.allocation}, {plan.pattern}",
-        ("module", "shape", "masked", "planned", "zero", "pattern", "rows 0..1"),
-        left=(0, 1, 5, 6),
-    )
+    yield f"{folder}: {result.manifest.method}, {plan.allocation}, {plan.pattern}"
     planned = {target.name: target.sparsity for target in plan.targets}
+    columns: dict[str, Callable[[ModuleFindings], str]] = {
+        "module": lambda module: module.name.removeprefix(common),
+        "shape": lambda module: f"{module.rows} x {module.columns}",
+        "masked": lambda module: f"{module.sparsity:.4f}",
+    }
+    # What says nothing leaves the width of a terminal to the rest.
+    if any(module.sparsity != planned[module.name] for module in result.modules):
+        columns["planned"] = lambda module: f"{planned[module.name]:.4f}"
+    columns["zero"] = lambda module: f"{module.zeros / (module.rows * module.columns):.4f}"
+    if any(module.pattern is not None for module in result.modules):
+        columns["pattern"] = _pattern
+    columns["rows 0..1"] = lambda module: _histogram(module.row_sparsity)
+    left = tuple(at for at, name in enumerate(columns) if name in ("module", "shape", "pattern", "rows 0..1"))
+    table = _table(f"modules of {common}" if common else "modules", tuple(columns), left)
     for module in result.modules:
-        table.add_row(
-            module.name.removeprefix(common),
-            f"{module.rows} x {module.columns}",
-            f"{module.sparsity:.4f}",
-            f"{planned[module.name]:.4f}",
-            f"{module.zeros / (module.rows * module.columns):.4f}",
-            _pattern(module),
-            _histogram(module.row_sparsity),
-        )
+        table.add_row(*(cell(module) for cell in columns.values()))
     yield table
     if result.losses:
         yield _losses_table(result)
@@ -86,22 +87,24 @@ def difference_parts(a: Path, b: Path, found: FolderDifference) -> Iterator[Rend
     if found.equal:
         yield f"{a} and {b} are the same model: configuration and all {found.same} tensors"
         return
+    yield f"A: {a}"
+    yield f"B: {b}"
     if found.config:
-        table = _table("config.json", ("key", str(a), str(b)), left=(0, 1, 2))
+        table = _table("config.json", ("key", "A", "B"), left=(0, 1, 2))
         for key, (one, two) in found.config.items():
             table.add_row(key, _value(one), _value(two))
         yield table
-    for folder, names in zip((a, b), found.only, strict=True):
+    for folder, names in zip("AB", found.only, strict=True):
         if names:
             yield f"only in {folder}: {_some(names)}"
     for name, (one_shape, two_shape) in found.shapes.items():
-        yield f"{name}: shape {one_shape} in {a}, {two_shape} in {b}"
+        yield f"{name}: shape {one_shape} in A, {two_shape} in B"
     if found.layers:
-        yield _layers_table(a, b, found)
+        yield _layers_table(found)
     if found.changed:
         changed = sorted(found.changed, key=lambda one: -(one.lost or 0.0))
-        headers = ("tensor", "changed", "largest", "norm lost", "zero in A", "zero in B")
-        table = _table("tensors that changed most", headers)
+        headers = ("tensor", "changed", "largest", "lost", "zero A", "zero B")
+        table = _table("tensors that changed most (lost: the part of the norm)", headers)
         for change in changed[:_SHOWN]:
             table.add_row(*_change_cells(change))
         yield table
@@ -143,9 +146,7 @@ def sizes_table(sizes: list[FormatSize]) -> Table:
 
 def _losses_table(result: Inspection) -> Table:
     total = sum(result.losses.values()) or 1.0
-    table = _table(
-        "layers that lost most (reconstruction error on the calibration text)", ("layer", "error", "share", "most in")
-    )
+    table = _table("layers that lost most (reconstruction error)", ("layer", "error", "share", "most in"))
     for layer, loss in list(result.losses.items())[:_SHOWN]:
         inside = max((m for m in result.modules if m.layer == layer), key=lambda m: m.loss or 0.0)
         table.add_row(
@@ -154,8 +155,8 @@ def _losses_table(result: Inspection) -> Table:
     return table
 
 
-def _layers_table(a: Path, b: Path, found: FolderDifference) -> Table:
-    table = _table("decoder layers", ("layer", f"zero in {a}", f"zero in {b}", "norm lost", "masks shared"))
+def _layers_table(found: FolderDifference) -> Table:
+    table = _table("decoder layers", ("layer", "zero in A", "zero in B", "norm lost", "masks shared"))
     shared: dict[int | None, list[int]] = {}
     for one in found.overlap or []:
         total = shared.setdefault(layer_number(one.name), [0, 0])
@@ -187,7 +188,8 @@ def _overlap_line(found: FolderDifference) -> str:
 def _change_cells(change: TensorChange) -> tuple[str, ...]:
     types = change.types
     return (
-        change.name + (f" ({types[0]}, {types[1]})" if types[0] != types[1] else ""),
+        change.name.removeprefix("model.").removesuffix(".weight")
+        + (f" ({types[0]}, {types[1]})" if types[0] != types[1] else ""),
         f"{change.changed / (change.size or 1):.1%}",
         f"{change.largest:.4g}",
         "" if change.lost is None else f"{change.lost:.4f}",
@@ -224,7 +226,8 @@ def _histogram(counts: list[int]) -> str:
 def _table(title: str, headers: tuple[str, ...], left: tuple[int, ...] = (0,)) -> Table:
     table = Table(title=title, title_justify="left")
     for at, heading in enumerate(headers):
-        table.add_column(heading, justify="left" if at in left else "right", no_wrap=at != len(headers) - 1)
+        figures = at not in left
+        table.add_column(heading, justify="right" if figures else "left", no_wrap=figures or at == 0)
     return table
 
 

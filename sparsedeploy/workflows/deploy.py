@@ -79,7 +79,7 @@ def plan(prepared: Prepared) -> list[Step]:
     known = {method: [one["seconds"] for one in state.trials if one["method"] == method] for method in options.methods}
     rough = {m: sum(known[m]) / len(known[m]) if known[m] else work.trial_seconds(m, speed) for m in options.methods}
     steps = [
-        Step("runtime", f"make sure that {prepared.aim.name} is installed", None),
+        Step("runtime", f"install {prepared.aim.name}", None, status(prepared.aim.name).state == "installed"),
         Step(
             "dense",
             f"dense perplexity on {prepared.held_out}, {options.windows} windows of {prepared.context} tokens",
