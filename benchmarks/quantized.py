@@ -3,14 +3,18 @@
     python benchmarks/quantized.py MODEL CALIBRATION_TEXT TEST_TEXT [--cells "METHOD|ROUNDING|RATE" ...]
 
 Every finished cell is stored at once; run it again to go on where it stopped. ``nearest`` puts the largest value of
-each 32 columns at the end of the codes, as llama.cpp's quantiser does. Texts and windows are those of frontier.py.
+each 32 columns at the end of the codes, as llama.cpp's quantiser does. ``gptq4`` is llm-compressor's GPTQ on the pruned
+checkpoint with its masks held (needs ``sparsedeploy runtime install llmcompressor``), in the largest groups that divide
+every width, and ``sweep4*`` our sweep in those groups. Texts and windows are those of frontier.py.
 """
 
 from __future__ import annotations
 
 import math
 import platform
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +26,16 @@ from sparsedeploy.grid import Grid
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.pruning.layers import prune_model
 from sparsedeploy.registry import ALLOCATORS, PRUNERS
+from sparsedeploy.runtimes.environments import require
+from sparsedeploy.runtimes.llmcompressor import quantize_folder
 
-ROUNDINGS = ("none", "nearest8", "sweep8", "nearest4", "sweep4")
+ROUNDINGS = ("none", "nearest8", "sweep8", "nearest4", "sweep4", "gptq4", "sweep4*")
 CELLS = [
     f"{method}|{rounding}|{rate}"
     for rate in ("0.5", "0.7")
     for method in ("sparsegpt", "wanda", "alps")
     for rounding in ROUNDINGS
+    if method == "sparsegpt" or rounding not in ("gptq4", "sweep4*")
 ]
 
 
@@ -41,21 +48,45 @@ def round_to_nearest(weight: torch.Tensor, grid: Grid) -> None:
     weight.copy_((grid.codes(groups, scale) * scale).reshape(weight.shape))
 
 
+def by_gptq(setting: Setting, model: Any, masks: dict[str, torch.Tensor], tokens: torch.Tensor) -> float:
+    """The perplexity after llm-compressor's GPTQ, with 4 bits and the masks held."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "pruned"
+        model.save_pretrained(folder)
+        setting.tokenizer.save_pretrained(folder)
+        texts = {"tokens": tokens, "windows": setting.test_windows, "probe": setting.test_windows[0, :32]}
+        where = require("llmcompressor")
+        found = quantize_folder(where, folder, Path(scratch) / "quantised", "w4a16", "gptq", masks, **texts)
+    assert found["revived"] == 0
+    return float(found["perplexity_after"])
+
+
 def cell_of(setting: Setting, method: str, rounding: str, rate: str) -> dict[str, Any]:
     """Prune uniformly, round, measure."""
-    kind, bits = rounding.rstrip("48"), rounding[-1]
+    kind, bits = rounding.rstrip("48*"), rounding.rstrip("*")[-1]
     model = setting.dense_model()
+    linears = find_decoder_stack(model).all_linears()
+    group = next(group for group in (128, 64, 32) if all(each.in_features % group == 0 for each in linears.values()))
     tokens = setting.calibration_set(0).tokens
     plan = allocate(model, tokens, *target_of(rate), "uniform", ALLOCATORS.get("uniform").make_options())
     used = time.process_time()
     options = PRUNERS.get(method).make_options()
-    prune_model(model, tokens, plan, method, options, grid=Grid(int(bits)) if kind == "sweep" else None)
+    grid = Grid(int(bits), group if rounding.endswith("*") else 32) if kind == "sweep" else None
+    pruned = prune_model(model, tokens, plan, method, options, grid=grid)
+    if kind == "gptq":
+        masks = {name: module.mask for name, module in pruned.items()}
+        return {"perplexity": by_gptq(setting, model, masks, tokens), "group": group}
     if kind == "nearest":
-        for linear in find_decoder_stack(model).all_linears().values():
+        for linear in linears.values():
             round_to_nearest(linear.weight.data, Grid(int(bits)))
     used = time.process_time() - used
     value = setting.perplexity(model)
     return {"perplexity": value if math.isfinite(value) else None, "prune_cpu_s": round(used, 1)}
+
+
+def group_text(cells: dict[tuple[str, ...], Any]) -> str:
+    found = {cell["group"] for cell in cells.values() if "group" in cell}
+    return f": {found.pop()}" if found else ""
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -67,11 +98,17 @@ def markdown(content: dict[str, Any]) -> str:
         f"{content['model']['name']}, dense {content['dense']:.2f}; uniform rates, groups of 32, calibrated on "
         f"{content['calibration']['sequences']} sequences of {content['calibration']['length']} tokens of "
         f"{content['calibration']['data']}, perplexity on {content['test']['bytes']:,} bytes of "
-        f"{content['test']['data']}. In brackets: against the same pruning without rounding.",
+        f"{content['test']['data']}. In brackets: against the same pruning without rounding. `gptq4`: llm-compressor's "
+        f"GPTQ, masks held, and `sweep4*`, in the largest groups that divide every width{group_text(cells)}.",
         "",
     ]
     for rate in sorted({rate for _, _, rate in cells}):
-        lines += [f"## {float(rate):.0%}", "", "| method | " + " | ".join(ROUNDINGS) + " |", "|---" * 6 + "|"]
+        lines += [
+            f"## {float(rate):.0%}",
+            "",
+            "| method | " + " | ".join(ROUNDINGS) + " |",
+            "|---" * (1 + len(ROUNDINGS)) + "|",
+        ]
         for method in sorted({m for m, _, r in cells if r == rate}):
             plain = cells.get((method, "none", rate), {}).get("perplexity")
             row = []
