@@ -73,7 +73,7 @@ class PruneOptions(Options):
         None, "Fraction of decoder-linear weights to remove, such as 0.7.", short="-s", replaces=_TARGET
     )
     method: str = option(
-        "wanda",
+        "sparsegpt",
         "How weights are chosen: {choices}.",
         short="-m",
         choices=PRUNERS.names,
@@ -210,7 +210,7 @@ class DeployOptions(SpeedOptions):
         PruneOptions, "method", ("wanda", "sparsegpt", "alps"), help="Pruning methods to choose from: {choices}."
     )
     allocations: tuple[str, ...] = like(
-        PruneOptions, "allocation", ("uniform", "lsa"), help="Allocations to choose from: {choices}."
+        PruneOptions, "allocation", ("uniform", "dlp"), help="Allocations to choose from: {choices}."
     )
     held_out: str | None = option(
         None, "Text to measure quality on.", unset="the test split of the calibration text's set"

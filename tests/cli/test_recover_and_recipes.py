@@ -59,7 +59,7 @@ def test_recover_prints_what_it_did(cli: Callable[..., Outcome], model: Path, te
     assert cli("prune", model, "-o", tmp_path / "p", *pruning).code == 0
     outcome = cli("recover", tmp_path / "p", "-o", tmp_path / "r", "-m", "sparse-lora", "--train-data", text)
     assert outcome.code == 0, outcome.err
-    assert "wanda, then sparse-lora" in outcome.out.replace("\n", " ")
+    assert "sparsegpt, then sparse-lora" in outcome.out.replace("\n", " ")
     assert cli("inspect", tmp_path / "r").code == 0
 
 
