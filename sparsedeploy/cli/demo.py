@@ -29,7 +29,7 @@ def demo_command(
     if as_json:
         print_json(report)
         return
-    console.print(f"\n{report['about']}", soft_wrap=True)
+    console.print(f"\n{report['about']}", soft_wrap=not console.is_terminal)
     console.print(summary_table(report))
     for line in notes(report):
         console.print(line, soft_wrap=not console.is_terminal)

@@ -28,7 +28,8 @@ def deploy_command(
     """From a model to a measured artifact, within a bound on quality.
 
     Finds the highest sparsity whose perplexity stays within the bound, exports it in the fastest format that stays
-    within it too, and measures it against the dense model. If it is interrupted, run the same command again to resume;
+    within it too, and measures it against the dense model. Methods and allocations are compared from one calibration;
+    what is chosen was pruned and measured at its rate. If it is interrupted, run the same command again to resume;
     another target in the same folder reuses the search.
     """
     from sparsedeploy.workflows.deploy import deploy, plan

@@ -54,8 +54,8 @@ def _rows(cells: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def summary_table(cells: Sequence[Row]) -> Table:
-    """The table for the terminal."""
-    shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    """The table for the terminal, narrow: names of cells are long."""
+    shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for at, header in enumerate(_HEADERS):
         shown.add_column(header, justify="left" if at == 0 else "right", no_wrap=at > 0, overflow="fold")
     for row in _rows(cells):

@@ -86,7 +86,7 @@ def prove(
     prompt, steps = _lengths(artifact.self_test.tokens, runtime, prompt_length, new_tokens)
     verdict = _read(path)
     if verdict is None or verdict.tokens < prompt + steps or not verdict.passed:
-        progress.note(f"check {runtime.title} on this machine")
+        progress.note(f"check {runtime.title} on this machine with {folder.name}")
         verdict = _compare(model, artifact, folder, prompt, steps, tolerance(dtype) if dtype else 0.0)
         _keep(path, verdict)
     if not verdict.passed:

@@ -220,6 +220,9 @@ def test_exports_count_it_or_refuse(model: Path, text: Path, tmp_path: Path, cli
     weights, zeros = sum(t.size for t in size.targets), sum(t.zeros for t in size.targets)
     found = export_checkpoint(checkpoint, "deepsparse", tmp_path / "ds", {}).sparsity
     assert (found.weights, found.zeros) == (weights, zeros)
+    integers = export_checkpoint(checkpoint, "deepsparse", tmp_path / "int8", {"int8": "true", "windows": "0"}).sparsity
+    assert integers.weights == weights
+    assert integers.zeros >= zeros
     packed = export_checkpoint(checkpoint, "vllm", tmp_path / "vllm", {})
     head = size.by_name[HEAD]
     assert packed.sparsity.weights == weights - head.size
