@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 import pytest
 
-from sparsedeploy.conversion import build_options, convert, parse_pairs, plain_options
+from sparsedeploy.conversion import build_options, convert, parse_pairs, plain_options, typed_words
 from sparsedeploy.errors import UserError
 from sparsedeploy.options import Options, described, option, seed_option
 from sparsedeploy.registry import REGISTRIES
+from sparsedeploy.speed.options import BenchmarkOptions
+from sparsedeploy.workflows.options import DemoOptions
 
 
 @dataclass(frozen=True)
@@ -135,3 +137,18 @@ def test_the_options_of_every_method_have_help_and_survive_json(registry: Any) -
         assert all(item.facts.help for item in described(method.options)), method.name
         options = method.make_options()
         assert build_options(method.name, method.options, json.loads(json.dumps(plain_options(options)))) == options
+
+
+def test_an_option_like_another_has_its_definition() -> None:
+    shared = {item.name: item for item in described(DemoOptions)}
+    origin = {item.name: item for item in described(BenchmarkOptions)}
+    rounds, length = shared["rounds"], shared["prompt_length"]
+    assert rounds.facts.text == origin["rounds"].facts.text
+    assert (rounds.flag, rounds.facts.short, rounds.default) == ("--rounds", "-r", origin["rounds"].default)
+    assert length.flag == origin["prompt_lengths"].flag
+    with pytest.raises(UserError, match="rounds is 0"):
+        DemoOptions(rounds=0)
+    # What None stands for belongs to None alone.
+    assert "[default: uniform" not in shared["allocation"].facts.text
+    assert shared["samples"].facts.text == "Calibration sequences [default: 64; above 50 M weights 16]."
+    assert typed_words(DemoOptions, {"probe": False, "rounds": 3}) == ["--rounds", "3", "--no-probe"]

@@ -54,7 +54,7 @@ def prune_with_llmcompressor(
         ("--trust-remote-code", run.trust_remote_code),
     ):
         if asked:
-            raise UserError(f"--engine {ENGINE} has no {what}", "Leave one of them out.")
+            raise UserError(f"--engine {ENGINE} has no {what}", "Leave it out, or use --engine sparsedeploy.")
     refuse_several("--engine llmcompressor")
     with claim(output, overwrite=run.overwrite, inputs=(source, options.calibration.data)):
         return _prune(source, output, options, run, python)

@@ -19,6 +19,8 @@ Cli = Callable[..., Outcome]
         (["--engine", "nosuch"], "--engine is 'nosuch'. It takes sparsedeploy or llmcompressor"),
         (["--engine", "llmcompressor", "-m", "magnitude"], "cannot prune by magnitude"),
         (["--engine", "llmcompressor", "--resume"], "has no --resume"),
+        (["--engine", "llmcompressor", "--reconstruct"], "has no --reconstruct"),
+        (["--engine", "llmcompressor", "--quantize", "int8"], "has no --quantize"),
         (["--engine", "llmcompressor", "--recover", "losa"], "--recover cannot be combined with --engine"),
         (["--engine", "llmcompressor", "--trust-remote-code"], "has no --trust-remote-code"),
         (["--engine", "llmcompressor"], "runtime llmcompressor is not installed"),
