@@ -40,7 +40,8 @@ sliding windows of {window} tokens, experts and shared caches where its configur
 - **deepsparse**, **onnxruntime**: the exported graph over {prompt} tokens of prompt and {steps} decoded ones, against
   whole forward passes: logits within {rounding:g} of the largest, and the same decoded tokens.
 
-What is not equal is refused in one line before anything is written. `python -m tests.family_table` writes this page
+What is not equal is refused in one line before anything is written. A row is `not built` where transformers itself
+cannot build the model, and `not tested` where that needs a package that is not installed. `python -m tests.family_table` writes this page
 ({seconds:.0f} s of processor time); `tests/models/test_families.py` holds the code to it.
 """
 
@@ -58,13 +59,14 @@ def page(table: dict[str, dict[str, Any]]) -> str:
 
     from tests import families as known
     from tests import family_outcomes as made
+    from tests.family_configs import WINDOW
 
     causal, more = known.families(), known.multimodal()
     text = _HEAD.format(
         version=transformers.__version__,
         causal=len(causal),
         more=len(more),
-        window=known.WINDOW,
+        window=WINDOW,
         prompt=made.PROMPT,
         switch=made.SWITCH,
         steps=made.STEPS,
@@ -82,11 +84,17 @@ def _rows(title: str, names: list[str], table: dict[str, dict[str, Any]]) -> str
         cells = [row["masks"], _pair(row["eval"], row["longrope"]), row["deepsparse"], row["onnxruntime"]]
         lines.append(f"| {name} | {' | '.join(cell.replace('|', '/') for cell in cells)} |")
         for column, cell in zip(("masks", "eval", "deepsparse", "onnxruntime"), cells, strict=True):
-            key = f"{column}: {cell.split(' ')[0].rstrip(':')}"
+            key = f"{column}: {_kind(cell)}"
             counts[key] = counts.get(key, 0) + 1
     total = "; ".join(f"{key} {count}" for key, count in sorted(counts.items()))
     head = "| family | masks | eval | deepsparse | onnxruntime |\n|---|---|---|---|---|\n"
     return f"\n## {title}\n\n{total}.\n\n{head}" + "\n".join(lines) + "\n"
+
+
+def _kind(cell: str) -> str:
+    """What a cell says, in one or two words."""
+    words = cell.split(":", maxsplit=1)[0].split(" ")
+    return "equal but for ties" if words[0].isdigit() else " ".join(words[:2]) if words[0] == "not" else words[0]
 
 
 def _pair(plain: str, longrope: str) -> str:

@@ -40,6 +40,9 @@ class Weight:
     @property
     def value(self) -> torch.Tensor:
         whole = self.module._parameters[self.parameter]
+        if hasattr(self.module, "moe_num_experts"):  # DBRX stacks its experts in rows
+            rows = whole.view(self.module.moe_num_experts, -1, whole.shape[1])[self.expert]
+            return rows.T if self.parameter == "w2" else rows
         if self.expert >= 0:
             return whole[self.expert].T if _is_transposed(self.module) else whole[self.expert]
         return whole.T if isinstance(self.module, Conv1D) else whole
@@ -91,6 +94,14 @@ def sums_of_squares(weights: Iterable[Weight]) -> Iterator[dict[str, torch.Tenso
 
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
             hidden, *chosen = (*args, *kwargs.values())[:2]
+            if of[0].parameter in ("w1", "v1", "w2"):  # one expert's tokens, and its rows of each tensor
+                first, up = args[1:3]
+                expert = first.storage_offset() // first.numel()
+                inner = module.activation_fn(hidden @ first.T) * (hidden @ up.T)
+                for weight in of:
+                    if weight.expert == expert:
+                        add(weight.name, inner if weight.parameter == "w2" else hidden)
+                return
             if of[0].parameter == "weight":  # the tokens come sorted by expert, with how many each expert has
                 parts = hidden.split(torch.as_tensor(chosen[0]).tolist())
                 for weight in of:

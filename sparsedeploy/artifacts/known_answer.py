@@ -15,6 +15,8 @@ from sparsedeploy.artifacts.description import SelfTest
 from sparsedeploy.errors import UserError
 
 FILE = "known_answer.npz"
+# A token whose logit is below this is ruled out by the model itself, as Chameleon rules out those of images.
+RULED_OUT = -1e30
 PROMPT, STEPS = 70, 4
 TOKENS = PROMPT + STEPS
 # All columns of a small vocabulary, else so many spread evenly, and the last ones, where a kernel's remainder lies.
@@ -29,6 +31,8 @@ _FLOAT = {
 # Integer and 8-bit float activations: a value on the edge between two levels falls either way, a step of 1 / 255 of the
 # range, and later layers carry it on.
 _QUANTIZED_ACTIVATIONS = 0.15
+# A right engine may be further away than the computations by which the spread was measured.
+_ROOM = 1.5
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,14 @@ class KnownAnswer:
         tokens: int64 [T].
         columns: the vocabulary's ids whose logits are kept, int64 [C].
         logits: after each token, float32 [T, C].
+        spread: how far right computations in integers may be apart after each token, as :func:`row_differences`,
+            float32 [T]; zeros where nothing is rounded to levels.
     """
 
     tokens: np.ndarray
     columns: np.ndarray
     logits: np.ndarray
+    spread: np.ndarray
 
 
 def tolerance(dtype: str, scheme: str | None = None) -> float:
@@ -57,20 +64,26 @@ def tolerance(dtype: str, scheme: str | None = None) -> float:
     return base if scheme in (None, "w4a16") else max(base, _QUANTIZED_ACTIVATIONS)
 
 
-def save_known_answer(folder: Path, tokens: np.ndarray, logits: np.ndarray, allowed: float) -> SelfTest:
+def save_known_answer(
+    folder: Path, tokens: np.ndarray, logits: np.ndarray, allowed: float, spread: np.ndarray | None = None
+) -> SelfTest:
     """Keep an answer in the folder of an exported model, before its files are hashed.
 
     Args:
         tokens: int64 [T]; ``logits`` [T, V] are the reference's.
         allowed: the largest difference allowed, as a part of the largest logit.
+        spread: see :class:`KnownAnswer`; None for zeros.
     """
     vocabulary = logits.shape[1]
     columns = np.arange(vocabulary)
     if vocabulary > _ALL_COLUMNS:
-        spread = np.linspace(0, vocabulary - 1, _SPREAD).astype(np.int64)
-        columns = np.unique(np.concatenate([spread, columns[-_LAST:]]))
+        evenly = np.linspace(0, vocabulary - 1, _SPREAD).astype(np.int64)
+        columns = np.unique(np.concatenate([evenly, columns[-_LAST:]]))
     kept = logits[:, columns].astype(np.float32)
-    np.savez(folder / FILE, tokens=tokens.astype(np.int64), columns=columns, logits=kept)
+    rows = np.zeros(len(tokens)) if spread is None else spread
+    np.savez(
+        folder / FILE, tokens=tokens.astype(np.int64), columns=columns, logits=kept, spread=rows.astype(np.float32)
+    )
     return SelfTest(FILE, len(tokens), allowed)
 
 
@@ -83,8 +96,11 @@ def load_known_answer(folder: Path, test: SelfTest) -> KnownAnswer:
     path = folder / test.file
     try:
         with np.load(path, allow_pickle=False) as values:
-            answer = KnownAnswer(values["tokens"], values["columns"], values["logits"])
-        if answer.logits.shape != (test.tokens, len(answer.columns)) or len(answer.tokens) != test.tokens:
+            # Answers of earlier versions have no spread.
+            spread = values["spread"] if "spread" in values else np.zeros(test.tokens)
+            answer = KnownAnswer(values["tokens"], values["columns"], values["logits"], spread)
+        counts = {len(answer.tokens), len(answer.spread), test.tokens}
+        if answer.logits.shape != (test.tokens, len(answer.columns)) or len(counts) > 1:
             raise ValueError("its arrays do not fit each other")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
@@ -92,6 +108,36 @@ def load_known_answer(folder: Path, test: SelfTest) -> KnownAnswer:
             "Export the checkpoint again with sparsedeploy export.",
         ) from error
     return answer
+
+
+def distance(answer: KnownAnswer, found: np.ndarray, allowed: float) -> tuple[float, float]:
+    """How far an engine is from the answer, and how far a right one may be.
+
+    Where activations are rounded to levels, one value on an edge falls either way, and the tokens after it differ by as
+    much as rounding itself makes. So two things are compared with the spread of right computations: all logits, and
+    those of the calmest token, which has seen the fewest such values. What is worse is returned.
+
+    Args:
+        found: see :func:`largest_difference`; ``allowed`` is what rounding of floating-point numbers may make.
+    """
+    if not answer.spread.any():
+        return largest_difference(answer, found), allowed
+    rows, spread = row_differences(answer, found), answer.spread[: len(found)].astype(np.float64)
+    sizes = np.square(_centered(answer, found)[0]).mean(axis=1)
+    whole = [float(np.sqrt((np.square(each) * sizes).sum() / sizes.sum())) for each in (rows, spread)]
+    pairs = [(whole[0], _ROOM * whole[1]), (float(rows.min()), _ROOM * float(spread.min()))]
+    bounded = [(difference, max(limit, allowed)) for difference, limit in pairs]
+    return max(bounded, key=lambda pair: pair[0] / pair[1] if np.isfinite(pair[0]) else np.inf)
+
+
+def row_differences(answer: KnownAnswer, found: np.ndarray) -> np.ndarray:
+    """Root mean square of the difference after each token, as a part of that of the answer's logits, float64 [N].
+
+    Args:
+        found: see :func:`largest_difference`.
+    """
+    expected, given = _centered(answer, found)
+    return np.sqrt(np.square(given - expected).mean(axis=1) / np.maximum(np.square(expected).mean(axis=1), 1e-12))
 
 
 def largest_difference(answer: KnownAnswer, found: np.ndarray) -> float:
@@ -102,15 +148,24 @@ def largest_difference(answer: KnownAnswer, found: np.ndarray) -> float:
 
     Args:
         found: [N, V], for the first N tokens; minus infinity where the engine does not tell.
+
+    Returns:
+        Infinity where something is not a number, or where a token that the model rules out is possible.
     """
+    expected, given = _centered(answer, found)
+    return float(np.abs(given - expected).max()) / max(float(np.abs(expected).max()), 1e-6)
+
+
+def _centered(answer: KnownAnswer, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both logits less each row's mean, float64 [N, C]; zero where nothing is told, infinite if ``found`` is none."""
     expected, found = answer.logits[: len(found)], found[:, answer.columns]
-    told = ~np.isneginf(found)
-    if not told.any(axis=1).all() or not np.isfinite(found[told]).all():
-        return float("inf")
+    ruled_out = expected < RULED_OUT
+    told = ~(found < RULED_OUT) & ~ruled_out
+    if (found[ruled_out] > RULED_OUT).any() or not told.any(axis=1).all() or not np.isfinite(found[told]).all():
+        return expected.astype(np.float64), np.full(expected.shape, np.inf)
     count = told.sum(axis=1, keepdims=True)
     centered = [
-        np.where(told, rows - np.where(told, rows, 0).sum(axis=1, keepdims=True) / count, 0)
-        for rows in (expected.astype(np.float64), np.where(told, found, 0).astype(np.float64))
+        np.where(told, rows - rows.sum(axis=1, keepdims=True) / count, 0)
+        for rows in (np.where(told, one, 0).astype(np.float64) for one in (expected, found))
     ]
-    largest = max(float(np.abs(centered[0]).max()), 1e-6)
-    return float(np.abs(centered[1] - centered[0]).max()) / largest
+    return centered[0], centered[1]

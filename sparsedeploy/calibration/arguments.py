@@ -8,6 +8,7 @@ checked on the model, not assumed: :func:`probe` runs it twice with other result
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -24,6 +25,7 @@ from sparsedeploy.models.layers import LayerSource
 
 # The share of the free memory that arguments may take.
 _SHARE = 0.5
+_UNMEASURED = "Use --method magnitude, which measures nothing, or another model."
 _FIX = "Use a decoder whose layers follow each other directly, such as Llama, Qwen, Mistral, OPT or Gemma."
 
 
@@ -106,14 +108,20 @@ def probe(source: LayerSource, tokens: torch.Tensor) -> Probe:
         inner = result[0] if isinstance(result, tuple | list) and len(result) else result
         if not isinstance(inner, torch.Tensor) or inner.shape != hidden.shape:
             raise UserError(f"a {kind.__name__} does not return its hidden states first", _FIX)
-    _, plain = _pass(source, tokens, skip, whole=True)
+    again, plain = _pass(source, tokens, skip, whole=True)
+    if not _equal(hidden, again):
+        raise UserError(
+            f"{type(source.model).__name__} does not give its layers the same inputs for the same text, so they cannot "
+            "be measured",
+            _UNMEASURED,
+        )
     _, disturbed = _pass(source, tokens, disturb)
     for at, (one, other) in enumerate(zip(plain, disturbed, strict=True)):
-        if not _equal(_frozen(one), _frozen(other)):
+        if (argument := _differs(type(source.stack.layers[at]), one, other)) is not None:
             raise UserError(
-                f"the arguments of {source.stack.layer_name(at)} depend on what earlier layers compute, so it cannot "
-                "be run by itself",
-                _FIX,
+                f"{source.stack.layer_name(at)} takes more than hidden states from the layers before it ({argument}), "
+                "so its inputs cannot be measured",
+                _UNMEASURED,
             )
     dtype = hidden.dtype
     for result in results.values():
@@ -154,13 +162,14 @@ class Arguments:
         hidden, captured = _pass(self._source, tokens, skip)
         own: dict[int, int] = {}
         kept = self._shared(captured, own)
-        needed = sum(own.values()) * remaining
+        batch = sum(own.values())
         free = free_bytes(self._source.device)
-        if self._batches and needed > _SHARE * free:
+        fitting = len(self._batches) + int(_SHARE * free / max(batch, 1))
+        if self._batches and batch and len(self._batches) + remaining > fitting:
             raise UserError(
-                f"what this model passes to its layers depends on the text and takes {needed / 1e9:.1f} GB more, of "
-                f"{free / 1e9:.1f} GB that are free",
-                "Use fewer --samples or a shorter --calibration-length.",
+                f"what this model passes to its layers depends on the text and takes {batch * remaining / 1e9:.1f} GB "
+                f"more, of {free / 1e9:.1f} GB that are free",
+                f"Use at most --samples {fitting * len(tokens)}, or a shorter --calibration-length.",
             )
         self._batches.append(kept)
         return hidden
@@ -262,10 +271,17 @@ def _pass(
     def forward_of(at: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal returned
-            if at != len(captured):
+            if at > len(captured):
                 raise UserError(
-                    f"the model runs {stack.layer_name(at)} after {len(captured)} layers: not once each, in order",
-                    _FIX,
+                    f"the model passes over {stack.layer_name(len(captured))} where it reads text alone, so its inputs "
+                    "cannot be measured",
+                    _UNMEASURED,
+                )
+            if at < len(captured):
+                raise UserError(
+                    f"the model runs {stack.layer_name(at)} more than once on a text, so its layers cannot be pruned "
+                    "one after the other",
+                    _UNMEASURED,
                 )
             hidden, arguments = _split(args, kwargs, stack.layer_name(at))
             if returned is not None and not (returned is hidden or _equal(returned, hidden)):
@@ -351,17 +367,26 @@ def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor], memo: di
     return result
 
 
-def _frozen(arguments: LayerArguments) -> list[Any]:
-    """All leaves of the arguments that have a value to compare."""
+def _differs(layer: type, one: LayerArguments, other: LayerArguments) -> str | None:
+    """The name of the first argument that two passes gave different values; None where all are equal."""
+    names = [*inspect.signature(layer.forward).parameters][1 if one.by_name else 2 :]  # type: ignore[attr-defined]
+    names += [f"argument {at}" for at in range(len(names), len(one.positional))]
+    pairs = [dict(zip(names, each.positional, strict=False)) | each.named for each in (one, other)]
+    if pairs[0].keys() != pairs[1].keys():
+        return min(pairs[0].keys() ^ pairs[1].keys())
+    return next((key for key in pairs[0] if not _equal(_frozen(pairs[0][key]), _frozen(pairs[1][key]))), None)
+
+
+def _frozen(argument: Any) -> list[Any]:
+    """All leaves of an argument that have a value to compare."""
     leaves: list[Any] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         leaves.append(tensor)
         return tensor
 
-    _mapped([arguments.positional, arguments.named], note, {})
-    plain = [v for v in [*arguments.positional, *arguments.named.values()] if isinstance(v, bool | int | float | str)]
-    return leaves + plain
+    _mapped(argument, note, {})
+    return [*leaves, argument] if isinstance(argument, bool | int | float | str) else leaves
 
 
 def _equal(one: Any, other: Any) -> bool:

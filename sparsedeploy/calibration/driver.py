@@ -21,7 +21,7 @@ from sparsedeploy.calibration.statistics import InputStatistics, Kind
 from sparsedeploy.errors import UserError
 from sparsedeploy.memory import return_freed_memory
 from sparsedeploy.models.layers import LayerSource, ResidentLayers
-from sparsedeploy.models.linear_views import LinearView, PrunableLinear, watch_inputs
+from sparsedeploy.models.linear_views import LinearView, PrunableLinear, is_fused_experts, watch_inputs
 from sparsedeploy.models.loading import exact_matmul
 from sparsedeploy.models.structure import check_finite
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
@@ -76,7 +76,8 @@ def routes_tokens(layer: nn.Module) -> bool:
     for module in layer.modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1 and any(True for _ in module.parameters()):
             return True
-        if not isinstance(module, nn.Conv1d) and any(p.dim() == 3 for p in module.parameters(recurse=False)):
+        weights_of_several = any(p.dim() == 3 for p in module.parameters(recurse=False))
+        if is_fused_experts(module) or (weights_of_several and not isinstance(module, nn.Conv1d)):
             return True
     return False
 
@@ -367,7 +368,7 @@ class _Inputs:
                 idle += 1
             if statistics.rows == 0 and not self._routes:
                 raise UserError(
-                    f"{leader} is used by its layer without being called, so its inputs cannot be measured",
+                    f"no text reaches {leader} as a layer of its own, so its inputs cannot be measured",
                     "Use --method magnitude, which measures nothing, or another model.",
                 )
             statistics.check(leader)

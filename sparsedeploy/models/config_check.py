@@ -53,4 +53,6 @@ def _check(fields: Fields) -> None:
     for key in (*_LAYERS, *_SIZES):
         value = fields.values.get(key)
         if value is not None and not isinstance(value, list):
-            fields.integer(key, minimum=1, maximum=_MOST_LAYERS if key in _LAYERS else _LARGEST)
+            # Of attention in two parts, head_dim is that of the rotary part, which GLM-5 has none of.
+            least = 0 if key == "head_dim" and "v_head_dim" in fields.values else 1
+            fields.integer(key, minimum=least, maximum=_MOST_LAYERS if key in _LAYERS else _LARGEST)

@@ -18,7 +18,7 @@ from sparsedeploy.models.computing import compute_type
 from sparsedeploy.models.linear_views import uncalled_linears, watchable_experts
 from sparsedeploy.models.loading import build_empty, load_config
 from sparsedeploy.models.stored_names import StoredNames, StoredParameter
-from sparsedeploy.models.structure import DecoderStack, check_not_shared, find_decoder_stack
+from sparsedeploy.models.structure import DecoderStack, check_alone, check_not_shared, find_decoder_stack
 from sparsedeploy.models.tensor_files import TensorFiles
 
 
@@ -55,6 +55,7 @@ class ResidentLayers:
         watchable_experts(model)
         self.model = model
         self.stack = find_decoder_stack(model, head)
+        check_alone(model, self.stack)
         self.device = next(model.parameters()).device
 
     @contextmanager
@@ -93,6 +94,7 @@ class StreamedLayers:
         self.model = build_empty(folder, config, dtype=dtype, trust_remote_code=trust_remote_code)
         watchable_experts(self.model)
         self.stack = find_decoder_stack(self.model, head)
+        check_alone(self.model, self.stack)
         self.names = StoredNames(self.model, self.files)
         if self.names.left_over:
             first = self.names.left_over[0]

@@ -35,6 +35,8 @@ _PRODUCTS = {
 }
 # The names that transformers gives the fused tensors of experts ``[experts, ...]``.
 _EXPERT_WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+# Those of DBRX, ``[experts * width, hidden]``, and whether an expert's rows are ``[in_features, out_features]``.
+_STACKED_WEIGHTS = {"w1": False, "v1": False, "w2": True}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,19 +48,24 @@ class LinearView:
         parameter: its name there.
         expert: which slice ``parameter[expert]``; None for the whole parameter.
         transposed: whether the parameter is kept as ``[in_features, out_features]``.
+        stacked: of how many experts a parameter ``[experts * rows, columns]`` keeps the rows; 0 for other forms.
     """
 
     module: nn.Module
     parameter: str
     expert: int | None
     transposed: bool
+    stacked: int = 0
 
     @property
     def weight(self) -> torch.Tensor:
         """A view of the parameter: changing it changes the model."""
         whole = self.module._parameters[self.parameter]
         assert whole is not None
-        weight = whole.detach() if self.expert is None else whole.detach()[self.expert]
+        weight = whole.detach()
+        if self.stacked:
+            weight = weight.view(self.stacked, -1, weight.shape[1])
+        weight = weight if self.expert is None else weight[self.expert]
         return weight.T if self.transposed else weight
 
     @property
@@ -135,14 +142,29 @@ def _weights_read(kind: type) -> frozenset[str]:
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module keeps the weights of several experts in one tensor ``[experts, ...]`` each."""
-    tensors = {name: tensor for name, tensor in module.named_parameters(recurse=False) if tensor.dim() == 3}
-    if not tensors:
-        return False
+    """Whether a module keeps the weights of several experts in one tensor each, see :func:`expert_weights`."""
+    tensors = expert_weights(module)
+    if not tensors or _stacked_experts(module):
+        return bool(tensors)
     # Experts that hand on their input may be counted with the others, and have no last weight.
     count = len(tensors.get("down_proj", next(iter(tensors.values()))))
     named = {getattr(module, name, None) for name in ("num_experts", "num_routed_experts", "groups")}
     return count > 1 and count in named and not isinstance(module, nn.Conv1d)
+
+
+def expert_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of several experts in a module: ``[experts, ...]``, or stacked in their rows as DBRX does it."""
+    dimensions = 2 if _stacked_experts(module) else 3
+    return {name: tensor for name, tensor in module.named_parameters(recurse=False) if tensor.dim() == dimensions}
+
+
+def _stacked_experts(module: nn.Module) -> int:
+    """How many experts a module of DBRX's form stacks in the rows of its tensors; 0 for other modules."""
+    experts, width = getattr(module, "moe_num_experts", 0), getattr(module, "ffn_hidden_size", 0)
+    tensors = dict(module.named_parameters(recurse=False))
+    if tensors.keys() != _STACKED_WEIGHTS.keys() or any(len(one) != experts * width for one in tensors.values()):
+        return 0
+    return int(experts)
 
 
 def watchable_experts(model: nn.Module) -> None:
@@ -152,7 +174,13 @@ def watchable_experts(model: nn.Module) -> None:
 
 
 def _expert_slices(path: str, module: nn.Module) -> dict[str, LinearView]:
-    weights = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
+    weights = expert_weights(module)
+    if stacked := _stacked_experts(module):
+        return {
+            f"{path}.{expert}.{name}": LinearView(module, name, expert, transposed, stacked)
+            for expert in range(stacked)
+            for name, transposed in _STACKED_WEIGHTS.items()
+        }
     said = _said_transposed(module)
     if unknown := sorted(weights.keys() - set(_EXPERT_WEIGHTS) - ({"weight"} if said is not None else set())):
         raise UserError(
@@ -238,7 +266,8 @@ class _ExpertProducts(TorchFunctionMode):
             whole = view.module._parameters[view.parameter]
             assert whole is not None
             assert view.expert is not None
-            offset = int(whole.storage_offset()) + view.expert * whole.stride(0)
+            rows = len(whole) // view.stacked if view.stacked else 1
+            offset = int(whole.storage_offset()) + view.expert * rows * whole.stride(0)
             self._names[whole.untyped_storage().data_ptr(), offset] = name
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.linear_algebra import all_finite
-from sparsedeploy.models.linear_views import PrunableLinear, is_fused_experts, prunable_linears
+from sparsedeploy.models.linear_views import PrunableLinear, expert_weights, is_fused_experts, prunable_linears
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,31 @@ def _largest_list(model: nn.Module, part: nn.Module) -> tuple[str, nn.ModuleList
     return None if best is None else best[1:]
 
 
+def check_alone(model: nn.Module, stack: DecoderStack) -> None:
+    """Refuse layers that are halves of layers, or one of several stacks: pruning them alone would leave out the rest.
+
+    XLM keeps its attentions in one list and its feed-forward parts in another; HRM runs two stacks in turn.
+
+    Raises:
+        UserError: naming the two lists.
+    """
+    name, layers = stack.name, stack.layers
+    others = {id(module) for module in language_model(model).modules()} - {id(module) for module in layers.modules()}
+    size, parent = _linear_parameters(layers), name.rpartition(".")[0]
+    for other, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or id(module) not in others or name.startswith(f"{other}."):
+            continue
+        halves = other.rpartition(".")[0] == parent and _linear_parameters(module) > size / 4
+        same = {type(layer) for layer in module} & {type(layer) for layer in layers}
+        if len(module) == len(layers) and (halves or same):
+            kind = "the parts of its layers" if halves else "its layers"
+            raise UserError(
+                f"{type(model).__name__} keeps {kind} in two lists ({name} and {other}), so it cannot be pruned layer "
+                "by layer",
+                "Use a model with one list of decoder layers, such as Llama, Qwen, Mistral, OPT or Gemma.",
+            )
+
+
 def check_not_shared(model: nn.Module, layers: Iterable[tuple[str, Iterable[Hashable]]]) -> None:
     """Refuse layers that share weights: they cannot be pruned one after the other.
 
@@ -183,5 +208,5 @@ def _linear_parameters(module: nn.Module) -> int:
         if isinstance(inner, nn.Linear | Conv1D):
             size += inner.weight.numel()
         elif is_fused_experts(inner):
-            size += sum(p.numel() for p in inner.parameters(recurse=False) if p.dim() == 3)
+            size += sum(p.numel() for p in expert_weights(inner).values())
     return size

@@ -22,6 +22,8 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+# Of buffers that are kept as they are, such as a batch norm's counter; never of a weight.
+_COUNTERS = {"I64": torch.int64, "BOOL": torch.bool}
 # Bits of an element, for every type of the format.
 _BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -58,6 +60,8 @@ class StoredTensor:
         Raises:
             UserError: a type that cannot be pruned (integers, fp8).
         """
+        if self.kind in _COUNTERS and not self.name.endswith("weight"):
+            return _COUNTERS[self.kind]
         if self.kind not in _DTYPES:
             raise UserError(
                 f"tensor {self.name} has type {self.kind}, which cannot be pruned",

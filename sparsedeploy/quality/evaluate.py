@@ -52,8 +52,14 @@ def evaluate(source: str | Path, options: EvalOptions, load: LoadOptions = LoadO
         name: text_windows(text, tokenizer, length, field=asked.field, split=asked.split, limit=asked.max_windows)
         for name, text in texts.items()
     }
+    vocabulary = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    if vocabulary is None:
+        raise UserError(
+            f"the configuration of a {config.model_type} model names no vocabulary, so it has no perplexity",
+            "Use a causal language model.",
+        )
     for name, part in windows.items():
-        check_tokens(part, config.get_text_config(decoder=True).vocab_size, texts[name])
+        check_tokens(part, vocabulary, texts[name])
     loaded = load_tasks(tasks) if tasks.names else {}
     model = load_asked(folder, load)
     for part in windows.values():

@@ -20,7 +20,7 @@ import numpy as np
 from sparsedeploy import progress
 from sparsedeploy.artifacts.description import ARTIFACT_FILE, Artifact
 from sparsedeploy.artifacts.folder import CHECKPOINT
-from sparsedeploy.artifacts.known_answer import STEPS, largest_difference, load_known_answer, tolerance
+from sparsedeploy.artifacts.known_answer import STEPS, distance, load_known_answer, tolerance
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
 from sparsedeploy.models.fingerprint import file_sha256
@@ -45,7 +45,7 @@ class Verdict:
 
     Attributes:
         tokens: how many of the known answer's tokens there was room for; 0 where the artifact has no answer.
-        difference: as a part of the largest logit; ``tolerance`` is what rounding may make.
+        difference: as a part of the logits' size; ``tolerance`` is what rounding may make.
     """
 
     passed: bool
@@ -92,7 +92,7 @@ def prove(
     if not verdict.passed:
         raise UserError(
             f"{runtime.title} computes {folder} wrongly on this machine: logits differ from the exported model's by "
-            f"{verdict.difference:.2g} of the largest, {verdict.tolerance:g} is rounding",
+            f"{verdict.difference:.2g} of their size, rounding makes at most {verdict.tolerance:.2g}",
             "Export the checkpoint again, or for another runtime: sparsedeploy export --target.",
         )
 
@@ -130,10 +130,9 @@ def _compare(model: GivesLogits, artifact: Artifact, folder: Path, prompt: int, 
     answer = load_known_answer(folder, test)
     ids = answer.tokens.tolist()
     found = np.concatenate(model.logits(ids[:prompt], ids[prompt : prompt + steps]))
-    difference = largest_difference(answer, found)
+    difference, allowed = distance(answer, found, max(test.tolerance, at_least))
     # Infinity is no JSON.
     shown = difference if np.isfinite(difference) else 1e9
-    allowed = max(test.tolerance, at_least)
     return Verdict(bool(difference <= allowed), prompt + steps, shown, allowed)
 
 

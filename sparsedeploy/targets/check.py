@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel
 
 from sparsedeploy import progress
 from sparsedeploy.artifacts.description import Check
-from sparsedeploy.artifacts.known_answer import PROMPT, STEPS, TOKENS
+from sparsedeploy.artifacts.known_answer import PROMPT, RULED_OUT, STEPS, TOKENS, KnownAnswer, distance
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.computing import model_errors
 from sparsedeploy.targets.switches import check_length, switches
@@ -28,6 +30,8 @@ from sparsedeploy.targets.switches import check_length, switches
 _PART = 509
 # float32 logits differ by rounding only, some 1e-6 of the largest one; a wrong mask, position or branch by far more.
 TOLERANCE = 1e-3
+# Root mean square, as a part of that of the logits: a graph in integers that is wrong moves them by all their size.
+INT8_TOLERANCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -71,17 +75,30 @@ def reference_logits(model: PreTrainedModel, limit: int | None = None) -> Refere
     near = [row for at in switches(config).values() for row in range(at - STEPS, at + STEPS)]
     last = range(length - 2 * STEPS, length)
     rows = torch.tensor(sorted({row for row in (*range(known), *near, *last) if 0 <= row < length}))
+    with model_errors(model), _plain_attention(model):
+        # The end of the known answer is greedy: an engine that only takes its own choice decodes it too.
+        for at in range(min(PROMPT, known), known):
+            tokens[0, at] = _logits(model, tokens[:, :at], torch.tensor([at - 1]))[0, 0].argmax()
+        logits = _logits(model, tokens, rows)
+    return Reference(tokens.numpy(), rows.numpy(), logits.numpy())
+
+
+@torch.no_grad()
+def answer_again(model: PreTrainedModel, reference: Reference) -> np.ndarray:
+    """The model's logits [T, V] for the tokens of the known answer, computed once more."""
+    tokens = torch.from_numpy(reference.answer[0])[None]
+    with _plain_attention(model):
+        return _logits(model, tokens, torch.arange(tokens.shape[1]))[0].numpy()
+
+
+@contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        with model_errors(model):
-            # The end of the known answer is greedy: an engine that only takes its own choice decodes it too.
-            for at in range(min(PROMPT, known), known):
-                tokens[0, at] = _logits(model, tokens[:, :at], torch.tensor([at - 1]))[0, 0].argmax()
-            logits = _logits(model, tokens, rows)
+        yield
     finally:
         model.set_attn_implementation(before)
-    return Reference(tokens.numpy(), rows.numpy(), logits.numpy())
 
 
 def _logits(model: PreTrainedModel, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -94,11 +111,8 @@ def _logits(model: PreTrainedModel, tokens: torch.Tensor, rows: torch.Tensor) ->
     return model(input_ids=tokens, use_cache=False, **more).logits[:, rows].float()
 
 
-def check_graph(path: Path, reference: Reference, tolerance: float = TOLERANCE) -> Check | None:
-    """Run the graph with ONNX Runtime, prompt and then token by token with its cache, and compare the logits.
-
-    Args:
-        tolerance: the largest difference allowed, as a part of the largest logit.
+def check_graph(path: Path, reference: Reference) -> Check | None:
+    """Run the exported graph over the reference's tokens with a key/value cache and compare the logits.
 
     Returns:
         The differences found; None when onnxruntime is not installed.
@@ -106,6 +120,32 @@ def check_graph(path: Path, reference: Reference, tolerance: float = TOLERANCE) 
     Raises:
         UserError: the logits differ by more than rounding.
     """
+    found = graph_logits(path, reference)
+    return None if found is None else compare_logits(found, reference)
+
+
+def check_integers(path: Path, reference: Reference, spread: np.ndarray) -> Check | None:
+    """The same for a graph in integers, against the model whose weights and activations are rounded as there.
+
+    Some processors' 8-bit products saturate, so this only finds a graph that computes something else.
+
+    Args:
+        spread: of the known answer, see :class:`~sparsedeploy.artifacts.known_answer.KnownAnswer`.
+    """
+    found = graph_logits(path, reference)
+    if found is None:
+        return None
+    tokens, logits = reference.answer
+    answer = KnownAnswer(tokens, np.arange(logits.shape[1]), logits, spread)
+    difference, allowed = distance(answer, found[0, : len(tokens)], INT8_TOLERANCE)
+    if not difference <= allowed:
+        raise _differs(difference, 1.0)
+    largest = float(np.abs(logits).max())
+    return Check(len(tokens), float(np.abs(found[0, : len(tokens)] - logits).max()), largest)
+
+
+def graph_logits(path: Path, reference: Reference) -> np.ndarray | None:
+    """An exported graph's logits [1, R, V] for the reference's rows; None when onnxruntime is not installed."""
     session = _open(path)
     if session is None:
         progress.note("onnxruntime is not installed: the exported graph is not checked against the model")
@@ -125,7 +165,7 @@ def check_graph(path: Path, reference: Reference, tolerance: float = TOLERANCE) 
             name.replace("present", "past_key_values"): value
             for name, value in zip(names[1:], outputs[1:], strict=True)
         }
-    return compare_logits(np.concatenate(logits, axis=1), reference, tolerance)
+    return np.concatenate(logits, axis=1)
 
 
 def graph_perplexity(path: Path, windows: np.ndarray) -> float | None:
@@ -175,15 +215,20 @@ def compare_logits(found: np.ndarray, reference: Reference, tolerance: float = T
     Raises:
         UserError: they differ by more than rounding.
     """
-    difference = float(np.abs(found - reference.logits).max())
-    largest = float(np.abs(reference.logits).max())
+    found, expected = np.maximum(found, RULED_OUT), np.maximum(reference.logits, RULED_OUT)
+    difference = float(np.abs(found - expected).max())
+    largest = float(np.abs(expected[expected > RULED_OUT]).max(initial=0))
     if not difference <= tolerance * max(largest, 1e-6):
-        raise UserError(
-            f"the exported graph does not compute what the model computes (logits differ by {difference:.3g}, "
-            f"the largest is {largest:.3g})",
-            "Its architecture cannot be exported: use a supported one such as Llama, Qwen, Mistral, OPT or Gemma.",
-        )
+        raise _differs(difference, largest)
     return Check(tokens=reference.tokens.shape[1], largest_difference=difference, largest_logit=largest)
+
+
+def _differs(difference: float, largest: float) -> UserError:
+    return UserError(
+        f"the exported graph does not compute what the model computes (logits differ by {difference:.3g}, "
+        f"the largest is {largest:.3g})",
+        "Its architecture cannot be exported: use a supported one such as Llama, Qwen, Mistral, OPT or Gemma.",
+    )
 
 
 def step_inputs(tokens: np.ndarray, start: int, stop: int) -> dict[str, np.ndarray]:

@@ -1,14 +1,17 @@
 """The layer driver against the model's own forward pass, for every family, with several sequences per batch."""
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
+from sparsedeploy.calibration import arguments
 from sparsedeploy.calibration.driver import LayerDriver
 from sparsedeploy.calibration.statistics import InputStatistics
 from sparsedeploy.errors import UserError
+from tests.families import small_model
 from tests.oracle import Weight, sums_of_squares
 from tests.small_models import FAMILIES, VOCABULARY, random_model
 
@@ -139,3 +142,17 @@ def test_a_model_that_changes_what_passes_between_layers_is_refused() -> None:
     model = Scaled(nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(2)])).eval()
     with pytest.raises(UserError, match=r"changes what layers\.0 returns before layers\.1 takes it"):
         next(iter(LayerDriver(model, tokens()).iterate("sum_squares", changes_weights=False)))
+
+
+def test_arguments_that_depend_on_the_text_and_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal names how many sequences fit, and so many do; what all sequences share needs no room."""
+    per_layer = small_model("gemma4_text")  # inputs of 8 numbers for each layer and token
+    one, six = 5 * 24 * 8 * 4, tokens(6) % 90
+    monkeypatch.setattr(arguments, "free_bytes", lambda device: 2 * 2 * one)
+    with pytest.raises(UserError, match="depends on the text") as caught:
+        list(LayerDriver(per_layer, six, batch_size=1).hidden_states())
+    (fitting,) = re.findall(r"at most --samples (\d+)", str(caught.value.fix))
+    assert int(fitting) == 3
+    assert len(list(LayerDriver(per_layer, six[:3], batch_size=1).hidden_states())) == 5
+    monkeypatch.setattr(arguments, "free_bytes", lambda device: 0)
+    assert len(list(LayerDriver(random_model("llama"), tokens(6), batch_size=1).hidden_states())) == 2

@@ -11,11 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from sparsedeploy.checkpoint.inspection import inspect_checkpoint
+from sparsedeploy.errors import UserError
 from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.models.loading import auto_class, load_config, load_model
-from tests.families import families, multimodal, product_masks, saved_family, small_config
+from sparsedeploy.workflows.options import PruneOptions, RunOptions
+from sparsedeploy.workflows.prune import prune
+from tests.families import families, multimodal, product_masks, saved_family
+from tests.family_configs import small_config
 from tests.family_outcomes import outcomes
 from tests.family_table import NOT_MEASURED, PAGE, load_table, page
 
@@ -60,8 +66,49 @@ def test_graphs_are_as_the_table_says(family: str, tmp_path: Path, table: dict[s
 
 def test_nothing_in_the_table_is_wrong_and_the_page_shows_it(table: dict[str, dict[str, Any]]) -> None:
     assert set(table) == set(EVERY)
-    assert not [row for row in table.values() if "**" in str(row)]
+    assert not [row for row in table.values() if "**" in str(row) or NOT_MEASURED in row.values()]
     assert PAGE.read_text() == page(table)
+
+
+@pytest.mark.parametrize("family", ["bart", "marian", "pegasus", "plbart", "whisper", "t5gemma2", "t5", "musicgen"])
+def test_encoder_decoders_are_refused(family: str, tmp_path: Path) -> None:
+    """Their decoders alone, which transformers saves as causal LMs, are not."""
+    small_config(family).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"is an encoder-decoder \({family}\)"):
+        load_config(tmp_path)
+
+
+def test_a_model_of_two_stacks_is_refused_by_magnitude_too(tmp_path: Path) -> None:
+    """It would leave out the other one, without a word."""
+    for family in ("xlm", "hrm_text"):
+        folder = saved_family(family, tmp_path / family)
+        options = PruneOptions(sparsity=0.5, method="magnitude")
+        with pytest.raises(UserError, match=r"in two lists \(.* and .*\)"):
+            prune(str(folder), tmp_path / "out", options, RunOptions(device="cpu"))
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["zaya", "mllama", "trocr", "reformer"])
+def test_the_remedy_of_what_cannot_be_measured_works(family: str, tmp_path: Path) -> None:
+    folder = saved_family(family, tmp_path / "model")
+    with pytest.raises(UserError, match="cannot be measured") as caught:
+        product_masks(folder, batch_size=1)
+    assert "--method magnitude" in str(caught.value.fix)
+    prune(str(folder), tmp_path / "out", PruneOptions(sparsity=0.5, method="magnitude"), RunOptions(device="cpu"))
+    assert inspect_checkpoint(tmp_path / "out").problems == []
+
+
+def test_stacked_experts_are_pruned_where_they_are_stored(tmp_path: Path) -> None:
+    """DBRX keeps the rows of all experts in one matrix, the last one transposed."""
+    folder = saved_family("dbrx", tmp_path / "model")
+    prune(str(folder), tmp_path / "out", PruneOptions(sparsity=0.5, method="magnitude"), RunOptions(device="cpu"))
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    for name, each in ((name, name.rpartition(".")[2]) for name in before if ".experts.mlp." in name):
+        dense, pruned = (t[name].view(4, -1, t[name].shape[1]) for t in (before, after))
+        if each == "w2":
+            dense, pruned = dense.mT, pruned.mT
+        border = dense.abs().sort(dim=2).values[..., dense.shape[2] // 2, None]
+        assert torch.equal(pruned, torch.where(dense.abs() >= border, dense, 0)), name
 
 
 def _without_ties(verdict: str) -> str:

@@ -18,6 +18,7 @@ from sparsedeploy.artifacts.description import ARTIFACT_FILE, hash_files, load_a
 from sparsedeploy.artifacts.known_answer import (
     TOKENS,
     KnownAnswer,
+    distance,
     largest_difference,
     load_known_answer,
     save_known_answer,
@@ -30,9 +31,11 @@ from sparsedeploy.runtimes.options import EngineOptions, ServeOptions
 from sparsedeploy.runtimes.self_test import _lengths
 from sparsedeploy.runtimes.serving import serve
 from sparsedeploy.runtimes.specification import load_runtime
+from sparsedeploy.targets.check import Reference, compare_logits
 from sparsedeploy.targets.registry import export_checkpoint
 from tests.formats.test_transformers import save_sparse_model
 from tests.runtimes.exported import export_small
+from tests.small_models import save_model
 
 
 @pytest.fixture
@@ -92,6 +95,31 @@ def test_deepsparse_with_one_wrong_weight(verdicts: Path, tmp_path: Path) -> Non
         serve(wrong, ServeOptions(length=80, port=0), EngineOptions(cores=1)),
     ):
         pass
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("deepsparse_runtime")
+def test_deepsparse_with_wrong_integers(verdicts: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    options = {"int8": True, "data": str(text), "sequences": 4, "windows": 0}
+    right = export_checkpoint(tmp_path / "model", "deepsparse", tmp_path / "right", options)
+    assert right.self_test is not None
+    with open_model(tmp_path / "right", **SIZES):
+        pass
+    assert [json.loads(path.read_text())["passed"] for path in verdicts.iterdir()] == [True]
+    for number, end in enumerate(("layers.0.mlp.up_proj.weight.T", "layers.1.self_attn.o_proj.weight.T")):
+        wrong = shutil.copytree(tmp_path / "right", tmp_path / f"wrong{number}")
+        graph = onnx.load(wrong / "model.onnx")
+        matrix = next(tensor for tensor in graph.graph.initializer if tensor.name.endswith(end))
+        values = onnx.numpy_helper.to_array(matrix).copy()
+        assert values.dtype == np.int8
+        matrix.raw_data = np.roll(values, 1, axis=0).tobytes()
+        onnx.save(graph, wrong / "model.onnx")
+        refresh(wrong)
+        with pytest.raises(UserError, match="wrongly on this machine"), open_model(wrong, **SIZES):
+            pass
 
 
 def test_torch_with_one_wrong_weight_and_its_memory(verdicts: Path, tmp_path: Path) -> None:
@@ -155,7 +183,7 @@ def test_damaged_answer(verdicts: Path, tmp_path: Path) -> None:
 def test_comparison() -> None:
     random = np.random.default_rng(0)
     logits = random.standard_normal((6, 9)).astype(np.float32)
-    answer = KnownAnswer(np.arange(6), np.arange(9), logits)
+    answer = KnownAnswer(np.arange(6), np.arange(9), logits, np.zeros(6))
     assert largest_difference(answer, logits[:4]) == 0
     # Log-probabilities: another number for each row.
     assert largest_difference(answer, logits + random.standard_normal((6, 1)).astype(np.float32)) < 1e-6
@@ -169,6 +197,49 @@ def test_comparison() -> None:
         broken[1, 1] = bad
         assert not largest_difference(answer, broken) <= 0.15
     assert largest_difference(answer, np.full_like(logits, -np.inf)) == np.inf
+
+
+def test_comparison_where_activations_are_rounded_to_levels() -> None:
+    """Later tokens may be as far as right computations are from each other, the first one must be right."""
+    random = np.random.default_rng(0)
+    logits = random.standard_normal((40, 90)).astype(np.float32)
+    spread = np.array([0.0, *[0.04] * 39])
+    answer = KnownAnswer(np.arange(40), np.arange(90), logits, spread)
+    noise = random.standard_normal(logits.shape).astype(np.float32)
+
+    def passes(found: np.ndarray) -> bool:
+        difference, allowed = distance(answer, found, tolerance("float32"))
+        return difference <= allowed
+
+    assert passes(logits + spread[:, None] * noise)
+    assert not passes(logits + 2 * spread[:, None] * noise)
+    assert not passes(logits + 0.02 * noise)
+    assert passes((logits + spread[:, None] * noise)[:3])
+    assert not passes((logits + 0.02 * noise)[:3])
+    broken = logits.copy()
+    broken[30, 1] = np.nan
+    assert not passes(broken)
+
+
+def test_tokens_that_a_model_rules_out() -> None:
+    """They have the type's lowest number as their logit, which no difference may be measured by."""
+    logits = np.random.default_rng(0).standard_normal((6, 9)).astype(np.float32)
+    logits[:, 4] = np.finfo(np.float32).min
+    answer = KnownAnswer(np.arange(6), np.arange(9), logits, np.zeros(6))
+    assert largest_difference(answer, logits) == 0
+    partly = logits.copy()
+    partly[2, 1] += 3
+    assert largest_difference(answer, partly) > 0.5
+    partly = logits.copy()
+    partly[2, 4] = 0
+    assert largest_difference(answer, partly) == np.inf
+    reference = Reference(np.arange(6)[None], np.arange(6), logits[None])
+    assert compare_logits(logits[None], reference).largest_logit < 5
+    for at in (1, 4):
+        wrong = logits[None].copy()
+        wrong[0, 2, at] = 3
+        with pytest.raises(UserError, match="does not compute what the model computes"):
+            compare_logits(wrong, reference)
 
 
 def test_large_vocabulary_keeps_a_part_with_its_end(tmp_path: Path) -> None:
