@@ -41,8 +41,9 @@ sliding windows of {window} tokens, experts and shared caches where its configur
   whole forward passes: logits within {rounding:g} of the largest, and the same decoded tokens.
 
 What is not equal is refused in one line before anything is written. A row is `not built` where transformers itself
-cannot build the model, and `not tested` where that needs a package that is not installed. `python -m tests.family_table` writes this page
-({seconds:.0f} s of processor time); `tests/models/test_families.py` holds the code to it.
+cannot build the model, and `not tested` where that needs a package that is not installed.
+`python -m tests.family_table` writes this page ({seconds:.0f} s of processor time); `tests/models/test_families.py`
+holds the code to it.
 """
 
 

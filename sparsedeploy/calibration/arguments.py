@@ -109,7 +109,7 @@ def probe(source: LayerSource, tokens: torch.Tensor) -> Probe:
         if not isinstance(inner, torch.Tensor) or inner.shape != hidden.shape:
             raise UserError(f"a {kind.__name__} does not return its hidden states first", _FIX)
     again, plain = _pass(source, tokens, skip, whole=True)
-    if not _equal(hidden, again):
+    if not torch.equal(hidden.nan_to_num(), again.nan_to_num()):
         raise UserError(
             f"{type(source.model).__name__} does not give its layers the same inputs for the same text, so they cannot "
             "be measured",

@@ -42,6 +42,7 @@ from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.models.weight_files import note_left_out, small_files
 from sparsedeploy.plan import SparsityPlan
+from sparsedeploy.reading import SOUND_COPY, read_object
 
 # Written anew, or of another model.
 _OURS = (MANIFEST, RECIPE, mask_file.FILE, SCALES, CARD, EVALUATION)
@@ -178,3 +179,7 @@ def _copy_rest(source: Path, staging: Path) -> None:
     for path in small_files(source):
         if path.name not in _OURS:
             shutil.copyfile(path, staging / path.name)
+    config = read_object(staging / "config.json", fix=SOUND_COPY)
+    if "quantization_config" in config:  # left over: weights that are quantised are not pruned
+        del config["quantization_config"]
+        write_json(staging / "config.json", config)

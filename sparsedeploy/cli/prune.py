@@ -16,6 +16,7 @@ from sparsedeploy.cli.common import (
 from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.cli.recover import print_recovery, take_recovery
 from sparsedeploy.errors import UserError
+from sparsedeploy.paths import check_apart
 from sparsedeploy.workflows.options import (
     CalibrationOptions,
     DataOptions,
@@ -53,6 +54,7 @@ def prune_command(
 
     run = given.build("run", PruneRunOptions)
     given = given.over(load_recipe(run.recipe).sections if run.recipe else {})
+    check_apart(output, [path for path in (run.plan, run.recipe) if path])
     options, recovery = _take_options(given, run, model)
     if run.engine != _OWN_ENGINE and recovery is not None:
         raise UserError(

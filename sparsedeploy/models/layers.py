@@ -88,6 +88,8 @@ class StreamedLayers:
         head: bool = False,
     ) -> None:
         config = load_config(folder, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError(f"{folder} is packed for inference", "Use the checkpoint that it was exported from.")
         self.files = TensorFiles(folder)
         self.device = device
         dtype = self.dtype = compute_type(config, device, dtype)

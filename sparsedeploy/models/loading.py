@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
 
+from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.computing import attention, compute_type
 from sparsedeploy.models.config_check import check_sizes
@@ -25,6 +26,8 @@ from sparsedeploy.models.tensor_files import TensorFiles, check_tensor
 from sparsedeploy.paths import expand
 from sparsedeploy.reading import SOUND_COPY, read_object
 
+# The name of our own packed weights in a configuration, see sparsedeploy/formats/config.py.
+PACKED = "sparsedeploy"
 # Of a repository on the hub: the model, what its tokenizer reads, and what says under which terms it may be used.
 _FETCHED = [
     *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"),
@@ -60,7 +63,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration.
 
     Raises:
-        UserError: no or broken ``config.json``, a model type that transformers does not know, or an encoder-decoder.
+        UserError: no or broken ``config.json``, a model type that transformers does not know, an encoder-decoder, or
+            weights that another tool has quantised.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -86,7 +90,33 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise UserError(
             f"{folder} is an encoder-decoder ({config.model_type})", "Use a decoder-only causal language model."
         )
+    if getattr(config, "quantization_config", None) is not None and quantization_of(folder, raw) is None:
+        del config.quantization_config
     return config
+
+
+def quantization_of(folder: Path, raw: Mapping[str, Any]) -> str | None:
+    """How a folder's tensors are quantised or packed, by its ``config.json``; None where they are not.
+
+    What is said there of tensors that are plain is left over from another copy of the model, or asks transformers to
+    quantise while it loads; it is not followed, and said so.
+
+    Raises:
+        UserError: tensors that are quantised by another tool.
+    """
+    said = raw.get("quantization_config")
+    if said is None:
+        return None
+    method = progress.printable(str(said.get("quant_method") if isinstance(said, Mapping) else said))
+    found = next((name for name, one in TensorFiles(folder).items() if one.is_quantised), None)
+    if found is None:
+        progress.note(f"config.json says that the weights are quantised ({method}), and they are not")
+        return None
+    if method != PACKED:
+        raise UserError(
+            f"{folder} is quantised ({method}: {progress.printable(found)})", "Use the model before quantisation."
+        )
+    return method
 
 
 def auto_class(config: Any) -> Any:

@@ -24,6 +24,16 @@ _DTYPES = {
 }
 # Of buffers that are kept as they are, such as a batch norm's counter; never of a weight.
 _COUNTERS = {"I64": torch.int64, "BOOL": torch.bool}
+# How tensors beside a quantised or packed weight are called.
+_QUANTISED = (
+    "qweight",
+    "qzeros",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_packed",
+    "weight_values",
+    "weight_shape",
+)
 # Bits of an element, for every type of the format.
 _BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -68,6 +78,12 @@ class StoredTensor:
                 "Use an unquantised checkpoint (float32, float16 or bfloat16).",
             )
         return _DTYPES[self.kind]
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether it is a weight in integers or small floats, or belongs to one, such as its scales."""
+        small = self.kind not in _DTYPES and self.kind not in _COUNTERS
+        return small or self.name.rpartition(".")[2].startswith(_QUANTISED)
 
 
 class TensorFiles:

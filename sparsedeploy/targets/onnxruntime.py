@@ -117,7 +117,11 @@ def stage_for_transformers_4(checkpoint: Path, folder: Path) -> Path:
 
 
 def _older_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings under the names of transformers 4; the new ones stay beside them."""
+    """Rotary settings under the names of transformers 4; the new ones stay beside them.
+
+    A left-over ``quantization_config`` is dropped.
+    """
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
     rope = config.get("rope_parameters")
     if not rope:
         return config

@@ -106,12 +106,18 @@ def export_vllm(job: ExportJob, options: VllmOptions) -> Artifact:
         return export_quantized(job, options, engine=ENGINE)
     opened = job.open()
     files = TensorFiles(opened.folder)
-    inside, outside = _linears(opened.folder, opened.config, job.trust_remote_code)
+    inside, outside, kept = _linears(opened.folder, opened.config, job.trust_remote_code)
     module_of = {files.locate(f"{module}.weight").name: module for module in inside}
     with job.new_folder() as folder:
         packer = _Packer(options, set(module_of), _scales(opened, module_of))
         for shard in progress.track(files.shards, "pack weights"):
             packer.write_shard(shard, folder / shard.name)
+        if not packer.packed and kept:
+            raise UserError(
+                f"the linears of {opened.folder} are parts of fused or transposed weights, such as {kept[0]}, which "
+                "vLLM does not take packed",
+                "Export a model whose layers are made of nn.Linear, or serve the checkpoint itself with vLLM.",
+            )
         if not packer.packed:
             raise UserError(
                 f"no linear of {opened.folder} is smaller packed than dense",
@@ -138,6 +144,10 @@ def export_vllm(job: ExportJob, options: VllmOptions) -> Artifact:
             engine=ENGINE,
             bytes_per_token=folder_bytes(folder, opened.config, trust_remote_code=job.trust_remote_code),
             self_test=self_test,
+        )
+    if kept:
+        progress.note(
+            f"{len(kept)} weights stay as they are, zeros included, as parts of fused or transposed ones: {kept[0]}"
         )
     progress.note(
         f"packed {packer.packed} linears: {packer.packed_bytes / 1e6:.1f} MB instead of "
@@ -215,12 +225,14 @@ def _scales(opened: Checkpoint, module_of: Mapping[str, str]) -> tuple[Grid | No
     return grid, {name: scales[module] for name, module in module_of.items() if module in scales}
 
 
-def _linears(checkpoint: Path, config: Any, trust_remote_code: bool) -> tuple[list[str], list[str]]:
-    """Names of the linears inside the decoder layers, and of those outside (the output head)."""
+def _linears(checkpoint: Path, config: Any, trust_remote_code: bool) -> tuple[list[str], list[str], list[str]]:
+    """Names of the linears inside the decoder layers, of those outside (the output head), and of parts of weights."""
     model = build_empty(checkpoint, config, trust_remote_code=trust_remote_code)
-    inside = [name for name, one in find_decoder_stack(model).all_linears().items() if isinstance(one, nn.Linear)]
+    prunable = find_decoder_stack(model).all_linears()
+    inside = [name for name, one in prunable.items() if isinstance(one, nn.Linear)]
     every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return inside, [name for name in every if name not in set(inside)]
+    known = set(inside)
+    return inside, [name for name in every if name not in known], [name for name in prunable if name not in known]
 
 
 def _write_configuration(checkpoint: Path, folder: Path, quantization: dict[str, Any]) -> None:

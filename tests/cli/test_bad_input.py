@@ -211,3 +211,52 @@ def test_debug_shows_the_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("sys.argv", ["sparsedeploy", "inspect", "/nowhere", "--debug"])
     with pytest.raises(UserError):
         main()
+
+
+def test_a_recipe_or_plan_inside_the_output_is_kept(cli: Cli, model: Path) -> None:
+    """They are inputs like the model and the text: --overwrite would delete them."""
+    output = model.parent / "out"
+    output.mkdir()
+    (output / "sparsity.json").write_text("{}")
+    (output / "recipe.yaml").write_text("prune: {sparsity: 0.5, method: magnitude}")
+    assert cli("allocate", model, "-s", 0.5, "-a", "uniform", "-o", output / "plan.json").code == 0
+    for options in (("--recipe", output / "recipe.yaml"), ("--plan", output / "plan.json", "-m", "magnitude")):
+        refused(cli("prune", model, "-o", output, *options, "--overwrite"), "holds the input", model.parent)
+    assert {"recipe.yaml", "plan.json"} < {path.name for path in output.iterdir()}
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "compressed-tensors", "torchao", "sparsedeploy", "x"])
+def test_a_quantization_that_is_left_over(cli: Cli, model: Path, text: Path, method: str) -> None:
+    """Every command takes plain weights for what they are, and the result does not say otherwise."""
+    before = json.loads((model / "config.json").read_text())
+    options = ("--context", 32, "--max-windows", 1, "--device", "cpu", "--json")
+    expected = json.loads(cli("eval", model, "-d", text, *options).out)["perplexity"]
+    quantization = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+    (model / "config.json").write_text(json.dumps({**before, "quantization_config": quantization}))
+    outcome = cli("eval", model, "-d", text, *options)
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["perplexity"] == expected
+    assert f"says that the weights are quantised ({method}), and they are not" in outcome.err
+    output = model.parent / "out"
+    assert cli("prune", model, "-o", output, "-s", 0.5, "-m", "magnitude").code == 0
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    assert cli("inspect", output).code == 0
+
+
+def test_weights_that_are_quantised_or_packed(cli: Cli, model: Path, text: Path) -> None:
+    """One verdict of every command."""
+    output, packed = model.parent / "out", model.parent / "packed"
+    assert cli("prune", model, "-o", output, "-s", 0.6, "-m", "magnitude").code == 0
+    assert cli("export", output, "-o", packed, "--target", "vllm").code == 0
+    other = ("-o", model.parent / "x")
+    refused(cli("prune", packed, *other, "-s", 0.5, "-m", "magnitude"), "packed for inference", packed)
+    refused(cli("export", packed, *other, "--target", "deepsparse"), "quantised or packed", packed)
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "compressed-tensors"
+    (packed / "config.json").write_text(json.dumps(config))
+    for command in (
+        ("eval", packed, "-d", text, "--context", 32),
+        ("prune", packed, *other, "-s", 0.5, "-m", "magnitude"),
+        ("export", packed, *other, "--target", "vllm"),
+    ):
+        refused(cli(*command), "is quantised (compressed-tensors: ", packed)

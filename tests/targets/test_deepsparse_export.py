@@ -164,7 +164,11 @@ def test_weights_that_are_not_finite(tmp_path: Path, name: str, value: float) ->
 def test_quantised_checkpoint(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(folder, tmp_path, "quantised")
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    tensors["model.layers.0.mlp.up_proj.qweight"] = weight[::8].to(torch.int32).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, tmp_path, r"is quantised \(gptq: model\.layers\.0\.mlp\.up_proj\.qweight\)")
 
 
 @pytest.mark.parametrize(
