@@ -3,6 +3,7 @@
     python benchmarks/gpu.py [--minutes 9] [--parts kernels table ...]     # on a machine with a GPU
     TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --small       # the flow, in Triton's interpreter
 
+This file has more than 400 lines, because it is the one command that a machine with a GPU runs.
 Needs torch, triton, transformers, safetensors, numpy and this checkout; nothing is installed or fetched. Parts:
 
 - ``compile``: every kernel, in several processes, into Triton's cache
