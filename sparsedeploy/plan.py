@@ -138,7 +138,7 @@ class ModuleTarget:
                 )
             if self.zeros_per_row != self.columns // self.pattern.m * (self.pattern.m - self.pattern.n):
                 raise UserError(
-                    f"the plan asks {self.name} for {self.zeros_per_row} zeros per row, which {self.pattern} has not",
+                    f"the plan asks {self.name} for {self.zeros_per_row} zeros per row, not what {self.pattern} has",
                     _AGAIN,
                 )
 

@@ -194,7 +194,10 @@ def load_artifact(folder: Path, *, verify: bool = False) -> Artifact:
     path = Path(folder) / ARTIFACT_FILE
     again = "Export the checkpoint again with sparsedeploy export."
     if not path.exists():
-        raise UserError(f"{folder} is not an exported artifact (it has no {ARTIFACT_FILE})", again)
+        raise UserError(
+            f"{folder} is not an exported artifact (it has no {ARTIFACT_FILE})",
+            "Give a folder that sparsedeploy export wrote.",
+        )
     fields = Fields(read_object(path, fix=again), str(path), again)
     if fields.integer("format") != FORMAT:
         raise UserError(

@@ -176,10 +176,13 @@ def check_same(before: Mapping[str, Any], request: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(dict(request)))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
-        key = changed[0]
+        key, was, now_is = changed[0], before.get(changed[0]), now.get(changed[0])
+        while isinstance(was, dict) and isinstance(now_is, dict):  # the first option in it that differs
+            key = next(one for one in sorted({*was, *now_is}) if was.get(one) != now_is.get(one))
+            was, now_is = was.get(key), now_is.get(key)
         raise ResumeError(
             f"cannot resume: {', '.join(changed)} changed since the run that was interrupted "
-            f"({key} was {before.get(key)}, is {now.get(key)})",
+            f"({key} was {was}, is {now_is})",
             "Run with the same options, or without --resume to start over.",
         )
 

@@ -186,6 +186,8 @@ def load_model(
                 output_loading_info=True,
                 use_safetensors=True,
             )
+    except UserError:  # of our own loader of packed weights
+        raise
     except SafetensorError as error:
         raise UserError(f"a weight file of {folder} is truncated or corrupt ({error})", "Download it again.") from error
     except Exception as error:

@@ -252,6 +252,11 @@ def test_weights_that_are_quantised_or_packed(cli: Cli, model: Path, text: Path)
     refused(cli("prune", packed, *other, "-s", 0.5, "-m", "magnitude"), "packed for inference", packed)
     refused(cli("export", packed, *other, "--target", "deepsparse"), "quantised or packed", packed)
     config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 9
+    (packed / "config.json").write_text(json.dumps(config))
+    refused(
+        cli("eval", packed, "-d", text, "--context", 32), "error: the checkpoint has packed format version 9", packed
+    )
     config["quantization_config"]["quant_method"] = "compressed-tensors"
     (packed / "config.json").write_text(json.dumps(config))
     for command in (
