@@ -54,9 +54,9 @@ def by_gptq(setting: Setting, model: Any, masks: dict[str, torch.Tensor], tokens
         folder = Path(scratch) / "pruned"
         model.save_pretrained(folder)
         setting.tokenizer.save_pretrained(folder)
-        texts = {"tokens": tokens, "windows": setting.test_windows, "probe": setting.test_windows[0, :32]}
-        where = require("llmcompressor")
-        found = quantize_folder(where, folder, Path(scratch) / "quantised", "w4a16", "gptq", masks, **texts)
+        windows = setting.test_windows
+        where, output = require("llmcompressor"), Path(scratch) / "quantised"
+        found = quantize_folder(where, folder, output, "w4a16", "gptq", masks, tokens, windows, probe=windows[0, :32])
     assert found["revived"] == 0
     return float(found["perplexity_after"])
 

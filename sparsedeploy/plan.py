@@ -189,6 +189,20 @@ class SparsityPlan:
         """Whether the output head is among the modules."""
         return any(layer_number(target.name) is None for target in self.targets)
 
+    def contradictions(self) -> list[str]:
+        """Where the modules give another sparsity or pattern than the plan asks for, a line for each."""
+        problems = []
+        # A plan meets its target within one unit: a row's weight over all rows of a module, or a layer's N of every M.
+        unit = max(target.rows for target in self.targets) / sum(target.size for target in self.targets)
+        if abs(self.achieved - self.sparsity) > unit + 0.005:
+            problems.append(f"the plan asks for {self.sparsity:g} and its modules give {self.achieved:.4f}")
+        pattern = parse_pattern(self.pattern)
+        wanted = {None} if pattern is None else {pattern} if isinstance(pattern, NM) else None
+        for target in self.targets:
+            if wanted is not None and target.pattern not in wanted:
+                problems.append(f"{target.name}: pattern {target.pattern}, the plan's is {self.pattern}")
+        return problems
+
     def check_modules(self, shapes: list[ModuleShape]) -> None:
         """Refuse a plan that is for another model.
 
@@ -263,6 +277,8 @@ class SparsityPlan:
             names = [target.name for target in targets]
             twice = next(name for at, name in enumerate(names) if name in names[:at])
             raise UserError(f"the plan has {twice} twice", fields.fix)
+        if problems := plan.contradictions():
+            raise UserError(problems[0], fields.fix)
         return plan
 
     def save(self, path: Path) -> None:
