@@ -25,7 +25,7 @@ from sparsedeploy.calibration.samples import CalibrationSet, sample_tokens
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
-from sparsedeploy.models.layers import StreamedLayers
+from sparsedeploy.models.layers import ResidentLayers, StreamedLayers
 from sparsedeploy.models.loading import load_model
 from sparsedeploy.models.low_rank import attach_low_rank
 from sparsedeploy.models.tokenizer import load_tokenizer
@@ -259,7 +259,7 @@ def _searched(
     calibration = setting.calibration_set(seed)
     folder = (levels or Path("levels")) / f"{setting.model.name}-{method}{'-ls' if reconstruct else ''}"
     return search_plan(
-        model,
+        ResidentLayers(model),
         calibration.tokens,
         setting.selection,
         sparsity,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -192,6 +193,11 @@ def load_model(
         raise UserError(f"a weight file of {folder} is truncated or corrupt ({error})", "Download it again.") from error
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
+        if lacking := re.search(r"does not appear to have a file named (\S+?)\.? ", str(error)):
+            raise UserError(
+                f"{folder} lacks the file {lacking[1]}, which a {config.model_type} model reads",
+                "Get a complete copy of the model.",
+            ) from error
         raise UserError(
             f"{folder} does not load as a causal LM ({reason})",
             "Check that its config.json and weights belong together.",

@@ -93,9 +93,9 @@ def test_adapter_beside_the_weights_is_part_of_the_graph(tmp_path: Path) -> None
 
 
 def test_target_options(checkpoint: Path, tmp_path: Path) -> None:
-    arguments = [str(checkpoint), "-t", "deepsparse", "--target-option", "largest-single-file=1000"]
+    arguments = [str(checkpoint), "-t", "deepsparse", "--target-option", "max-positions=48"]
     run_command(*arguments, "-o", str(tmp_path / "out"))
-    assert "model.data" in load_artifact(tmp_path / "out", verify=True).files
+    assert load_artifact(tmp_path / "out", verify=True).shapes.max_positions == 48
     with pytest.raises(UserError, match="deepsparse has no option 'speed'"):
         export_checkpoint(checkpoint, "deepsparse", tmp_path / "other", {"speed": "high"})
 

@@ -63,7 +63,7 @@ def test_interrupted_and_resumed(deepsparse_runtime: Environment, model: Path, t
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
     assert "What is done is kept: the same command goes on." in said
     before = json.loads(state.read_text())

@@ -150,6 +150,7 @@ def test_patterns_rounding_and_reconstruction(changes: dict, model: Path, text: 
 
 def test_a_search_and_memory_and_a_plan_do_the_same(model: Path, text: Path, tmp_path: Path, cli) -> None:  # noqa: F811
     words = ("prune", model, "-s", "0.5", "--lm-head", "--data", text, "-n", "3", "--calibration-length", "24")
+    words += ("-m", "wanda")
     search = ("-a", "auto", "--allocation-option", f"database={tmp_path / 'db'}", "--allocation-option")
     found = cli(*words, "-o", tmp_path / "searched", *search, f"text={text}")
     assert found.code == 0, found.err
