@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ from sparsedeploy.folders import write_json
 from sparsedeploy.models.config_check import positions
 from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.reading import Fields, contained, read_object
-from sparsedeploy.resources import cache_home
 from sparsedeploy.version import __version__
 
 ARTIFACT_FILE = "artifact.json"
@@ -187,15 +183,13 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
 
 
 def load_artifact(folder: Path, *, verify: bool = False) -> Artifact:
-    """Read the description of an exported folder and make sure that its files are there and are those of the export.
-
-    Hashes are compared at the first load and whenever a file's size or time of change is another; see :func:`_state`.
+    """Read the description of an exported folder and make sure that its files are there.
 
     Args:
-        verify: compare the hashes in any case.
+        verify: also compare the files' hashes, which reads every byte of them.
 
     Raises:
-        UserError: no artifact, one of another format, or a file is missing or was changed.
+        UserError: no artifact, one of another format, a file is missing, or (with ``verify``) was changed.
     """
     path = Path(folder) / ARTIFACT_FILE
     again = "Export the checkpoint again with sparsedeploy export."
@@ -212,23 +206,10 @@ def load_artifact(folder: Path, *, verify: bool = False) -> Artifact:
     artifact = fields.build(Artifact)
     if artifact.self_test is not None and not 0 <= artifact.self_test.tolerance <= 1:
         raise UserError(f"{path}: the self test's tolerance is {artifact.self_test.tolerance:g}, not 0 to 1", again)
-    for name in artifact.files:
+    for name, digest in artifact.files.items():
         file = contained(Path(folder), name, str(path))
         if not file.is_file():
             raise UserError(f"artifact {folder} lacks its file {name}", again)
-    seen = cache_home() / "verified" / _state(Path(folder), artifact)
-    if verify or not seen.exists():
-        for name, digest in artifact.files.items():
-            if file_sha256(Path(folder) / name) != digest:
-                raise UserError(f"{Path(folder) / name} was changed since the export", again)
-        with suppress(OSError):  # a cache that cannot be written only costs time
-            seen.parent.mkdir(parents=True, exist_ok=True)
-            seen.touch()
+        if verify and file_sha256(file) != digest:
+            raise UserError(f"{file} was changed since the export", again)
     return artifact
-
-
-def _state(folder: Path, artifact: Artifact) -> str:
-    """A name for the files as they lie there: their hashes as written down, sizes and times of change."""
-    found = [(file.stat().st_size, file.stat().st_mtime_ns) for name in artifact.files for file in [folder / name]]
-    described = json.dumps([str(folder.resolve()), artifact.files, found])
-    return hashlib.sha256(described.encode()).hexdigest()[:32]
