@@ -120,8 +120,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def packed(kind: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype = DTYPE) -> PackedWeight:
     """A random weight in a format such as ``50% int4``."""
+    return pack(kind, sparse_weight(rows, columns, kind.split(maxsplit=1)[0], dtype, device))
+
+
+def pack(kind: str, weight: torch.Tensor) -> PackedWeight:
+    """A pruned weight in a format such as ``50% int4``."""
     pattern, values = kind.split()
-    weight = sparse_weight(rows, columns, pattern, dtype, device)
     return code_weight(weight, pattern, BITS[values]) if BITS[values] else pack_weight(weight, pattern)
 
 
@@ -238,7 +242,7 @@ def measure(run: Run, copy: float, shape: str, kind: str) -> dict[str, Any]:
     rows, columns = map(int, shape.split("x"))
     pattern, values = kind.split()
     weight = sparse_weight(rows, columns, pattern, DTYPE, run.device)
-    stored = code_weight(weight, pattern, BITS[values]) if BITS[values] else pack_weight(weight, pattern)
+    stored = pack(kind, weight)
     ready = gpu.prepare(stored)
     batches = BATCHES[:1] if run.small else BATCHES
     names = (shape, pattern, values)
@@ -288,14 +292,12 @@ def decode(run: Run, kind: str, batch: int) -> dict[str, Any]:
     ids = torch.arange(batch * 16, device=run.device).view(batch, 16) % 256
     if kind != "dense":
         linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-        pattern, values = kind.split()
         packs: dict[str, PackedWeight] = {}
         for name, linear in linears:
             rows, columns = linear.weight.shape
-            kept = sparse_weight(rows, columns, pattern, DTYPE, run.device) != 0
+            kept = sparse_weight(rows, columns, kind.split(maxsplit=1)[0], DTYPE, run.device) != 0
             weight = torch.where(kept, linear.weight, torch.zeros((), dtype=DTYPE, device=run.device))
-            bits = BITS[values]
-            packs[name] = code_weight(weight, pattern, bits) if bits else pack_weight(weight, pattern)
+            packs[name] = pack(kind, weight)
             linear.weight.data = packing.unpack(packs[name]).to(DTYPE)
         reference = model(ids).logits.float()
         for name, stored in packs.items():
@@ -314,15 +316,8 @@ def decode(run: Run, kind: str, batch: int) -> dict[str, Any]:
 
     result["eager_ms"] = statistics.median(clock(run, step) for _ in range(rounds))
     if run.device.type == "cuda":
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        result["graph_ms"] = statistics.median(clock(run, graph.replay) for _ in range(rounds))
+        replay = run.timer.recorded(step)
+        result["graph_ms"] = statistics.median(clock(run, replay) for _ in range(rounds))
         result["gigabytes"] = torch.cuda.memory_allocated() / 1e9
     return result
 

@@ -13,7 +13,7 @@ from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.errors import UserError
 from sparsedeploy.workflows.options import CalibrationOptions, PruneOptions, RunOptions
 
-_SEARCH = ("method", "method_options", "reconstruct", "quantize", "quantize_group")
+_SEARCH = ("method", "method_options", "reconstruct")
 
 
 @takes(
