@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -192,11 +193,18 @@ class SparsityPlan:
     def contradictions(self) -> list[str]:
         """Where the modules give another sparsity or pattern than the plan asks for, a line for each."""
         problems = []
-        # A plan meets its target within one unit: a row's weight over all rows of a module, or a layer's N of every M.
-        unit = max(target.rows for target in self.targets) / sum(target.size for target in self.targets)
+        # A plan meets its target within one unit: an entry in each row of a module, or with a mixed pattern one
+        # entry in each group of M of a whole layer.
+        pattern = parse_pattern(self.pattern)
+        steps: dict[str | int, float] = defaultdict(float)
+        for target, layer in zip(self.targets, depths(self.by_name).values(), strict=True):
+            if isinstance(pattern, MixedNM):
+                steps[layer] += target.size / pattern.m
+            else:
+                steps[target.name] = target.rows
+        unit = max(steps.values()) / sum(target.size for target in self.targets)
         if abs(self.achieved - self.sparsity) > unit + 0.005:
             problems.append(f"the plan asks for {self.sparsity:g} and its modules give {self.achieved:.4f}")
-        pattern = parse_pattern(self.pattern)
         wanted = {None} if pattern is None else {pattern} if isinstance(pattern, NM) else None
         for target in self.targets:
             if wanted is not None and target.pattern not in wanted:
