@@ -11,7 +11,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from sparsedeploy.quality.perplexity import perplexity, windows_of
 from sparsedeploy.quality.tasks import load_tasks, run_tasks
 from sparsedeploy.recovery.base import RecoveryJob
 from sparsedeploy.recovery.data import load_training_data
-from sparsedeploy.recovery.options import DataOptions
+from sparsedeploy.recovery.options import DataOptions, Loss
 from sparsedeploy.recovery.training import TrainingOptions
 from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES
 from sparsedeploy.reporting.charts import Chart, Series, line_chart, svg_file
@@ -286,6 +286,8 @@ class RecoverySetting:
         train_sequences: pieces of ``length`` tokens, the same number for every method that trains.
         dropout: of the adapters.
         training: values of :class:`TrainingOptions`.
+        loss: what training minimises.
+        allocation: of the sparsity before a method that starts from a pruned model.
     """
 
     calibration: str
@@ -295,6 +297,8 @@ class RecoverySetting:
     train_sequences: int
     dropout: float
     training: Mapping[str, Any]
+    loss: Loss = "ce"
+    allocation: str = "uniform"
 
 
 def recovery_cell(
@@ -359,17 +363,18 @@ def recovery_cell(
             batch_size=8,
             data=data,
             training=TrainingOptions(**setting.training),
+            loss=setting.loss,
             seed=seed,
         )
         if not starts_dense:
             tokens = calibration.tokens if calibration else None
-            uniform = ALLOCATORS.get("uniform").make_options()
-            job.plan = allocate(model, tokens, sparsity, pattern, "uniform", uniform, batch_size=8)
+            rates = ALLOCATORS.get(setting.allocation).make_options()
+            job.plan = allocate(model, tokens, sparsity, pattern, setting.allocation, rates, batch_size=8)
             pruned = prune_model(model, tokens, job.plan, pruner, pruner_options, 8)
             job.masks = {name: module.mask for name, module in pruned.items()}
             result["sparsity"] = job.plan.achieved
         if method is not None:
-            if method.traits["trains"]:
+            if any(each.name == "dropout" for each in fields(method.options)):
                 values = {**values, "dropout": setting.dropout}
             recovered = method.function(job, method.make_options(values))
             attach_low_rank(model, recovered.low_rank)

@@ -30,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ import torch
 from cells import RecoverySetting, Setting, Store, frontier_chart, prune_cell, recovery_cell
 
 from sparsedeploy import progress
+from sparsedeploy.recovery.options import Loss
 from sparsedeploy.reporting.charts import Chart
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
@@ -44,22 +46,52 @@ ALLOCATIONS = ("uniform", "owl", "dlp", "alphapruning", "lsa", "atp", "rmi")
 LEVELS = ("0.7", "0.5", "0.6", "mixed-2:8")
 SEEDS = {"uniform": 3}
 TASKS = ("python_lines",)
-# Name -> (label, recovery or None, its options, pruner, level). SparseLo: its rank is on top of 70 %, and, in the
-# second row, in place of weights, so that all that is stored is as much as what 70 % leaves (`equal_density`).
-RECOVERIES: dict[str, tuple[str, str | None, dict[str, Any], str, str]] = {
-    "wanda": ("Wanda alone", None, {}, "wanda", "0.7"),
-    "sparsegpt": ("SparseGPT alone", None, {}, "sparsegpt", "0.7"),
-    "alps": ("ALPS alone", None, {}, "alps", "0.7"),
-    "sparse-lora": ("Wanda + Sparse LoRA", "sparse-lora", {}, "wanda", "0.7"),
-    "lora": ("Wanda + LoRA, not merged", "lora", {}, "wanda", "0.7"),
-    "losa": ("Wanda + LoSA", "losa", {}, "wanda", "0.7"),
-    "losa-no-layer-rates": ("LoSA without layer rates", "losa", {"layer_rates": False}, "wanda", "0.7"),
-    "losa-no-rank-allocation": ("LoSA without rank allocation", "losa", {"rank_allocation": False}, "wanda", "0.7"),
-    "losa-no-dynamic": ("LoSA without the schedule", "losa", {"dynamic": False}, "wanda", "0.7"),
-    "sparselo": ("Wanda + SparseLo, rank 32 on top", "sparselo", {"rank": 32}, "wanda", "0.7"),
-    "sparselo-equal": ("Wanda + SparseLo, rank 32 within 30 %", "sparselo", {"rank": 32}, "wanda", "equal"),
-    "sparsegpt-sparse-lora": ("SparseGPT + Sparse LoRA", "sparse-lora", {}, "sparsegpt", "0.7"),
-    "sparsegpt-losa": ("SparseGPT + LoSA", "losa", {}, "sparsegpt", "0.7"),
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A row of the recovery table.
+
+    Attributes:
+        method: None only prunes.
+        sparsity: None: so that what SparseLo stores, its factors included, is as much as what 70 % leaves.
+        options: of the recovery.
+        learning_rate, train_sequences: None: those of every other row.
+    """
+
+    label: str
+    method: str | None
+    pruner: str
+    options: dict[str, Any] = field(default_factory=dict)
+    sparsity: float | None = 0.7
+    loss: Loss = "ce"
+    allocation: str = "uniform"
+    learning_rate: float | None = None
+    train_sequences: int | None = None
+
+
+RECOVERIES = {
+    "wanda": Recovery("Wanda alone", None, "wanda"),
+    "sparsegpt": Recovery("SparseGPT alone", None, "sparsegpt"),
+    "alps": Recovery("ALPS alone", None, "alps"),
+    "sparse-lora": Recovery("Wanda + Sparse LoRA", "sparse-lora", "wanda"),
+    "alps-sparse-lora": Recovery("ALPS + Sparse LoRA", "sparse-lora", "alps"),
+    "alps-sparse-lora-kl": Recovery("ALPS + Sparse LoRA, loss kl", "sparse-lora", "alps", loss="kl"),
+    "elsa": Recovery("ELSA from ALPS, learning rate 1e-4", "elsa", "alps", learning_rate=1e-4),
+    "losa": Recovery("Wanda + LoSA", "losa", "wanda"),
+    "lora": Recovery("Wanda + LoRA, not merged", "lora", "wanda"),
+    "sparselo": Recovery("Wanda + SparseLo, rank 32 on top", "sparselo", "wanda", {"rank": 32}),
+    "sparselo-equal": Recovery(
+        "Wanda + SparseLo, rank 32 within 30 %", "sparselo", "wanda", {"rank": 32}, sparsity=None
+    ),
+    "sparsegpt-sparse-lora": Recovery("SparseGPT + Sparse LoRA", "sparse-lora", "sparsegpt"),
+    "sparsegpt-losa": Recovery("SparseGPT + LoSA", "losa", "sparsegpt"),
+    "losa-no-layer-rates": Recovery("LoSA without layer rates", "losa", "wanda", {"layer_rates": False}),
+    "losa-no-rank-allocation": Recovery("LoSA without rank allocation", "losa", "wanda", {"rank_allocation": False}),
+    "losa-no-dynamic": Recovery("LoSA without the schedule", "losa", "wanda", {"dynamic": False}),
+    "alps-atp-sparse-lora-long": Recovery(
+        "ALPS, atp + Sparse LoRA, rank 32", "sparse-lora", "alps", {"rank": 32}, allocation="atp", train_sequences=1000
+    ),
 }
 RECOVERY_SEEDS = 2
 RECOVERY: dict[str, Any] = {
@@ -155,12 +187,25 @@ class Bench:
 
     def recovery(self, name: str, seed: int) -> dict[str, Any]:
         """One recovery cell, in this process."""
-        _, recovery, values, pruner, level = RECOVERIES[name]
-        if level == "equal":
-            level = f"{equal_density(self.setting.model, 0.7, values['rank']):.6f}"
-        setting = RecoverySetting(str(self.arguments.calibration), str(self.train), **RECOVERY)
+        row = RECOVERIES[name]
+        sparsity = row.sparsity
+        if sparsity is None:
+            sparsity = equal_density(self.setting.model, 0.7, row.options["rank"])
+        changed: dict[str, Any] = {"loss": row.loss, "allocation": row.allocation}
+        if row.train_sequences is not None:
+            changed["train_sequences"] = row.train_sequences
+        if row.learning_rate is not None:
+            changed["training"] = {**RECOVERY["training"], "learning_rate": row.learning_rate}
+        setting = RecoverySetting(str(self.arguments.calibration), str(self.train), **{**RECOVERY, **changed})
         return recovery_cell(
-            self.setting.model, setting, recovery, values, pruner, level, seed, self.setting.perplexity
+            self.setting.model,
+            setting,
+            row.method,
+            row.options,
+            row.pruner,
+            f"{sparsity:.6f}",
+            seed,
+            self.setting.perplexity,
         )
 
     def cost(self, method: str) -> dict[str, Any]:
@@ -310,7 +355,7 @@ def name_of(level: str) -> str:
 
 def recovery_table(cells: dict[str, Any], setting: dict[str, Any]) -> list[str]:
     rows = []
-    for name, (label, *_) in RECOVERIES.items():
+    for name, row in RECOVERIES.items():
         found = [cell for key, cell in cells.items() if key.split("|")[:2] == ["recovery", name]]
         if not found:
             continue
@@ -319,7 +364,7 @@ def recovery_table(cells: dict[str, Any], setting: dict[str, Any]) -> list[str]:
         seconds, peak = (statistics.mean(cell[key] for cell in found) for key in ("cpu_seconds", "peak_mib"))
         tokens = found[0].get("tokens")
         rows.append(
-            f"| {label} | {text_of(values, -1)} | {density:.1%} | {f'{tokens:,}' if tokens else ''} "
+            f"| {row.label} | {text_of(values, -1)} | {density:.1%} | {f'{tokens:,}' if tokens else ''} "
             f"| {seconds:.0f} s | {peak:.0f} |"
         )
     if not rows:

@@ -21,7 +21,6 @@ import sys
 import threading
 import time
 import urllib.request
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ class Level:
     clients: int
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
-    answers: Counter[str] = field(default_factory=Counter)
+    answers: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("ok", "refused", "lost"), 0))
 
     def row(self) -> tuple[str, ...]:
         """Its row of the table."""
@@ -104,6 +103,8 @@ def main() -> None:
     arguments = _arguments()
     command = [sys.executable, "-m", "sparsedeploy", "serve", arguments.artifact, "--port", str(arguments.port)]
     command += ["--length", str(arguments.length)]
+    if arguments.parallel is not None:
+        command += ["--parallel", str(arguments.parallel)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
@@ -124,6 +125,7 @@ def main() -> None:
     values = {
         "artifact": Path(arguments.artifact).name,
         "tokens": arguments.tokens,
+        "parallel": arguments.parallel,
         "seconds": arguments.seconds,
         "first_request_seconds": first,
         "machine": asdict(this_machine()),
@@ -153,7 +155,7 @@ def _load(url: str, body: dict[str, Any], count: int, seconds: float) -> Level:
         client.join()
     level.seconds = time.perf_counter() - started
     median = f"median {statistics.median(level.latencies):.2f} s" if level.latencies else "no answer"
-    print(f"{count} clients: {dict(level.answers)}, {median}", file=sys.stderr)
+    print(f"{count} clients: {level.answers}, {median}", file=sys.stderr)
     return level
 
 
@@ -172,7 +174,7 @@ def _stop_under_load(server: subprocess.Popen[str], url: str, body: dict[str, An
     for client in clients:
         client.join()
     level.seconds = 3 + ended
-    print(f"stop under {count} clients: {dict(level.answers)} in {ended:.1f} s", file=sys.stderr)
+    print(f"stop under {count} clients: {level.answers} in {ended:.1f} s", file=sys.stderr)
     return level, ended
 
 
@@ -221,6 +223,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60.0, help="for each number of clients")
     parser.add_argument("--tokens", type=int, default=16, help="of an answer")
     parser.add_argument("--length", type=int, default=512, help="of a prompt and its answer together, at most")
+    parser.add_argument("--parallel", type=int, help="requests that the server computes at once [default: serve's]")
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--output", help="path of the results without its ending")
     return parser.parse_args()

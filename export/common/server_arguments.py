@@ -17,5 +17,6 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--length", type=int, required=True, help="Tokens of a prompt and its answer together.")
     parser.add_argument("--chunk", type=int, required=True, help="Prompt tokens run at once, in fixed shapes.")
+    parser.add_argument("--parallel", type=int, required=True, help="Requests that are computed at once.")
     parser.add_argument("--cores", type=int, required=True)
     return parser.parse_known_args()

@@ -22,9 +22,12 @@ def main() -> None:
     program = BUILD / f"llama.cpp-{version}" / "bin" / "llama-server"
     os.environ["GGML_BACKEND_PATH"] = str(backends[-1] / "libsparsedeploy-llamacpp.so")
     options = ["--model", str(asked.folder / "model.gguf"), "--host", asked.host, "--port", str(asked.port)]
-    options += ["--ctx-size", str(asked.length), "--threads", str(asked.cores), "--alias", server_arguments.MODEL]
+    # The context is divided among the slots.
+    context = asked.length * asked.parallel
+    options += ["--ctx-size", str(context), "--parallel", str(asked.parallel), "--no-kv-unified"]
+    options += ["--threads", str(asked.cores), "--alias", server_arguments.MODEL]
     # Verbose, so that the log says what was packed.
-    options += ["--parallel", "1", "--offline", "--no-webui", "--verbosity", "4"]
+    options += ["--offline", "--no-webui", "--verbosity", "4"]
     os.execv(program, [str(program), *options, *more])
 
 

@@ -17,6 +17,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
     program = Path(sys.executable).parent / "vllm"
     options = ["--host", asked.host, "--port", str(asked.port), "--max-model-len", str(asked.length)]
+    options += ["--max-num-seqs", str(asked.parallel)]
     options += ["--served-model-name", server_arguments.MODEL]
     os.execv(program, [str(program), "serve", str(asked.folder), *options, *more])
 

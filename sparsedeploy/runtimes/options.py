@@ -65,3 +65,8 @@ class ServeOptions(Options):
     port: int = option(8000, "Port to listen on.", at_least=0, at_most=65535)
     drain: float = option(30.0, "Seconds that running requests get to end when the server is stopped.", at_least=0)
     length: int = option(512, "Maximum number of tokens of a prompt and its answer together.", at_least=2)
+    parallel: int | None = option(
+        None,
+        "Requests that are computed at once; more wait. Unset: what docs/runtimes.md says of the engine.",
+        at_least=1,
+    )

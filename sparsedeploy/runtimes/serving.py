@@ -78,6 +78,11 @@ def serve(
         served = {target for one in map(load_runtime, runtime_names()) if one.server for target in one.targets}
         able = sorted(served & {*TARGETS.names()})
         raise UserError(f"runtime {runtime.name} has no server", f"Export with --target {one_of(able)}.")
+    parallel = options.parallel or runtime.server.parallel
+    if parallel > 1 and runtime.server.parallel == 1:
+        raise UserError(
+            f"the server of {runtime.name} computes one request at a time", "Leave --parallel out; more requests wait."
+        )
     _check_imports(environment, runtime.server)
     chunk = min(64, max(4, length // 4 // 4 * 4))
     # The engine's own server is not asked for logits: its engine proves itself in the worker, loaded alike.
@@ -89,7 +94,7 @@ def serve(
     scratch = Path(tempfile.mkdtemp(prefix=f"sparsedeploy-serve-{runtime.name}-"))
     log = new_log(f"{runtime.name}-server")
     asked = {"folder": Path(folder).resolve(), "scratch": scratch, "host": "127.0.0.1", "port": inner}
-    asked |= {"length": length, "chunk": chunk, "cores": cores}
+    asked |= {"length": length, "chunk": chunk, "cores": cores, "parallel": parallel}
     command = [str(environment.python), str(runtime.server_program)]
     command += [word for name, value in asked.items() for word in (f"--{name}", str(value))]
     try:

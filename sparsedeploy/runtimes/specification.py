@@ -33,6 +33,7 @@ class Server:
         path: where requests are posted; ``request`` is an example of a body, as JSON.
         imports: modules that it needs beyond the runtime's own; ``extra`` installs them
             (``runtime install NAME --with EXTRA``).
+        parallel: requests that are computed at once unless another number is asked for; 1: the engine takes no more.
         arguments: what the engine's own server is called with besides.
         environment: variables that it gets beyond the runtime's own.
     """
@@ -42,6 +43,7 @@ class Server:
     request: str
     imports: tuple[str, ...] = ()
     extra: str | None = None
+    parallel: int = 1
     arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 

@@ -43,6 +43,8 @@ from sparsedeploy.workflows.sweep_file import DENSE, Cell, Sweep
 
 RESULT, REPORT = "cell.json", "sweep"
 _CHECKPOINT, _QUALITY, _LOG = "checkpoint", "quality.json", "log.txt"
+# Not `-m`, which would import from the folder that the sweep was started in (so would `-c`, by an empty entry).
+_START = "import sys; sys.path[:] = filter(None, sys.path); from sparsedeploy.__main__ import main; main()"
 _DIVERGED = "the model has diverged"  # what eval says of it
 _RUNNING: set[GuardedProcess] = set()
 
@@ -192,13 +194,12 @@ def _run_local(work: Work) -> str | None:
     began = time.perf_counter()
     error = None
     _record(work, "interrupted", 0.0)  # what the folder holds from now on belongs to this request
-    # The folder that the sweep was started in is none to import from.
-    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment = {"OMP_NUM_THREADS": str(work.threads), **os.environ, **path}
     for made, arguments in work.commands:
         if (folder / made).exists():  # by a run that was interrupted
             continue
-        command = [sys.executable, "-m", "sparsedeploy", *arguments, "--quiet"]
+        command = [sys.executable, "-c", _START, *arguments, "--quiet"]
         with open(folder / _LOG, "ab") as log, tempfile.TemporaryDirectory() as scratch:
             start = log.tell()
             process = GuardedProcess(
