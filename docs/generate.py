@@ -289,8 +289,10 @@ def _runtimes() -> str:
             f"{machine} ({' or '.join(flags)})" if flags else machine for machine, flags in runtime["machines"].items()
         )
         targets = ", ".join(runtime.get("targets", []))
-        rows.append((f"`{file.parent.name}`", cell(runtime["summary"]), targets, shown, python, machines))
-    return table(("runtime", "what it is", "targets", "versions", "Python", "machines"), rows)
+        parallel = str(runtime["server"].get("parallel", 1)) if "server" in runtime else "no server"
+        rows.append((f"`{file.parent.name}`", cell(runtime["summary"]), targets, shown, python, machines, parallel))
+    names = ("runtime", "what it is", "targets", "versions", "Python", "machines", "requests at once")
+    return table(names, rows)
 
 
 def _pin(pins: str, name: str) -> str:

@@ -67,6 +67,7 @@ class ServeOptions(Options):
     length: int = option(512, "Maximum number of tokens of a prompt and its answer together.", at_least=2)
     parallel: int | None = option(
         None,
-        "Requests that are computed at once; more wait. Unset: what docs/runtimes.md says of the engine.",
+        "Requests that are computed at once, each with room for --length tokens; more wait. Unset: by the engine, "
+        "see `requests at once` in docs/runtimes.md.",
         at_least=1,
     )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,25 @@ def test_server_answers_and_streams(llama: Path, runtime: Environment, tmp_path:
         assert events[-1] == "[DONE]"
         assert "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1]) == whole
         assert "sparsedeploy: packed 14 tensors" in served.log.read_text(errors="replace")
+
+
+def test_server_computes_requests_at_once(llama: Path, runtime: Environment, tmp_path: Path) -> None:
+    """Several prompts at once get the answers that each gets alone, and each has room for the whole length."""
+    export_checkpoint(llama, "llamacpp", tmp_path / "out", {"quantize": "q8_0"})
+    prompts = [f"{word} upon" for word in ("Once", "Here", "What", "Nine", "Both")]
+    answers = []
+    for parallel in (1, 3):
+        options = ServeOptions(port=8765, length=64, parallel=parallel)
+        with (
+            serve(tmp_path / "out", options, EngineOptions(cores=1)) as served,
+            ThreadPoolExecutor(len(prompts)) as clients,
+        ):
+            bodies = [{"model": "model", "prompt": prompt, "max_tokens": 48, "temperature": 0} for prompt in prompts]
+            found = [json.loads(each) for each in clients.map(lambda body: post(served.url, body), bodies)]
+            answers.append([each["choices"][0]["text"] for each in found])
+            log = served.log.read_text(errors="replace")
+            assert f"n_slots = {parallel}" in log
+    assert answers[0] == answers[1]
 
 
 def post(url: str, body: dict[str, object]) -> str:

@@ -131,6 +131,16 @@ def test_port_in_use(tmp_path: Path) -> None:
             pass
 
 
+@pytest.mark.usefixtures("deepsparse_runtime")
+def test_an_engine_that_takes_one_request_at_a_time(tmp_path: Path, port: int) -> None:
+    folder = write_folder(tmp_path / "artifact", describe())
+    with (
+        pytest.raises(UserError, match=r"deepsparse computes one request at a time.*Leave --parallel out"),
+        serve(folder, ServeOptions(port=port, length=32, parallel=2)),
+    ):
+        pass
+
+
 def test_what_cannot_be_served(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path / "artifact", describe())
     with (
