@@ -6,8 +6,7 @@ kept; only speed is measured anew.
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,11 @@ from sparsedeploy.reporting.summary import layer_sparsity
 from sparsedeploy.runtimes.engine import find_deployment
 from sparsedeploy.runtimes.environments import install, status
 from sparsedeploy.speed.benchmark import benchmark
+from sparsedeploy.targets.options import ExportOptions
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.version import __version__
 from sparsedeploy.workflows import demo_probe
+from sparsedeploy.workflows.commands import command_line
 from sparsedeploy.workflows.options import DemoOptions, PruneOptions, RunOptions
 from sparsedeploy.workflows.packaged_models import PACKAGED, packaged_model
 from sparsedeploy.workflows.prune import prune
@@ -226,17 +227,20 @@ def _settled(options: DemoOptions, dense: Path) -> tuple[DemoOptions, _Size]:
     return settled, size
 
 
-def _pruned(dense: Path, folder: Path, sparsity: float, options: DemoOptions) -> Path:
+def _prune_options(dense: Path, sparsity: float, options: DemoOptions) -> PruneOptions:
     assert options.samples is not None
     calibration = CalibrationOptions(data=_DATA, sequences=options.samples, length=_length(dense))
+    return PruneOptions(
+        sparsity=sparsity, method=options.method, allocation=options.allocation, calibration=calibration
+    )
+
+
+def _pruned(dense: Path, folder: Path, sparsity: float, options: DemoOptions) -> Path:
     if folder.is_dir() and _is_made_of(folder, dense, sparsity, options):
         progress.note(f"     {folder.name} exists already")
         return folder
     progress.note(f"     {folder.name}")
-    asked = PruneOptions(
-        sparsity=sparsity, method=options.method, allocation=options.allocation, calibration=calibration
-    )
-    prune(str(dense), folder, asked, RunOptions(resume=True, overwrite=True))
+    prune(str(dense), folder, _prune_options(dense, sparsity, options), RunOptions(resume=True, overwrite=True))
     return folder
 
 
@@ -276,10 +280,14 @@ def _quality(folder: Path, path: Path, tasks: TaskOptions, size: _Size) -> dict[
         if stored.get("request") == request:
             return dict(stored["quality"])
     progress.note(f"     {path.stem}")
-    text = TextOptions((_DATA,), split=_SPLIT, max_windows=size.windows)
-    found = evaluate(folder, EvalOptions(text=text, tasks=tasks, context=_length(folder), batch_size=4))
+    found = evaluate(folder, _eval_options(folder, tasks, size))
     write_json(path, {"request": request, "quality": found})
     return found
+
+
+def _eval_options(folder: Path, tasks: TaskOptions, size: _Size) -> EvalOptions:
+    text = TextOptions((_DATA,), split=_SPLIT, max_windows=size.windows)
+    return EvalOptions(text=text, tasks=tasks, context=_length(folder), batch_size=4)
 
 
 def _exported(checkpoint: Path, target: str, folder: Path) -> Path:
@@ -335,23 +343,14 @@ def _commands(
     dense: Path, checkpoint: Path, artifact: Path, sparsity: float | None, options: DemoOptions, size: _Size = _SMALL
 ) -> dict[str, str]:
     """Step -> the command that repeats it; the dense model (sparsity None) is not pruned."""
-    length = _length(dense)
+    export = ExportOptions(target=artifact.parent.name)
     steps = {
-        "eval": _line(
-            ["sparsedeploy", "eval", checkpoint, "--data", _DATA, "--split", _SPLIT, "--context", length]
-            + ["--max-windows", size.windows]
-            + (["--tasks", ",".join(options.tasks)] if options.tasks else [])
-        ),
-        "export": _line(["sparsedeploy", "export", checkpoint, "--target", artifact.parent.name, "-o", artifact]),
+        "eval": command_line("eval", checkpoint, _eval_options(checkpoint, TaskOptions(options.tasks), size)),
+        "export": command_line("export", checkpoint, export, output=artifact),
     }
     if sparsity is None:
         return steps
-    words = ["sparsedeploy", "prune", dense, "-o", checkpoint, "--sparsity", f"{sparsity:g}"]
-    words += ["--method", options.method, "--allocation", options.allocation]
-    if load_manifest(checkpoint).calibration is not None:
-        words += ["--data", _DATA, "--samples", options.samples, "--calibration-length", length]
-    return {"prune": _line(words), **steps}
-
-
-def _line(words: Iterable[object]) -> str:
-    return shlex.join(map(str, words))
+    asked = _prune_options(dense, sparsity, options)
+    if load_manifest(checkpoint).calibration is None:
+        asked = replace(asked, calibration=CalibrationOptions())
+    return {"prune": command_line("prune", dense, asked, output=checkpoint), **steps}

@@ -31,7 +31,6 @@ from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.quality.engine_perplexity import engine_perplexity
 from sparsedeploy.quality.evaluate import evaluate
-from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.reporting.report import html_report
 from sparsedeploy.runtimes.engine import find_deployment
 from sparsedeploy.runtimes.environments import install, status
@@ -40,7 +39,7 @@ from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.workflows.deploy_compare import compare_pairs, make_plans, pairs_of, plan_path, tried_perplexity
 from sparsedeploy.workflows.deploy_plan import Step, Work, measured_speed
 from sparsedeploy.workflows.deploy_report import Outcome, format_options, report_of, result_of
-from sparsedeploy.workflows.deploy_request import SPLIT, STATE, Prepared, State, prepare
+from sparsedeploy.workflows.deploy_request import STATE, Prepared, State, prepare
 from sparsedeploy.workflows.deploy_search import Space, Trial, chosen, nearest, next_trial
 from sparsedeploy.workflows.options import DeployOptions, PruneOptions, RunOptions
 from sparsedeploy.workflows.plan import resolve_allocation
@@ -258,9 +257,7 @@ def _baseline(prepared: Prepared) -> str:
 
 
 def _quality(prepared: Prepared, folder: Path) -> dict[str, Any]:
-    field, limit = prepared.options.calibration.field, prepared.options.windows
-    text = TextOptions((f"held-out={prepared.held_out}",), split=SPLIT, field=field, max_windows=limit)
-    return evaluate(folder, EvalOptions(text, context=prepared.context), LoadOptions(dtype="float32"))
+    return evaluate(folder, prepared.judge, LoadOptions(dtype="float32"))
 
 
 def _quality_of(state: State, checkpoint: Path) -> dict[str, Any] | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,19 @@ from sparsedeploy import progress
 from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.quality.samples import prompts_of, sample_generations
 from sparsedeploy.reporting.levels import module_rows
 from sparsedeploy.reporting.report import FORMAT
 from sparsedeploy.reporting.summary import layer_sparsity
 from sparsedeploy.runtimes.engine import find_deployment
+from sparsedeploy.targets.options import ExportOptions
 from sparsedeploy.version import __version__
+from sparsedeploy.workflows.commands import command_line
 from sparsedeploy.workflows.deploy_request import Prepared, State
 from sparsedeploy.workflows.deploy_search import Trial
+from sparsedeploy.workflows.options import PruneOptions
 
 
 def sentence(result: dict[str, Any]) -> str:
@@ -73,9 +76,9 @@ def result_of(outcome: Outcome) -> dict[str, Any]:
     folder = prepared.output / within[name]["folder"]
     assert state.dense is not None
     growth = within[name]["perplexity"] / state.dense["perplexity"] - 1
-    run = f"sparsedeploy serve {shlex.quote(str(folder))}"
+    run = command_line("serve", folder)
     if not prepared.aim.serves:
-        run = f'sparsedeploy generate {shlex.quote(str(folder))} "Once upon a time"'
+        run = f'{command_line("generate", folder)} "Once upon a time"'
     return {
         "model": prepared.source,
         "target": prepared.aim.name,
@@ -183,36 +186,27 @@ def _samples(prepared: Prepared, folder: Path, prompts: list[list[int]]) -> list
 
 def _commands(prepared: Prepared, best: Trial, result: dict[str, Any]) -> dict[str, str]:
     """Each step alone, as a command."""
-    text, options = prepared.options.calibration, prepared.options
-    words: list[object] = ["sparsedeploy", "prune", prepared.source, "-o", result["chosen"]["checkpoint"]]
-    words += ["--sparsity", f"{best.rate:g}", "--method", best.method, "--allocation", best.allocation]
-    if load_manifest(Path(result["chosen"]["checkpoint"])).calibration is not None:
-        words += ["--data", text.data, "--samples", text.sequences, "--seed", text.seed]
-        words += ["--calibration-length", text.length] if text.length else []
-    judge: list[object] = ["--data", prepared.held_out, "--context", prepared.context]
-    judge += ["--max-windows", options.windows, "--dtype", "float32"]
+    checkpoint = Path(result["chosen"]["checkpoint"])
+    asked = PruneOptions(sparsity=best.rate, method=best.method, allocation=best.allocation)
+    if load_manifest(checkpoint).calibration is not None:
+        asked = replace(asked, calibration=prepared.options.calibration)
+    judge = [prepared.judge, LoadOptions(dtype="float32")]
     return {
-        "prune": _line(words),
-        "eval": _line(["sparsedeploy", "eval", result["chosen"]["checkpoint"], *judge]),
-        "eval dense": _line(["sparsedeploy", "eval", prepared.source, *judge]),
+        "prune": command_line("prune", prepared.source, asked, output=checkpoint),
+        "eval": command_line("eval", checkpoint, *judge),
+        "eval dense": command_line("eval", prepared.source, *judge),
     }
 
 
 def _export_line(prepared: Prepared, checkpoint: Path, folder: Path, name: str) -> str:
-    words: list[object] = ["sparsedeploy", "export", checkpoint, "--target", prepared.aim.name, "-o", folder]
-    for key, value in format_options(prepared, prepared.aim.formats[name]).items():
-        words += ["--target-option", f"{key}={value}"]
-    return _line(words)
+    asked = ExportOptions(target=prepared.aim.name, options=format_options(prepared, prepared.aim.formats[name]))
+    return command_line("export", checkpoint, asked, output=folder)
 
 
 def format_options(prepared: Prepared, how: Mapping[str, str]) -> dict[str, str]:
     """The options of an export; the calibration text is named, as a method that reads none leaves no record of it."""
     text = prepared.options.calibration
     return {**how, **({"data": text.data, "field": text.field} if "int8" in how else {})}
-
-
-def _line(words: Iterable[object]) -> str:
-    return shlex.join(map(str, words))
 
 
 def _folder_bytes(folder: Path) -> int:

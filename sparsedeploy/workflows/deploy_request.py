@@ -20,6 +20,7 @@ from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.options import described
 from sparsedeploy.paths import expand
 from sparsedeploy.plan import check_sparsity
+from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.reading import read_object
 from sparsedeploy.registry import ALLOCATORS, PRUNERS
@@ -60,6 +61,13 @@ class Prepared:
     within: float
     request: dict[str, Any]
     measuring: dict[str, Any]
+
+    @property
+    def judge(self) -> EvalOptions:
+        """How a checkpoint's quality is measured."""
+        field, limit = self.options.calibration.field, self.options.windows
+        text = TextOptions((f"held-out={self.held_out}",), split=SPLIT, field=field, max_windows=limit)
+        return EvalOptions(text, context=self.context)
 
     @cached_property
     def windows(self) -> torch.Tensor:

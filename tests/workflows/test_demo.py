@@ -141,5 +141,5 @@ def test_commands_to_repeat_survive_a_shell(tmp_path: Path) -> None:
     words = {step: shlex.split(line) for step, line in steps.items()}
     assert str(folder / "dense") in words["prune"]
     assert "--data" not in words["prune"], "magnitude reads no text"
-    assert words["export"][-1] == str(artifact)
+    assert str(artifact) in words["export"]
     assert all(str(checkpoint) in line for line in words.values())
