@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 
 class BadRequest(Exception):
-    """A request that the user can mend."""
+    """A request that the user can fix."""
 
     def __init__(self, message: str, fix: str | None = None) -> None:
         self.fix = fix

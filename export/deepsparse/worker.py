@@ -28,9 +28,11 @@ from cached_model import check_product, generate, measure, save_logits  # noqa: 
 from deepsparse.cpu import cpu_architecture  # noqa: E402
 from deepsparse.engine import LIB, Engine, Scheduler  # noqa: E402
 from deepsparse.utils.onnx import overwrite_onnx_model_inputs_for_kv_cache_models  # noqa: E402
+from google.protobuf.message import DecodeError  # noqa: E402
 from graph_zeros import count_zeros  # noqa: E402
 
 GRAPH = "model.onnx"
+COPY_AGAIN = "Copy the folder again, or export the checkpoint again with sparsedeploy export."
 CACHE_BLOCK = 64
 PROFILE_RUNS, PROFILE_WARMUP = 20, 5
 
@@ -290,11 +292,16 @@ def copy_graph(folder: Path, scratch: Path) -> Path:
         raise BadRequest(f"{folder} has no {GRAPH}", "Export the checkpoint again with sparsedeploy export.")
     graph = scratch / GRAPH
     shutil.copyfile(source, graph)
-    model = onnx.load(str(graph), load_external_data=False)
+    try:
+        model = onnx.load(str(graph), load_external_data=False)
+    except DecodeError as error:
+        raise BadRequest(f"{source} is not a whole ONNX graph ({error})", COPY_AGAIN) from error
     names = {
         entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
     for name in sorted(names):
+        if not (folder / name).is_file():
+            raise BadRequest(f"{folder} lacks {name}, the weights of its {GRAPH}", COPY_AGAIN)
         target = scratch / name
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

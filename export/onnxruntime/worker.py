@@ -23,6 +23,7 @@ import onnxruntime  # noqa: E402
 import torch  # noqa: E402
 from cached_model import check_product  # noqa: E402
 from hf_model import HfServer, usable_cores  # noqa: E402
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf  # noqa: E402
 from onnxruntime_profile import profile_graph  # noqa: E402
 from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
 
@@ -42,9 +43,19 @@ def open_folder(folder: Path, cores: int, options: Any = None) -> Any:
     options = options or onnxruntime.SessionOptions()
     options.intra_op_num_threads = cores
     options.inter_op_num_threads = 1
-    model = ORTModelForCausalLM.from_pretrained(
-        folder, session_options=options, provider="CPUExecutionProvider", local_files_only=True, trust_remote_code=False
-    )
+    try:
+        model = ORTModelForCausalLM.from_pretrained(
+            folder,
+            session_options=options,
+            provider="CPUExecutionProvider",
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except InvalidProtobuf as error:
+        raise BadRequest(
+            f"{folder / GRAPH} is not a whole ONNX graph",
+            "Copy the folder again, or export the checkpoint again with sparsedeploy export.",
+        ) from error
     # Optimum 0.1.0 gives the empty cache of some models, such as Gemma 2, the wrong sizes.
     shape = model.session.get_inputs()[model.input_names["past_key_values.0.key"]].shape
     assumed = [model.num_key_value_heads, model.embed_size_per_head]

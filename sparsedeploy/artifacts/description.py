@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsedeploy.artifacts.integrity import verify_files
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
 from sparsedeploy.models.config_check import positions
 from sparsedeploy.models.fingerprint import file_sha256
-from sparsedeploy.reading import Fields, contained, read_object
+from sparsedeploy.reading import Fields, read_object
 from sparsedeploy.version import __version__
 
 ARTIFACT_FILE = "artifact.json"
@@ -183,13 +184,14 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
 
 
 def load_artifact(folder: Path, *, verify: bool = False) -> Artifact:
-    """Read the description of an exported folder and make sure that its files are there.
+    """Read the description of an exported folder and make sure that its files are there and are those of the export.
 
     Args:
-        verify: also compare the files' hashes, which reads every byte of them.
+        verify: read every byte of them in any case; else only of those that have changed since they were last compared,
+            see :mod:`.integrity`.
 
     Raises:
-        UserError: no artifact, one of another format, a file is missing, or (with ``verify``) was changed.
+        UserError: no artifact, one of another format, or a file that is missing or was changed.
     """
     path = Path(folder) / ARTIFACT_FILE
     again = "Export the checkpoint again with sparsedeploy export."
@@ -206,10 +208,5 @@ def load_artifact(folder: Path, *, verify: bool = False) -> Artifact:
     artifact = fields.build(Artifact)
     if artifact.self_test is not None and not 0 <= artifact.self_test.tolerance <= 1:
         raise UserError(f"{path}: the self test's tolerance is {artifact.self_test.tolerance:g}, not 0 to 1", again)
-    for name, digest in artifact.files.items():
-        file = contained(Path(folder), name, str(path))
-        if not file.is_file():
-            raise UserError(f"artifact {folder} lacks its file {name}", again)
-        if verify and file_sha256(file) != digest:
-            raise UserError(f"{file} was changed since the export", again)
+    verify_files(Path(folder), artifact.files, path, again=verify)
     return artifact

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sparsedeploy.artifacts.description import ARTIFACT_FILE, load_artifact
 from sparsedeploy.calibration.documents import read_split
 from sparsedeploy.calibration.samples import default_length
 from sparsedeploy.errors import UserError
@@ -42,6 +43,8 @@ def evaluate(source: str | Path, options: EvalOptions, load: LoadOptions = LoadO
     if not texts and not tasks.names:
         raise UserError("nothing to measure", "Give --data TEXT, --tasks NAME, or both.")
     folder = resolve_model(source)
+    if (folder / ARTIFACT_FILE).is_file():
+        load_artifact(folder)
     config = load_config(folder, trust_remote_code=trust)
     length = default_length(config) if options.context is None else options.context
     limit = positions(config) or max(length, 2)

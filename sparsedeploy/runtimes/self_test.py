@@ -8,7 +8,6 @@ kept in the cache folder, and later loads of the same kind only read it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,12 +19,11 @@ import numpy as np
 from sparsedeploy import progress
 from sparsedeploy.artifacts.description import ARTIFACT_FILE, Artifact
 from sparsedeploy.artifacts.folder import CHECKPOINT
+from sparsedeploy.artifacts.integrity import recall, remember
 from sparsedeploy.artifacts.known_answer import STEPS, distance, load_known_answer, tolerance
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import write_json
 from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.reading import contained
-from sparsedeploy.resources import cache_home
 from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import Runtime
 
@@ -77,18 +75,18 @@ def prove(
     """
     if artifact.target == CHECKPOINT:
         return
-    path = _verdict_path(model.facts, folder, runtime)
+    key = _key(model.facts, folder, runtime)
     if artifact.self_test is None:
-        if _read(path) is None:
+        if _recall(key) is None:
             progress.note(f"{folder} holds no known answer, so {runtime.title} is not checked on it: export it again")
-            _keep(path, Verdict(True, 0, 0.0, 0.0))
+            _keep(key, Verdict(True, 0, 0.0, 0.0))
         return
     prompt, steps = _lengths(artifact.self_test.tokens, runtime, prompt_length, new_tokens)
-    verdict = _read(path)
+    verdict = _recall(key)
     if verdict is None or verdict.tokens < prompt + steps or not verdict.passed:
         progress.note(f"check {runtime.title} on this machine with {folder.name}")
         verdict = _compare(model, artifact, folder, prompt, steps, tolerance(dtype) if dtype else 0.0)
-        _keep(path, verdict)
+        _keep(key, verdict)
     if not verdict.passed:
         raise UserError(
             f"{runtime.title} computes {folder} wrongly on this machine: logits differ from the exported model's by "
@@ -105,7 +103,7 @@ def is_proven(
     Args:
         facts: of the runtime's worker, with the ``cores`` and ``chunk`` of the load.
     """
-    verdict = _read(_verdict_path(facts, folder, runtime))
+    verdict = _recall(_key(facts, folder, runtime))
     if artifact.self_test is None or verdict is None:
         return False
     return verdict.passed and verdict.tokens >= sum(
@@ -136,8 +134,8 @@ def _compare(model: GivesLogits, artifact: Artifact, folder: Path, prompt: int, 
     return Verdict(bool(difference <= allowed), prompt + steps, shown, allowed)
 
 
-def _verdict_path(facts: dict[str, Any], folder: Path, runtime: Runtime) -> Path:
-    """One file for each artifact, engine version, processor and way of loading."""
+def _key(facts: dict[str, Any], folder: Path, runtime: Runtime) -> str:
+    """One for each artifact, engine version, processor and way of loading."""
     machine = this_machine()
     described = {
         "artifact": file_sha256(folder / ARTIFACT_FILE),
@@ -149,21 +147,15 @@ def _verdict_path(facts: dict[str, Any], folder: Path, runtime: Runtime) -> Path
         "dtype": facts.get("dtype"),
         "chunk": facts.get("chunk") if runtime.fixed_shapes else None,
     }
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
-    return cache_home() / "verdicts" / f"{digest[:32]}.json"
+    return json.dumps(described, sort_keys=True, default=str)
 
 
-def _read(path: Path) -> Verdict | None:
+def _recall(key: str) -> Verdict | None:
     try:
-        return Verdict(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return Verdict(**(recall("verdicts", key) or {}))
+    except TypeError:
         return None
 
 
-def _keep(path: Path, verdict: Verdict) -> None:
-    """A cache that cannot be written only costs time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(verdict))
-    except OSError:
-        progress.note(f"the verdict is not kept: {path.parent} cannot be written")
+def _keep(key: str, verdict: Verdict) -> None:
+    remember("verdicts", key, asdict(verdict))

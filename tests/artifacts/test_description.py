@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from sparsedeploy.artifacts import integrity
 from sparsedeploy.artifacts.description import (
     Artifact,
     Check,
@@ -20,14 +23,18 @@ from sparsedeploy.artifacts.description import (
     write_artifact,
 )
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.fingerprint import file_sha256
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "model.onnx").write_bytes(b"graph")
-    (tmp_path / "config.json").write_text("{}")
-    write_artifact(tmp_path, artifact_of(tmp_path))
-    return tmp_path
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPARSEDEPLOY_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"graph")
+    (folder / "config.json").write_text("{}")
+    write_artifact(folder, artifact_of(folder))
+    return folder
 
 
 def artifact_of(folder: Path) -> Artifact:
@@ -72,11 +79,58 @@ def test_missing_file(folder: Path) -> None:
         load_artifact(folder)
 
 
-def test_changed_file_is_found_when_asked(folder: Path) -> None:
-    (folder / "model.onnx").write_bytes(b"other")
+def test_a_changed_file_is_found_at_every_load(folder: Path) -> None:
+    """Whether it was changed before the first load or after it, and whatever time it says."""
+    file = folder / "model.onnx"
+    sound, times = file.read_bytes(), file.stat()
+    for _ in range(2):
+        file.write_bytes(b"x" * len(sound))
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        for verify in (False, False, True):
+            with pytest.raises(
+                UserError, match=r"model\.onnx was changed .*Copy the folder again, or export"
+            ) as caught:
+                load_artifact(folder, verify=verify)
+            assert "\n" not in str(caught.value)
+        file.write_bytes(sound)
+        load_artifact(folder)
+
+
+def test_hashes_are_compared_once_for_each_state_of_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def reading(path: Path) -> str:
+        read.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(integrity, "file_sha256", reading)
     load_artifact(folder)
-    with pytest.raises(UserError, match="was changed"):
-        load_artifact(folder, verify=True)
+    load_artifact(folder)
+    assert sorted(read) == ["config.json", "model.onnx"]
+    (folder / "config.json").write_text("{}")
+    load_artifact(folder)
+    assert read[2:] == ["config.json"]
+    load_artifact(folder, verify=True)
+    assert len(read) == 5
+    # The same files in another place were never read there.
+    load_artifact(shutil.copytree(folder, folder.parent / "copy"))
+    assert len(read) == 7
+
+
+def test_a_cache_that_cannot_be_written_or_read_costs_time_only(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("SPARSEDEPLOY_HOME", str(home / "file"))
+    (home / "file").write_text("no folder")
+    load_artifact(folder)
+    monkeypatch.setenv("SPARSEDEPLOY_HOME", str(home))
+    load_artifact(folder)
+    (kept,) = (home / "verified").iterdir()
+    for nonsense in ("[]", "{", '{"model.onnx": 3}'):
+        kept.write_text(nonsense)
+        load_artifact(folder)
+    assert set(json.loads(kept.read_text())) == {"model.onnx", "config.json"}
 
 
 @pytest.mark.parametrize("tolerance", [-1.0, 1e9])

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Outcome
+from tests.runtimes.artifacts import refresh
 from tests.small_models import save_model
 
 Cli = Callable[..., Outcome]
@@ -254,11 +255,14 @@ def test_weights_that_are_quantised_or_packed(cli: Cli, model: Path, text: Path)
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"]["format_version"] = 9
     (packed / "config.json").write_text(json.dumps(config))
+    refused(cli("eval", packed, "-d", text, "--context", 32), "config.json was changed since the export", packed)
+    refresh(packed)
     refused(
         cli("eval", packed, "-d", text, "--context", 32), "error: the checkpoint has packed format version 9", packed
     )
     config["quantization_config"]["quant_method"] = "compressed-tensors"
     (packed / "config.json").write_text(json.dumps(config))
+    refresh(packed)
     for command in (
         ("eval", packed, "-d", text, "--context", 32),
         ("prune", packed, *other, "-s", 0.5, "-m", "magnitude"),

@@ -16,10 +16,10 @@ from rich.console import Console
 from sparsedeploy.progress import SafeConsole
 from sparsedeploy.reporting.benchmark_page import repeat_command
 from sparsedeploy.reporting.benchmark_table import benchmark_heading, benchmark_markdown, benchmark_tables
-from sparsedeploy.speed import candidates
 from sparsedeploy.speed.comparison import compare_results, parse_threshold
 from tests.cli.conftest import Outcome
 from tests.reporting.results import bench_result
+from tests.runtimes.artifacts import refresh
 from tests.runtimes.exported import export_small
 
 
@@ -94,7 +94,7 @@ def test_mixed_runtimes_settings_and_every_output(
 @pytest.mark.engine
 @pytest.mark.usefixtures("deepsparse_runtime")
 def test_one_that_fails_is_a_row_and_the_others_go_on(
-    cli: Callable[..., Outcome], folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Callable[..., Outcome], folders: list[Path], tmp_path: Path
 ) -> None:
     """A graph that the engine cannot read: its hashes are right, loading fails."""
     broken = tmp_path / "broken"
@@ -102,8 +102,7 @@ def test_one_that_fails_is_a_row_and_the_others_go_on(
     for path in folders[1].iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
     (broken / "model.onnx").write_bytes(b"no graph")
-    describe = candidates.describe_folder
-    monkeypatch.setattr(candidates, "describe_folder", lambda folder, verify: describe(folder))
+    refresh(broken)
     lengths = ("-c", 1, "--prompt-length", 8, "--decode-tokens", 2, "--rounds", 2, "--warmup", 0)
     done = cli("bench", broken, folders[2], "--baseline", folders[0], *lengths, "--json", "-q")
     assert done.code == 0

@@ -21,6 +21,7 @@ from sparsedeploy.folders import JOURNAL
 from tests.cli.conftest import Outcome
 from tests.cli.mutations import damaged_bytes, mutations, unless_refused
 from tests.cli.test_bad_input import prune, refused
+from tests.runtimes.artifacts import refresh
 
 Cli = Callable[..., Outcome]
 INDEX = "model.safetensors.index.json"
@@ -218,6 +219,7 @@ def test_a_packed_checkpoint(cli: Cli, model: Path, text: Path) -> None:
     before = None if answered(outcome, b"sound") else json.loads(outcome.out)["perplexity"]
     for content in mutations(sound, COUNT, 10, lambda place: place[0] != "quantization_config"):
         path.write_bytes(content)
+        refresh(packed)
         outcome = evaluated(cli, packed, text)
         if not answered(outcome, content):
             assert json.loads(outcome.out)["perplexity"] == before, content[:300]

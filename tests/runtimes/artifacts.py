@@ -1,11 +1,21 @@
-"""Artifact folders that describe a model without holding one, for what is decided before an engine starts."""
+"""Artifact folders that describe a model without holding one, and folders that are described again after a change."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
-from sparsedeploy.artifacts.description import Artifact, Engine, Shapes, Source, Sparsity, hash_files, write_artifact
+from sparsedeploy.artifacts.description import (
+    ARTIFACT_FILE,
+    Artifact,
+    Engine,
+    Shapes,
+    Source,
+    Sparsity,
+    hash_files,
+    write_artifact,
+)
 
 
 def describe(
@@ -31,4 +41,15 @@ def write_folder(folder: Path, artifact: Artifact) -> Path:
     folder.mkdir()
     (folder / "model.onnx").write_bytes(b"graph")
     write_artifact(folder, dataclasses.replace(artifact, files=hash_files(folder)))
+    return folder
+
+
+def refresh(folder: Path, **changes: object) -> Path:
+    """Describe a folder again after its files were changed, as if it had been exported so.
+
+    Args:
+        changes: other values of its description.
+    """
+    path = folder / ARTIFACT_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": hash_files(folder), **changes}))
     return folder

@@ -13,12 +13,13 @@ import typer
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from sparsedeploy.artifacts.description import load_artifact
+from sparsedeploy.artifacts.description import ARTIFACT_FILE, load_artifact
 from sparsedeploy.cli.generate import generate_command
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import Environment
 from sparsedeploy.targets import deepsparse
+from tests.runtimes.artifacts import refresh
 from tests.runtimes.exported import Exported, export_small
 from tests.targets.graphs import GraphRunner, open_graph, random_tokens
 
@@ -136,14 +137,24 @@ def test_sampling_and_stop_tokens(llama: Exported) -> None:
 
 
 @pytest.mark.usefixtures("deepsparse_runtime")
-def test_graphs_that_the_engine_cannot_take(llama: Exported, tmp_path: Path) -> None:
+def test_graphs_that_are_truncated_or_none(llama: Exported, tmp_path: Path) -> None:
+    """Without hashes, as in a folder of another program; with them, the file is named before the engine starts."""
     folder = shutil.copytree(llama.folder, tmp_path / "broken")
-    (folder / "model.onnx").write_bytes(b"not a graph")
-    with (
-        pytest.raises(UserError, match=r"deepsparse: \w+: .*Its log: "),
-        open_model(folder, prompt_length=4, new_tokens=4),
-    ):
-        pass
+    graph = folder / "model.onnx"
+    whole = graph.read_bytes()
+    for content in (whole[: len(whole) // 2], b"not a graph"):
+        graph.write_bytes(content)
+        for description, message in (
+            ({}, r"model\.onnx was changed since the export or is damaged"),
+            ({"files": {}}, r"deepsparse: .*model\.onnx is not a whole ONNX graph"),
+        ):
+            (folder / ARTIFACT_FILE).write_bytes((llama.folder / ARTIFACT_FILE).read_bytes())
+            with (
+                pytest.raises(UserError, match=message + r".*\. Copy the folder again, or export") as caught,
+                open_model(refresh(folder, **description) if description else folder, prompt_length=4, new_tokens=4),
+            ):
+                pass
+            assert "\n" not in str(caught.value)
 
 
 def test_engine_checks_itself(deepsparse_runtime: Environment) -> None:

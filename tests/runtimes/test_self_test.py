@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsedeploy import progress
-from sparsedeploy.artifacts.description import ARTIFACT_FILE, hash_files, load_artifact, write_artifact
+from sparsedeploy.artifacts.description import load_artifact
 from sparsedeploy.artifacts.known_answer import (
     TOKENS,
     KnownAnswer,
@@ -34,6 +34,7 @@ from sparsedeploy.runtimes.specification import load_runtime
 from sparsedeploy.targets.check import Reference, compare_logits
 from sparsedeploy.targets.registry import export_checkpoint
 from tests.formats.test_transformers import save_sparse_model
+from tests.runtimes.artifacts import refresh
 from tests.runtimes.exported import export_small
 from tests.small_models import save_model
 
@@ -46,14 +47,6 @@ def verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (home / "runtimes").symlink_to(cache_home() / "runtimes")
     monkeypatch.setenv("SPARSEDEPLOY_HOME", str(home))
     return home / "verdicts"
-
-
-def refresh(folder: Path, **changes: object) -> Path:
-    """Describe a folder again after its files were changed, as if it had been exported so."""
-    artifact = load_artifact(folder)
-    files = {name: digest for name, digest in hash_files(folder).items() if name != ARTIFACT_FILE}
-    write_artifact(folder, dataclasses.replace(artifact, files=files, **changes))
-    return folder
 
 
 def packed(folder: Path) -> Path:
@@ -170,12 +163,15 @@ def test_damaged_answer(verdicts: Path, tmp_path: Path) -> None:
     test = load_artifact(folder).self_test
     assert test is not None
     (folder / test.file).write_bytes(b"not an archive")
+    with pytest.raises(UserError, match=r"known_answer.npz was changed since the export .*Copy the folder again"):
+        find_deployment(folder, "torch")
+    refresh(folder)
     with (
         pytest.raises(UserError, match=r"is missing or damaged .* Export the checkpoint again"),
         load(find_deployment(folder, "torch"), **SIZES),
     ):
         pass
-    outside = find_deployment(refresh(folder, self_test=dataclasses.replace(test, file="../x")), "torch")
+    outside = find_deployment(refresh(folder, self_test={**dataclasses.asdict(test), "file": "../x"}), "torch")
     with pytest.raises(UserError, match=r"List only files inside"), load(outside, **SIZES):
         pass
 

@@ -20,7 +20,7 @@ from sparsedeploy.runtimes.environments import Environment
 from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.runtimes.options import EngineOptions, ServeOptions
 from sparsedeploy.runtimes.serving import serve
-from tests.runtimes.artifacts import describe, write_folder
+from tests.runtimes.artifacts import describe, refresh, write_folder
 from tests.runtimes.exported import Exported, export_small
 from tests.runtimes.processes import has_ended, wait_until
 from tests.small_models import byte_tokenizer
@@ -81,7 +81,9 @@ def test_a_request_gets_the_text_of_transformers(llama: Exported, port: int) -> 
 @pytest.mark.usefixtures("with_server")
 def test_a_server_that_dies_shows_its_last_words(llama: Exported, port: int, tmp_path: Path) -> None:
     folder = shutil.copytree(llama.folder, tmp_path / "broken")
-    (folder / "model.onnx").write_bytes(b"no graph")
+    # The server alone reads it.
+    (folder / "tokenizer.json").write_text("no tokenizer")
+    refresh(folder)
     with (
         pytest.raises(
             UserError, match=r"the deepsparse server ended with exit code 1 during its start: .*Error"
