@@ -24,7 +24,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.paths import check_apart, check_output, shown
+from sparsedeploy.paths import check_apart, check_output, check_outside, shown
 
 JOURNAL = "journal.jsonl"
 # A folder with one of these is ours: it may be replaced.
@@ -44,12 +44,13 @@ def check_writable(target: Path, overwrite: bool, inputs: Iterable[str | Path] =
 
     Args:
         overwrite: a folder that this program wrote may be replaced.
-        inputs: what the run reads; it is never replaced, nor a folder that holds it.
+        inputs: what the run reads; it is never written into nor replaced, nor is a folder that holds it.
 
     Raises:
         UserError: a place that cannot be written, or a target that exists and may not be replaced.
     """
     check_output(target)
+    check_outside(target, inputs)
     name = shown(target)
     if not target.exists():
         return
@@ -89,7 +90,7 @@ def claim(
     check_output(target)
     if not target.name:  # the working folder or the root, which have no sibling to lock
         check_writable(target, overwrite, inputs)
-    with locked(target) as first:
+    with locked(target, inputs) as first:
         if first:
             _clear_up(target, resume)
         check_writable(target, overwrite, inputs)
@@ -97,14 +98,18 @@ def claim(
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[bool]:
+def locked(target: Path, inputs: Iterable[str | Path] = ()) -> Iterator[bool]:
     """Hold the lock of an output; missing parent folders are made, and removed again where nothing was written.
 
     Yields whether this thread did not hold it already.
 
+    Args:
+        inputs: what the run reads; nothing is written into it.
+
     Raises:
-        UserError: another run holds it, or the place is not writable.
+        UserError: another run holds it, the place is not writable, or it lies in an input.
     """
+    check_outside(target, inputs)
     path = target.with_name(f".{target.name}.lock")
     made = [parent for parent in target.parents if not parent.exists()]
     lock = FileLock(path, is_singleton=True)

@@ -105,23 +105,41 @@ def check_file_output(path: Path, inputs: Iterable[str | Path] = ()) -> None:
             raise UserError(f"output {shown(path)} exists and is not a result file", "Choose another name.")
 
 
-def check_apart(target: Path, inputs: Iterable[str | Path]) -> None:
-    """Refuse to replace what is, holds or lies in an input; links and other names of a folder do not hide it.
+def check_outside(target: Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse to write an input or into one; links and other names of a folder do not hide it.
 
     Args:
+        target: what is written; it need not exist.
         inputs: paths that are read; names that are no path on this machine are passed over.
 
     Raises:
         UserError: such an output, naming the input.
     """
-    here = _identities(target)
+    place = Path(os.path.realpath(target))
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    here = _identities(place)
     for source in inputs:
         there = _identities(Path(source))
-        if not there or not here:
-            continue
-        if here[0] in there or there[0] in here:
-            word = "is" if here[0] == there[0] else "holds" if here[0] in there else "lies in"
-            raise UserError(f"output {shown(target)} {word} the input {shown(source)}", "Choose another output.")
+        if there and there[0] in here:
+            word = "is" if there == _identities(target) else "lies in"
+            raise UserError(
+                f"output {shown(target)} {word} the input {shown(source)}", "Choose an output outside of the input."
+            )
+
+
+def check_apart(target: Path, inputs: Iterable[str | Path]) -> None:
+    """:func:`check_outside`, and refuse to replace a folder that holds an input.
+
+    Raises:
+        UserError: such an output, naming the input.
+    """
+    inputs = list(inputs)
+    check_outside(target, inputs)
+    here = _identities(target)
+    for source in inputs:
+        if here and here[0] in _identities(Path(source)):
+            raise UserError(f"output {shown(target)} holds the input {shown(source)}", "Choose another output.")
 
 
 def _identities(path: Path) -> list[tuple[int, int]]:

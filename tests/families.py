@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedTokenizerFast
@@ -54,11 +55,14 @@ def small_model(family: str, seed: int = 0, config: Any = None) -> nn.Module:
     whole, text = (m.get(family) for m in (MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     kind = AutoModelForMultimodalLM if whole and whole != text else AutoModelForCausalLM
     config = config or small_config(family)
+    build = kind.from_config
+    if type(config) not in kind._model_mapping:  # Evolla's, whose name is that of another type, too
+        build = getattr(transformers, whole or text)._from_config
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in kind.from_config(config).parameters())
+        size = sum(parameter.numel() for parameter in build(config).parameters())
     if size > _LARGEST:
         raise ValueError(f"{size / 1e6:,.0f} million weights in the smallest configuration that is known here")
-    model = kind.from_config(config).eval().requires_grad_(False)
+    model = build(config).eval().requires_grad_(False)
     stored, weights = model.state_dict(), {tensor.data_ptr() for tensor in model.parameters()}
     for tensor in {tensor.data_ptr(): tensor for tensor in stored.values() if tensor.is_floating_point()}.values():
         if tensor.dim() < 2:

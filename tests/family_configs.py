@@ -188,7 +188,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
             *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
-            *("longcat_flash", "minicpm3", "mistral4"),
+            *("longcat_flash", "minicpm3"),
         ),
         _MLA,
     ),
@@ -279,6 +279,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", _FULL, "conv", "conv", _FULL]},
     "lfm2_moe": {"layer_types": ["conv", _FULL, "conv", "conv", _FULL]},
     "paddleocr_vl_text": {"rope_parameters": _SECTIONS},
+    "mistral4": {**_MLA, "head_dim": 16},
     "muse_glimmer": {"out_hidden_size": 64, "projector_hidden_size": 32},
     "moshi": {"num_codebooks": 2},
     **{name: {"enable_audio_output": False} for name in ("qwen2_5_omni", "qwen3_omni_moe")},

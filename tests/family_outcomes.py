@@ -43,6 +43,8 @@ PROMPT, SWITCH = 90, 64
 STEPS = 8
 # float32 sums in another order, as a part of the largest logit or of the perplexity.
 ROUNDING = 1e-4
+# What is_decoder asks for and the code of transformers 5 leaves out: the mask of later tokens.
+LOOKING_AHEAD = ("big_bird", "megatron-bert", "rembert", "roformer")
 COLUMNS = ("masks", "eval", "longrope", "deepsparse", "onnxruntime")
 
 
@@ -229,6 +231,8 @@ def _logits(model: nn.Module, tokens: torch.Tensor) -> np.ndarray:
     masked = "attention_mask" in inspect.signature(model.forward).parameters
     # Without it, Moshi's plain attention looks ahead.
     more = {"attention_mask": torch.ones_like(tokens)} if masked else {}
+    if model.config.model_type in LOOKING_AHEAD:
+        more = {"attention_mask": torch.full((tokens.shape[1],) * 2, -torch.inf).triu(1)[None, None]}
     logits: np.ndarray = model(input_ids=tokens, use_cache=False, **more).logits[0].numpy()
     return logits
 

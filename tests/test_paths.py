@@ -10,7 +10,7 @@ import pytest
 import sparsedeploy
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_writable
-from sparsedeploy.paths import check_apart, check_file_output, check_output, check_regular, expand, shown
+from sparsedeploy.paths import check_file_output, check_output, check_outside, check_regular, expand, shown
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,13 @@ def test_an_input_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match="is a symbolic link"):
         check_writable(tmp_path / "link", True, [])
     check_writable(model, True, ["c4", "nowhere/x", inner.parent.parent / "none", "a\0b"])
-    check_writable(tmp_path / "new", False, [tmp_path])
-    check_apart(tmp_path / "new", [tmp_path])
+    check_writable(tmp_path / "new", False, ["c4", model])
+    for target in ("new", "new/deep", "shelf/new", "link/new", "shelf/model/../../new", "nowhere/../new"):
+        with pytest.raises(UserError, match=r"output .* lies in the input"):
+            check_writable(tmp_path / target, False, ["c4", tmp_path])
+    with pytest.raises(UserError, match=r"output link/new lies in the input shelf/model"):
+        check_outside(Path("link/new"), [Path("shelf/model")])
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_working_folder_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

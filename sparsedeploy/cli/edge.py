@@ -18,7 +18,7 @@ from sparsedeploy.processes import refuse_several
 _OUTPUT = "output"
 _PLAIN = ("prompt",)
 # The commands whose --output is a folder; the workflows keep that one to themselves (folders.claim).
-_MAKE_FOLDERS = ("prune", "recover", "sweep", "export", "demo", "deploy")
+_MAKE_FOLDERS = ("prune", "recover", "sweep", "export", "demo", "deploy", "import")
 # The commands that several processes can share; what they cannot share of it, the workflows refuse.
 _SHARED = ("prune", "recover")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,49 @@ def attention(config: Any) -> str | None:
     parts = [config, config.get_text_config()]
     capped = any(_SCORE_CAP.fullmatch(name) and value for part in parts for name, value in vars(part).items())
     return "eager" if capped else None
+
+
+def mask_later_tokens(model: Any) -> None:
+    """Give a decoder of BERT's kind the causal mask that its own code leaves out.
+
+    transformers 5 masks nothing but padding in BigBird, Megatron-BERT, RemBERT and RoFormer, whatever ``is_decoder``
+    says; the versions before it masked later tokens, and such models are trained so.
+    """
+    base = getattr(model, "base_model", model)
+    if not getattr(model.config, "is_decoder", False):
+        return
+    code = inspect.getsource(type(base).forward)
+    if "create_bidirectional_mask" in code and "create_causal_mask" not in code:
+        base.register_forward_pre_hook(_causal_mask, with_kwargs=True)
+
+
+def _causal_mask(base: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a base model with a mask ``[sequences, 1, tokens, cached + tokens]``, unless they have one.
+
+    Raises:
+        UserError: block-sparse attention, which cannot be masked so.
+    """
+    tokens = args[0] if args else named.get("input_ids")
+    entering = tokens if tokens is not None else named["inputs_embeds"]
+    given, cache = named.get("attention_mask"), named.get("past_key_values")
+    if given is not None and given.dim() == 4:
+        return args, named
+    config, (sequences, length) = base.config, entering.shape[:2]
+    if getattr(config, "attention_type", "") == "block_sparse":
+        limit = (5 + 2 * config.num_random_blocks) * config.block_size
+        if length > limit:
+            raise UserError(
+                f"the block-sparse attention of {type(base).__name__} looks ahead beyond {limit} tokens",
+                f'Use at most {limit} tokens, or set "attention_type": "original_full" in its config.json.',
+            )
+    before = cache.get_seq_length() if cache is not None else 0
+    at = torch.arange(before + length, device=entering.device)
+    seen = (at[None, :] <= at[before:, None])[None, None]
+    if given is not None:
+        seen = seen & given[:, None, None, :].bool()
+    mask = torch.zeros(seen.shape, dtype=base.dtype, device=entering.device)
+    mask = mask.masked_fill(~seen, torch.finfo(base.dtype).min)
+    return args, {**named, "attention_mask": mask.expand(sequences, -1, -1, -1)}
 
 
 @contextmanager

@@ -13,12 +13,18 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+)
 from transformers.utils import logging
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
-from sparsedeploy.models.computing import attention, compute_type
+from sparsedeploy.models.computing import attention, compute_type, mask_later_tokens
 from sparsedeploy.models.config_check import check_sizes
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.low_rank import attach_low_rank, load_adapter
@@ -29,6 +35,8 @@ from sparsedeploy.reading import SOUND_COPY, read_object
 
 # The name of our own packed weights in a configuration, see sparsedeploy/formats/config.py.
 PACKED = "sparsedeploy"
+# Classes of transformers that answer with a label in place of a text.
+_CLASSIFIER = re.compile(r"\w+For\w*(Classification|QuestionAnswering)")
 # Of a repository on the hub: the model, what its tokenizer reads, and what says under which terms it may be used.
 _FETCHED = [
     *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"),
@@ -64,8 +72,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration.
 
     Raises:
-        UserError: no or broken ``config.json``, a model type that transformers does not know, an encoder-decoder, or
-            weights that another tool has quantised.
+        UserError: no or broken ``config.json``, a model type that transformers does not know, an encoder-decoder, a
+            classifier, or weights that another tool has quantised.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -80,6 +88,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 f"{folder} needs its own Python code to load",
                 "If you trust its source, add --trust-remote-code.",
             ) from error
+        if (lacking := _missing_package(error, raw.get("model_type"))) is not None:
+            raise lacking from error
         if raw.get("model_type") in CONFIG_MAPPING:
             reason = " ".join(str(error).split())[:240]
             raise UserError(f"{path} is not a usable configuration ({reason})", SOUND_COPY) from error
@@ -91,9 +101,64 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise UserError(
             f"{folder} is an encoder-decoder ({config.model_type})", "Use a decoder-only causal language model."
         )
+    if (kind := _classifier(config)) is not None:
+        raise UserError(
+            f"{folder} is a classifier ({progress.printable(kind)}), not a language model",
+            "Use the causal language model that it was made from.",
+        )
     if getattr(config, "quantization_config", None) is not None and quantization_of(folder, raw) is None:
         del config.quantization_config
     return config
+
+
+def _classifier(config: Any) -> str | None:
+    """What a model is that answers with a label; None for any other."""
+    named = getattr(config, "architectures", None)
+    found = [name for name in (named if isinstance(named, list) else ()) if _CLASSIFIER.fullmatch(str(name))]
+    if found:
+        return str(found[0])
+    # Of ShieldGemma 2 transformers also knows a language model, which cannot load its weights.
+    both = all(type(config) in kind._model_mapping for kind in (AutoModelForImageClassification, auto_class(config)))
+    return str(config.model_type) if both else None
+
+
+def _missing_package(error: Exception, kind: object) -> UserError | None:
+    """The refusal of a model whose parts are built by a package that is not installed."""
+    found = re.search(r"requires the (\S+) library", str(error)) if isinstance(error, ImportError) else None
+    if found is None:
+        return None
+    return UserError(
+        f"a {kind} model is built with the package {found[1]}, which is not installed", f"pip install {found[1]}"
+    )
+
+
+def _check_class(folder: Path, config: Any) -> None:
+    """Refuse what transformers has no language model for, and what is several models in one.
+
+    The latter are run in turn by their ``generate``, such as the thinker and the talker of Qwen2.5-Omni.
+
+    Raises:
+        UserError: of several models naming the one that reads text, and how to save it alone.
+    """
+    kind = auto_class(config)
+    if type(config) not in kind._model_mapping:
+        if getattr(config, "auto_map", None):
+            return  # a class of the model's own code
+        raise UserError(
+            f"{folder} is a model of type {config.model_type}, for which transformers has no causal language model",
+            "Use a decoder-only language model such as Llama, Qwen, Mistral, OPT or Gemma.",
+        )
+    built = kind._model_mapping[type(config)]
+    if isinstance(built, tuple) or built.forward is not nn.Module.forward:
+        return
+    with init_empty_weights():
+        parts = kind.from_config(config).named_children()
+    part = next(name for name, module in parts if type(module).forward is not nn.Module.forward)
+    raise UserError(
+        f"{folder} is several models ({built.__name__}), of which {part} is the language model",
+        f"Save that one alone, and copy the tokenizer files to it: python -c 'import sys; from transformers import "
+        f"{built.__name__} as M; M.from_pretrained(sys.argv[1]).{part}.save_pretrained(sys.argv[2])' OLD NEW",
+    )
 
 
 def quantization_of(folder: Path, raw: Mapping[str, Any]) -> str | None:
@@ -145,17 +210,21 @@ def build_empty(folder: Path, config: Any, *, dtype: torch.dtype | None = None, 
     Raises:
         UserError: not a causal LM, or values that no model can be built from.
     """
+    _check_class(folder, config)
     try:
         with init_empty_weights(include_buffers=False):
             model = auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation=attention(config), trust_remote_code=trust_remote_code
             )
     except Exception as error:
+        if (lacking := _missing_package(error, config.model_type)) is not None:
+            raise lacking from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
             f"{folder} is not a causal LM that can be built from its config.json ({reason})",
             "Use a decoder-only language model with a valid configuration.",
         ) from error
+    mask_later_tokens(model)
     return model.requires_grad_(False).eval()
 
 
@@ -175,6 +244,7 @@ def load_model(
         UserError: see :func:`load_config`; also missing or broken weights.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
+    _check_class(folder, config)
     TensorFiles(folder)  # refuses what is not the model, or is corrupt
     try:
         with no_foreign_bars():
@@ -192,12 +262,9 @@ def load_model(
     except SafetensorError as error:
         raise UserError(f"a weight file of {folder} is truncated or corrupt ({error})", "Download it again.") from error
     except Exception as error:
+        if (lacking := _missing_package(error, config.model_type)) is not None:
+            raise lacking from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
-        if lacking := re.search(r"does not appear to have a file named (\S+?)\.? ", str(error)):
-            raise UserError(
-                f"{folder} lacks the file {lacking[1]}, which a {config.model_type} model reads",
-                "Get a complete copy of the model.",
-            ) from error
         raise UserError(
             f"{folder} does not load as a causal LM ({reason})",
             "Check that its config.json and weights belong together.",
@@ -205,6 +272,7 @@ def load_model(
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"{folder} lacks the weight {missing[0]} ({len(missing)} missing)", "Download the model again.")
+    mask_later_tokens(model)
     if (folder / ADAPTER).is_dir():
         attach_low_rank(model, load_adapter(folder / ADAPTER))
     for name, tensor in {t.data_ptr(): (name, t) for name, t in model.state_dict().items()}.values():

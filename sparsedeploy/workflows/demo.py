@@ -90,7 +90,7 @@ def demo(output: Path, options: DemoOptions, *, command: str = "sparsedeploy dem
         raise UserError(f"output {output} is a file", "Name a folder.")
     if options.model is not None and (options.train or options.preset != DemoOptions.preset):
         raise UserError("--model leaves no use for --train and --preset", "Leave one of them out.")
-    with locked(output):
+    with locked(output, [options.model] if options.model else []):
         return _demo(output, options, command)
 
 

@@ -59,7 +59,7 @@ def deploy(
     """
     prepared = prepare(source, output, options)
     try:
-        with locked(output):
+        with locked(output, (prepared.folder, prepared.options.calibration.data, prepared.held_out)):
             return _run(prepared, command)
     except BaseException as error:
         if (output / STATE).exists() and not isinstance(error, UserError):

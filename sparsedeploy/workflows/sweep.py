@@ -70,7 +70,7 @@ def run_sweep(
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file", "Name a folder.")
-    with locked(output):
+    with locked(output, (sweep.folder, *sweep.quality.text.data)):
         sha256, arguments = model_sha256(sweep.folder), typed_words(LoadOptions, asdict(load))
         work = {cell.name: _work(sweep, cell, output, sha256, arguments, jobs) for cell in sweep.cells}
         finished = {name for name, item in work.items() if item.finished()}

@@ -125,7 +125,7 @@ def test_a_manifest(cli: Cli, pruned: Path, text: Path) -> None:
         else:
             answered(outcome, content)
         if at % 4 == 0:
-            train = ("--train-data", text, "--train-max-length", 32, "--device", "cpu")
+            train = ("--train-data", text, "--train-length", 32, "--device", "cpu")
             target = pruned.parent / "recovered"
             answered(cli("recover", pruned, "-o", target, "-m", "lora", *train, "--overwrite"), content)
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.cli.conftest import Outcome, contents
-from tests.cli.test_bad_input import prune
+from tests.cli.test_bad_input import prune, refused
 from tests.cli.test_hostile_json import answered
 
 Cli = Callable[..., Outcome]
@@ -104,3 +104,48 @@ def test_overwriting_what_is_read(cli: Cli, model: Path, text: Path) -> None:
     options = ("-s", 0.5, "-n", 2, "--calibration-length", 32, "--overwrite")
     outcome = cli("prune", model, "-o", pruned, "--data", pruned / "inner" / "text.txt", *options)
     assert answered(outcome, b"a text inside the output")
+
+
+@pytest.mark.parametrize("place", ["sub", "sub/deep", "../dense/sub", "../alias/sub"])
+def test_no_command_writes_into_what_it_reads(cli: Cli, model: Path, text: Path, place: str) -> None:
+    """A folder in the model's would travel with its next copy, and one in the text's be read as text."""
+    parent = model.parent
+    (parent / "alias").symlink_to("dense")
+    (parent / "texts").mkdir()
+    shutil.copyfile(text, parent / "texts" / "a.txt")
+    (parent / "sweep.yaml").write_text(f"model: {model}\nrates: [0.5]\nmethods: [magnitude]\neval: {{data: {text}}}\n")
+    assert prune(cli, model, text, "-s", 0.5).code == 0
+    pruned, plain = parent / "out", ("-s", 0.5, "-m", "magnitude")
+    train = ("-m", "lora", "--train-data", text, "--train-length", 32)
+    commands: list[tuple[object, ...]] = [
+        ("prune", model, "-o", model / place, *plain),
+        ("prune", model, "-o", model / place, *plain, "--overwrite"),
+        ("prune", model, "-o", model / place, *plain, "--engine", "llmcompressor"),
+        ("prune", model, "-o", model / place, *plain, "--recover", "lora", "--train-data", text),
+        ("export", model, "-o", model / place, "--target", "deepsparse"),
+        ("recover", pruned, "-o", pruned / "sub", *train),
+        ("recover", pruned, "-o", model / place, "-m", "losa", "--dense", model, *train[2:]),
+        ("sweep", parent / "sweep.yaml", "-o", model / place),
+        ("deploy", model, "-o", model / place, "-d", text, "--held-out", parent / "texts"),
+        ("demo", "--model", model, "-o", model / place),
+    ]
+    if place == "sub":
+        sub = parent / "texts" / "sub"
+        commands += [
+            ("prune", model, "-o", sub, "-s", 0.5, "--data", parent / "texts"),
+            ("recover", pruned, "-o", sub, "-m", "lora", "--train-data", parent / "texts"),
+            ("deploy", model, "-o", sub, "-d", text, "--held-out", parent / "texts"),
+        ]
+    for command in commands:
+        refused(cli(*command), "lies in the input", parent)
+    assert not (model / "sub").exists()
+    assert not (pruned / "sub").exists()
+    assert [path.name for path in (parent / "texts").iterdir()] == ["a.txt"]
+
+
+def test_an_import_replaces_its_own_folder(cli: Cli, model: Path) -> None:
+    """Its output is a folder, so an older one is nothing else."""
+    (model.parent / "x.gguf").write_bytes(b"GGUF")
+    (model.parent / "imported").mkdir()
+    outcome = cli("import", model.parent / "x.gguf", "-o", model.parent / "imported", "--overwrite")
+    refused(outcome, "x.gguf is damaged", model.parent)
