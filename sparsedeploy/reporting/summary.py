@@ -159,7 +159,10 @@ def summary_table(report: Mapping[str, Any]) -> Table:
 def notes(report: Mapping[str, Any]) -> list[str]:
     """What the terminal prints below the table: how it was measured, and a sentence for each row."""
     lines = ["", heading(engines_of(report)[0]["benchmark"])]
-    lines.append("prefill and decode: times faster than dense in the same engine. limit: what memory traffic allows.")
+    lines.append(
+        "prefill and decode: times faster than dense in the same engine; ?: the 95 % interval includes 1. "
+        "limit: what memory traffic allows."
+    )
     if probes_of(report):
         lines.append(f"probe: {report['probe']['title']}: for speed only, its text means nothing.")
     lines.append("")
