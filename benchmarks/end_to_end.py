@@ -9,8 +9,9 @@
 round: a new process loads the file, warms up, and runs a prompt of 128 tokens and 64 new ones, one sequence and eight
 at once. Finished samples are kept, so the run may be cut into pieces. Dense files run in llama.cpp as it is; pruned
 files, and dense ones as *ours, no zeros*, with the backend for sparse weights. Further engines take an exported folder
-or a checkpoint; ``torch`` runs compiled code, ``torch-eager`` does not. ``quality`` takes the perplexity by
-llama-perplexity, of pruned files with and without the backend.
+or a checkpoint; ``torch`` runs compiled code, ``torch-eager`` does not. With ``--shape``, ``prepare`` also writes
+packed folders for vLLM: ``run FOLDER "vllm:dense=FOLDER/scratch/random" "vllm:70% int8=FOLDER/scratch/vllm-70%-int8"``.
+``quality`` takes the perplexity by llama-perplexity, of pruned files with and without the backend.
 
 Writes benchmarks/results/end_to_end.json, .md and .svg. FOLDER's name is the model's in the tables.
 """
@@ -116,6 +117,7 @@ def prepare(folder: Path, model: Path, pruned: dict[str, str], shape: bool) -> N
     scratch.mkdir(exist_ok=True)
     if shape:
         model = random_model(model, scratch / "random")
+        pack_folders(model, scratch)
     kind = "f16" if shape else "f32"
     exact = {"dense": convert(model, scratch / "dense.gguf", kind)}
     if shape:
@@ -165,6 +167,42 @@ def random_model(tokenizer: Path, folder: Path) -> Path:
         torch.set_default_dtype(torch.float32)
         words.save_pretrained(folder)
     return folder
+
+
+def pack_folders(model: Path, scratch: Path, rate: float = 0.7) -> None:
+    """The model packed as ``export --target vllm`` does it, without the smallest weights of every row."""
+    import torch
+    from packed_linear import code_weight, pack_weight
+    from safetensors.torch import load_file, save_file
+
+    from sparsedeploy.formats import packed as packing
+    from sparsedeploy.formats.config import PackedConfig
+
+    tensors = load_file(model / "model.safetensors")
+    inside = [name for name, tensor in tensors.items() if ".layers." in name and tensor.dim() == 2]
+    for name in inside:
+        weight = tensors[name]
+        limit = weight.abs().float().kthvalue(int(rate * weight.shape[1]) + 1, dim=1, keepdim=True).values
+        tensors[name] = torch.where(weight.abs() >= limit, weight, torch.zeros((), dtype=weight.dtype))
+    for kind, bits in (("bf16", 0), ("int8", 8), ("int4", 4)):
+        folder = scratch / f"vllm-{rate:.0%}-{kind}"
+        if (folder / "config.json").is_file():
+            continue
+        folder.mkdir(exist_ok=True)
+        data, modules = {name: tensor for name, tensor in tensors.items() if name not in inside}, {}
+        for name in inside:
+            packed = code_weight(tensors[name], "70%", bits) if bits else pack_weight(tensors[name], "70%")
+            module = name.removesuffix(".weight")
+            modules[module] = packing.describe(packed)
+            data |= {f"{module}.{part}": tensor.contiguous() for part, tensor in packed.tensors().items()}
+        save_file(data, folder / "model.safetensors", metadata={"format": "pt"})
+        for file in model.iterdir():
+            if file.suffix in (".json", ".jinja"):
+                shutil.copyfile(file, folder / file.name)
+        config = json.loads((model / "config.json").read_text())
+        write_json(
+            folder / "config.json", {**config, "quantization_config": PackedConfig(modules, ("lm_head",)).to_dict()}
+        )
 
 
 def prune_file(path: Path, rate: str) -> None:
@@ -341,8 +379,8 @@ def table(results: dict[str, Any]) -> str:
         f"{machine.get('processor')}, {machine.get('threads')} threads. A prompt of {PROMPT} tokens and the new ones "
         "after it, one sequence (x1) and eight at once (x8, tokens of all of them); medians of interleaved rounds. "
         "*llama.cpp* is as it is; *ours* is the same llama.cpp with the backend for sparse weights; *no zeros* are the "
-        "dense weights in our kernels. `decode` is against llama.cpp's dense type of the same name. Memory is the "
-        "process's, Python included.",
+        "dense weights in our kernels. `decode` is against llama.cpp's dense type of the same name, of other engines "
+        "against their own dense model. Memory is the process's, Python included.",
         "",
     ]
     for name, model in results["models"].items():
@@ -355,7 +393,8 @@ def table(results: dict[str, Any]) -> str:
                 continue
             values = [entry["bytes"] / 1e6, middle(entry, "load"), middle(entry, "megabytes")]
             values += [middle(entry, key) for key in keys]
-            base = model["cells"].get(f"llama.cpp {title.rsplit(' ', 1)[-1]}")
+            own = model["cells"].get(f"{title.partition(' ')[0]} dense")
+            base = model["cells"].get(f"llama.cpp {title.rsplit(' ', 1)[-1]}", own)
             quality = quality_of(results, name, entry)
             pairs = zip(entry["runs"], base["runs"], strict=False) if base else ()
             ratios = [ours["decode 1"] / theirs["decode 1"] for ours, theirs in pairs]

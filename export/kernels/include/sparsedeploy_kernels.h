@@ -59,8 +59,9 @@ typedef struct sd_info {
 SD_API int sd_version(void);
 /* One line about a status. Never null. */
 SD_API const char* sd_status_text(int status);
-/* The instruction set in use: "portable", "avx2", "avxvnni", "avx512" or "avx512bf16". It is the best that the processor
- * has, or the one that the environment variable SPARSEDEPLOY_ISA names. */
+/* The instruction set in use: "portable", "avx2", "avxvnni", "avx512" or "avx512bf16". It is the fastest that the
+ * processor has (on Intel's, avx512 is faster than avx512bf16), or the one that the environment variable SPARSEDEPLOY_ISA
+ * names. */
 SD_API const char* sd_isa_name(void);
 /* Use another instruction set from now on; for tests. Prepared activations must be prepared again. */
 SD_API int sd_use_isa(const char* name);

@@ -18,9 +18,29 @@ uint16_t float_to_half(float value) {
   return uint16_t(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
 }
 
-float widened(const void* values, int type, int64_t index) {
-  const uint16_t half = static_cast<const uint16_t*>(values)[index];
-  return type == SD_BF16 ? bfloat_to_float(half) : half_to_float(half);
+// Loops that are compiled for AVX2 too, where the loader can choose one.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+#define SD_CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define SD_CLONES
+#endif
+
+SD_CLONES void widen(const uint16_t* from, int type, int64_t count, float* to) {
+  if (type == SD_BF16)
+    for (int64_t i = 0; i < count; ++i) to[i] = bfloat_to_float(from[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = half_to_float(from[i]);
+}
+
+SD_CLONES void narrow(const float* from, int type, int64_t count, uint16_t* to) {
+  if (type == SD_BF16)
+    for (int64_t i = 0; i < count; ++i) to[i] = float_to_bfloat(from[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = float_to_half(from[i]);
+}
+
+SD_CLONES void add(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
 // Memory that begins at a multiple of 64 and grows; each calling thread keeps its own.
@@ -52,36 +72,35 @@ SD_API int sd_linear(const sd_matrix* m, int dtype, const void* x, int64_t colum
   if (sd_describe(m, &info) != SD_OK || !x || !out || columns != info.columns || x_stride < columns || batch < 0 ||
       dtype < SD_F32 || dtype > SD_F16 || out_stride < info.rows || threads < 1)
     return SD_ERROR_ARGUMENT;
-  static thread_local Buffer prepared_memory, wide_x_memory, wide_out_memory;
+  static thread_local Buffer prepared_memory, wide_x_memory, wide_out_memory, wide_bias_memory;
   const bool wide = dtype == SD_F32;
   if (!prepared_memory.reserve(sd_activation_bytes(m, batch) + 64) ||
       (!wide && (!wide_x_memory.reserve(batch * columns * sizeof(float) + 64) ||
-                 !wide_out_memory.reserve(batch * info.rows * sizeof(float) + 64))))
+                 !wide_out_memory.reserve(batch * info.rows * sizeof(float) + 64) ||
+                 !wide_bias_memory.reserve(info.rows * sizeof(float) + 64))))
     return SD_ERROR_MEMORY;
   // The threads below must not look at their own buffers.
   void* const prepared = prepared_memory.data;
   float* const wide_x = static_cast<float*>(wide_x_memory.data);
   float* const sums = wide ? static_cast<float*>(out) : static_cast<float*>(wide_out_memory.data);
   const int64_t stride = wide ? out_stride : info.rows;
+  const float* wide_bias = static_cast<const float*>(bias);
+  if (bias && !wide) {
+    widen(static_cast<const uint16_t*>(bias), dtype, info.rows, static_cast<float*>(wide_bias_memory.data));
+    wide_bias = static_cast<const float*>(wide_bias_memory.data);
+  }
 
   const auto prepare = [&](int64_t first, int64_t last) {
     if (wide) return sd_prepare_activations(m, static_cast<const float*>(x), x_stride, batch, first, last, prepared);
     for (int64_t b = first; b < last; ++b)
-      for (int64_t c = 0; c < columns; ++c) wide_x[b * columns + c] = widened(x, dtype, b * x_stride + c);
+      widen(static_cast<const uint16_t*>(x) + b * x_stride, dtype, columns, wide_x + b * columns);
     return sd_prepare_activations(m, wide_x, columns, batch, first, last, prepared);
   };
   const auto finish = [&](int64_t first, int64_t last) {
-    if (wide && !bias) return;
     for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t r = first; r < last; ++r) {
-        float sum = sums[b * stride + r];
-        if (wide) {
-          static_cast<float*>(out)[b * out_stride + r] = sum + static_cast<const float*>(bias)[r];
-        } else {
-          if (bias) sum += widened(bias, dtype, r);
-          static_cast<uint16_t*>(out)[b * out_stride + r] = dtype == SD_BF16 ? float_to_bfloat(sum) : float_to_half(sum);
-        }
-      }
+      float* const row = sums + b * stride + first;
+      if (bias) add(wide_bias + first, last - first, row);
+      if (!wide) narrow(row, dtype, last - first, static_cast<uint16_t*>(out) + b * out_stride + first);
     }
   };
 

@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int kDirectBatch = 8;    // up to here words are multiplied as they are expanded
+constexpr int kDirectBatch = 16;   // up to here words are multiplied as they are expanded
 constexpr int kRowsTogether = 6;   // rows of x per pass over an expanded block
 constexpr int kTiles = 2;
 constexpr size_t kBlockBytes = 16384;

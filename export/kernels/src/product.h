@@ -62,7 +62,7 @@ SD_INLINE void multiply(Source* source, int64_t groups, const Operands& o, Rows 
     for (int chain = 0; chain < chains; ++chain)
 #pragma GCC unroll 2
       for (int t = 0; t < tiles; ++t)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int b = 0; b < batch; ++b) parts[chain][t][b] = Op<type>::start();
   };
   const auto joined = [&](int t, int b) {
@@ -78,7 +78,7 @@ SD_INLINE void multiply(Source* source, int64_t groups, const Operands& o, Rows 
     typename Op<type>::Word words[tiles];
 #pragma GCC unroll 2
     for (int t = 0; t < tiles; ++t) words[t] = source[t].next();
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int b = 0; b < batch; ++b)
 #pragma GCC unroll 2
       for (int t = 0; t < tiles; ++t)
@@ -100,7 +100,7 @@ SD_INLINE void multiply(Source* source, int64_t groups, const Operands& o, Rows 
 #pragma GCC unroll 2
       for (int t = 0; t < tiles; ++t) {
         const Rows scale = load_halves(o.scales[t] + index * kTileRows);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int b = 0; b < batch; ++b) {
           const size_t at = b * (o.stride / 4) + g;
           sums[t][b] = scaled(sums[t][b], Op<type>::finish(joined(t, b), o.corrections[at]), scale, o.x_scales[at]);
@@ -111,7 +111,7 @@ SD_INLINE void multiply(Source* source, int64_t groups, const Operands& o, Rows 
   if constexpr (!kIntegers<type>) {
 #pragma GCC unroll 2
     for (int t = 0; t < tiles; ++t)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int b = 0; b < batch; ++b) sums[t][b] = add_rows(sums[t][b], joined(t, b));
   }
 }
@@ -148,7 +148,7 @@ template <int type, bool full, int batch>
 void direct(const Call& call, int64_t first_tile, int64_t last_tile) {
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     Rows sums[1][batch];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int b = 0; b < batch; ++b) sums[0][b] = zero_rows();
     Reader<type, full> reader(call.m, tile);
     multiply<type, 1, batch>(&reader, call.m->groups, call.operands(tile, 1, 0, 0, 0), sums);
@@ -196,7 +196,7 @@ void expanded(const Call& call, int64_t first_b, int64_t batch, int64_t tile) {
   constexpr int64_t block_groups = kBlockBytes / group_bytes;
   alignas(64) uint8_t blocks[tiles][kBlockBytes];
   alignas(64) float sums[tiles][kMostBatch * kTileRows];
-  memset(sums, 0, sizeof sums);
+  for (int t = 0; t < tiles; ++t) memset(sums[t], 0, batch * kTileRows * sizeof(float));
   Reader<type, full> readers[tiles];
   for (int t = 0; t < tiles; ++t) readers[t] = Reader<type, full>(call.m, tile + t);
   for (int64_t g = 0; g < call.m->groups; g += block_groups) {
