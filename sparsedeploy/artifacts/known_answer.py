@@ -31,8 +31,6 @@ _FLOAT = {
 # Integer and 8-bit float activations: a value on the edge between two levels falls either way, a step of 1 / 255 of the
 # range, and later layers carry it on.
 _QUANTIZED_ACTIVATIONS = 0.15
-# A right engine may be further away than the computations by which the spread was measured.
-_ROOM = 1.5
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class KnownAnswer:
         tokens: int64 [T].
         columns: the vocabulary's ids whose logits are kept, int64 [C].
         logits: after each token, float32 [T, C].
-        spread: how far right computations in integers may be apart after each token, as :func:`row_differences`,
-            float32 [T]; zeros where nothing is rounded to levels.
+        spread: how far a right engine may be from that after each token, as :func:`row_differences`, measured at the
+            export, float32 [T]; zeros where it was not measured.
     """
 
     tokens: np.ndarray
@@ -110,34 +108,58 @@ def load_known_answer(folder: Path, test: SelfTest) -> KnownAnswer:
     return answer
 
 
-def distance(answer: KnownAnswer, found: np.ndarray, allowed: float) -> tuple[float, float]:
+def distance(answer: KnownAnswer, found: np.ndarray, allowed: float, steps: int = 0) -> tuple[float, float]:
     """How far an engine is from the answer, and how far a right one may be.
 
-    Where activations are rounded to levels, one value on an edge falls either way, and the tokens after it differ by as
-    much as rounding itself makes. So two things are compared with the spread of right computations: all logits, and
-    those of the calmest token, which has seen the fewest such values. What is worse is returned.
+    Where activations are rounded, right engines differ by as much as rounding itself makes, and on a few tokens, where
+    one number more or less decides, by much more. So what is compared with the spread that was measured is the middle
+    one of the differences of the prompt, that of the tokens after it, and the smallest one of all. What is worse is
+    returned.
 
     Args:
-        found: see :func:`largest_difference`; ``allowed`` is what rounding of floating-point numbers may make.
+        found: see :func:`largest_difference`.
+        allowed: what is allowed where no spread was measured, or a smaller one.
+        steps: how many of the last tokens the engine has run one by one.
     """
     if not answer.spread.any():
         return largest_difference(answer, found), allowed
     rows, spread = row_differences(answer, found), answer.spread[: len(found)].astype(np.float64)
-    sizes = np.square(_centered(answer, found)[0]).mean(axis=1)
-    whole = [float(np.sqrt((np.square(each) * sizes).sum() / sizes.sum())) for each in (rows, spread)]
-    pairs = [(whole[0], _ROOM * whole[1]), (float(rows.min()), _ROOM * float(spread.min()))]
+    prompt = len(rows) - steps
+    parts = [part for part in (slice(prompt), slice(prompt, None)) if len(rows[part])]
+    pairs = [(_middle(rows[part]), _room(len(rows[part])) * _middle(spread[part])) for part in parts]
+    pairs.append((float(rows.min()), _room(len(rows)) * float(spread.min())))
     bounded = [(difference, max(limit, allowed)) for difference, limit in pairs]
     return max(bounded, key=lambda pair: pair[0] / pair[1] if np.isfinite(pair[0]) else np.inf)
+
+
+def _middle(values: np.ndarray) -> float:
+    """The lower median."""
+    return float(np.sort(values)[(len(values) - 1) // 2])
+
+
+def _room(count: int) -> float:
+    """How far a right engine may be beyond the spread that was measured, as a multiple of it, by ``count`` tokens.
+
+    It rounds in other places than the computations by which the spread was measured, and a few tokens tell less.
+    """
+    return 1.5 + 3 / count
 
 
 def row_differences(answer: KnownAnswer, found: np.ndarray) -> np.ndarray:
     """Root mean square of the difference after each token, as a part of that of the answer's logits, float64 [N].
 
     Args:
-        found: see :func:`largest_difference`.
+        found: see :func:`largest_difference`. Where it tells some of the logits, the difference is theirs.
     """
-    expected, given = _centered(answer, found)
-    return np.sqrt(np.square(given - expected).mean(axis=1) / np.maximum(np.square(expected).mean(axis=1), 1e-12))
+    expected, given, told = _centered(answer, found)
+    return np.sqrt(np.square(given - expected).sum(axis=1) / told.sum(axis=1)) / _row_sizes(answer, len(found))
+
+
+def _row_sizes(answer: KnownAnswer, count: int) -> np.ndarray:
+    """Root mean square of the first rows of logits less each row's mean, float64 [count]."""
+    possible = answer.logits[:count] >= RULED_OUT
+    squares = np.square(_less_mean(answer.logits[:count], possible)).sum(axis=1)
+    return np.sqrt(np.maximum(squares / possible.sum(axis=1), 1e-12))
 
 
 def largest_difference(answer: KnownAnswer, found: np.ndarray) -> float:
@@ -152,20 +174,21 @@ def largest_difference(answer: KnownAnswer, found: np.ndarray) -> float:
     Returns:
         Infinity where something is not a number, or where a token that the model rules out is possible.
     """
-    expected, given = _centered(answer, found)
+    expected, given, _ = _centered(answer, found)
     return float(np.abs(given - expected).max()) / max(float(np.abs(expected).max()), 1e-6)
 
 
-def _centered(answer: KnownAnswer, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both logits less each row's mean, float64 [N, C]; zero where nothing is told, infinite if ``found`` is none."""
+def _centered(answer: KnownAnswer, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both logits less each row's mean, float64 [N, C], and where they are told; infinite if ``found`` is none."""
     expected, found = answer.logits[: len(found)], found[:, answer.columns]
     ruled_out = expected < RULED_OUT
     told = ~(found < RULED_OUT) & ~ruled_out
     if (found[ruled_out] > RULED_OUT).any() or not told.any(axis=1).all() or not np.isfinite(found[told]).all():
-        return expected.astype(np.float64), np.full(expected.shape, np.inf)
-    count = told.sum(axis=1, keepdims=True)
-    centered = [
-        np.where(told, rows - rows.sum(axis=1, keepdims=True) / count, 0)
-        for rows in (np.where(told, one, 0).astype(np.float64) for one in (expected, found))
-    ]
-    return centered[0], centered[1]
+        return expected.astype(np.float64), np.full(expected.shape, np.inf), np.ones(expected.shape, bool)
+    return _less_mean(expected, told), _less_mean(found, told), told
+
+
+def _less_mean(rows: np.ndarray, told: np.ndarray) -> np.ndarray:
+    """Rows [N, C] less the mean of what is told of each, float64; zero elsewhere."""
+    values = np.where(told, rows, 0).astype(np.float64)
+    return np.where(told, values - values.sum(axis=1, keepdims=True) / told.sum(axis=1, keepdims=True), 0)

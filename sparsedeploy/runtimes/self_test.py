@@ -128,7 +128,7 @@ def _compare(model: GivesLogits, artifact: Artifact, folder: Path, prompt: int, 
     answer = load_known_answer(folder, test)
     ids = answer.tokens.tolist()
     found = np.concatenate(model.logits(ids[:prompt], ids[prompt : prompt + steps]))
-    difference, allowed = distance(answer, found, max(test.tolerance, at_least))
+    difference, allowed = distance(answer, found, max(test.tolerance, at_least), steps)
     # Infinity is no JSON.
     shown = difference if np.isfinite(difference) else 1e9
     return Verdict(bool(difference <= allowed), prompt + steps, shown, allowed)

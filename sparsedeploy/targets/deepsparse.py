@@ -24,7 +24,7 @@ from sparsedeploy.artifacts.description import (
     Sparsity,
 )
 from sparsedeploy.artifacts.folder import Checkpoint
-from sparsedeploy.artifacts.known_answer import KnownAnswer, row_differences, save_known_answer, tolerance
+from sparsedeploy.artifacts.known_answer import save_known_answer, tolerance
 from sparsedeploy.artifacts.traffic import graph_bytes
 from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.calibration.text import draw_sequences, recorded_tokens, text_of
@@ -37,14 +37,12 @@ from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.targets.base import ExportJob, describe
 from sparsedeploy.targets.check import (
-    Reference,
-    answer_again,
     check_graph,
     check_integers,
     graph_perplexity,
     reference_logits,
 )
-from sparsedeploy.targets.int8_graph import Range, activation_ranges, fake_quantize, other_rounding, write_int8
+from sparsedeploy.targets.int8_graph import Range, activation_ranges, fake_quantize, write_int8
 from sparsedeploy.targets.kv_graph import KVCacheGraph
 from sparsedeploy.targets.onnx_file import (
     DATA_FILE,
@@ -55,12 +53,11 @@ from sparsedeploy.targets.onnx_file import (
     import_onnx,
     write_onnx,
 )
+from sparsedeploy.targets.spread import Rounding, moved, rounded, spread_of
 
 ENGINE = Engine(name="deepsparse", version="1.8.0")
 # Its sparse kernels are right for such input widths only, see sparsedeploy/targets/padding.py.
 WIDTH_UNIT = 16
-# Computations by which the spread of right ones is measured.
-_PASSES = 6
 
 
 @dataclass(frozen=True)
@@ -123,7 +120,10 @@ def export_deepsparse(job: ExportJob, options: DeepSparseOptions) -> Artifact:
         if options.int8:
             fake_quantize(inside, ranges)
             answer = reference_logits(model, shapes.max_positions)
-            spread = _spread(model, linears, ranges, answer)
+            edges: dict[nn.Module, Rounding] = {
+                linears[name]: moved(found.high - found.low) for name, found in ranges.items()
+            }
+            spread = spread_of(model, answer, rounded(edges))
         # The engine of the check holds the weights once more: let go of the model's first.
         del graph, model, linears, inside
         gc.collect()
@@ -149,17 +149,6 @@ def export_deepsparse(job: ExportJob, options: DeepSparseOptions) -> Artifact:
             bytes_per_token=graph_bytes(folder / MODEL_FILE, sparse=True),
             self_test=self_test,
         )
-
-
-def _spread(model: Any, linears: dict[str, nn.Linear], ranges: dict[str, Range], reference: Reference) -> np.ndarray:
-    """How far right computations of the known answer are apart after each of its tokens, [T]."""
-    tokens, logits = reference.answer
-    answer = KnownAnswer(tokens, np.arange(logits.shape[1]), logits, np.zeros(len(tokens)))
-    spread = np.zeros(len(tokens))
-    for seed in range(_PASSES):
-        with other_rounding(linears, ranges, seed):
-            spread = np.maximum(spread, row_differences(answer, answer_again(model, reference)))
-    return spread
 
 
 def _calibrate(

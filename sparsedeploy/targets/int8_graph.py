@@ -26,9 +26,6 @@ from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.targets.onnx_file import DATA_FILE, MODEL_FILE, TRANSPOSED, add_constant, import_onnx
 
-# How far float32 activations of two machines are apart, as a part of their range; measured is less than 1e-7.
-ROUNDING = 1e-6
-
 
 @dataclass(frozen=True)
 class Range:
@@ -108,33 +105,6 @@ def fake_quantize(linears: Mapping[str, nn.Linear], ranges: Mapping[str, Range])
         linears[name].weight.copy_(torch.from_numpy(integers * scales).T)
         scale, zero = quantize_range(found)
         linears[name].register_forward_pre_hook(round_inputs(float(scale), int(zero)))
-
-
-@contextmanager
-def other_rounding(linears: Mapping[str, nn.Linear], ranges: Mapping[str, Range], seed: int) -> Iterator[None]:
-    """Let a model after :func:`fake_quantize` compute as another machine may.
-
-    Sums of float32 in another order move a value on the edge between two levels to the other one, a step of 1 / 255 of
-    the range. Each input is moved by up to :data:`ROUNDING` of its range before it is rounded to levels.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def move(size: float) -> Any:
-        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            noise = torch.rand(inputs[0].shape, generator=generator).mul_(2).sub_(1)
-            return (inputs[0] + size * noise, *inputs[1:])
-
-        return hook
-
-    handles = [
-        linears[name].register_forward_pre_hook(move(ROUNDING * (found.high - found.low)), prepend=True)
-        for name, found in ranges.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def write_int8(

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sparsedeploy import progress
 from sparsedeploy.artifacts.companions import copy_companions
@@ -29,7 +32,7 @@ from sparsedeploy.artifacts.description import (
     config_shapes,
 )
 from sparsedeploy.artifacts.folder import Checkpoint
-from sparsedeploy.artifacts.known_answer import save_known_answer, tolerance
+from sparsedeploy.artifacts.known_answer import KnownAnswer, row_differences
 from sparsedeploy.checkpoint.inspection import read_module
 from sparsedeploy.checkpoint.manifest import MANIFEST, Manifest, load_manifest
 from sparsedeploy.checkpoint.scales import FILE as SCALES
@@ -47,6 +50,7 @@ from sparsedeploy.targets.base import ExportJob, describe
 from sparsedeploy.targets.check import Reference, compare_logits, reference_logits, split_prompt
 from sparsedeploy.targets.gguf_codes import GROUP, TYPES, layouts, place_codes
 from sparsedeploy.targets.options import LlamacppScheme
+from sparsedeploy.targets.spread import Rounding, rounded, save_measured, spread_of, to_groups, to_type
 
 RUNTIME = "llamacpp"
 MODEL_FILE = "model.gguf"
@@ -54,6 +58,16 @@ MODEL_FILE = "model.gguf"
 # squares, with a thousandth of the largest logit allowed besides). The two cannot be compared directly: both round
 # activations to 8 bits, and after some layers the smallest difference has moved roundings everywhere.
 _AS_EXACT = 1.5
+# How far llama.cpp's own kernels may be from exact arithmetic, as a multiple of what rounding the inputs of products
+# makes. Measured is half as much to as much; they also round inside of the attention.
+_PLAUSIBLE = 4
+# What llama.cpp rounds the other factor of a product to, by the type of the weights; Q8_0 for the others. The cache is
+# float16, whatever the weights are.
+_ROUNDED: dict[str, Rounding] = {
+    "f32": to_type(torch.float16),
+    "f16": to_type(torch.float16),
+    "bf16": to_type(torch.bfloat16),
+}
 _TEXTS = (
     "Once upon a time, there was a model with 1234567 weights; 50% of them were zero.",
     "def f(x):\n    return x + 1\n\n\n# don't  stop   here...\tÉté, straße, 模型, \u0394x\u00b2 \U0001f642",
@@ -89,7 +103,10 @@ def export_llamacpp(job: ExportJob, options: LlamacppOptions) -> Artifact:
     dtype = _stored_dtype(opened)
     manifest = _quantized(opened)
     grid = manifest.quantization if manifest else None
+    stored = {"float16": "f16", "bfloat16": "bf16"}.get(dtype, "f32")
+    kind = options.quantize or (TYPES[grid.bits].lower() if grid else stored)
     weights = sum(parameter.numel() for parameter in model.parameters())
+    spread = spread_of(model, reference, rounded(dict.fromkeys(_products(model), _ROUNDED.get(kind, to_groups))))
     del model
     with job.new_folder() as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         check_free_space(folder, 8 * weights)
@@ -101,8 +118,6 @@ def export_llamacpp(job: ExportJob, options: LlamacppOptions) -> Artifact:
                 check = compare_logits(_logits(worker, exact, reference, exact=True), reference)
                 _check_tokenizer(worker, exact, opened)
             advance(1, "conversion checked")
-            stored = {"float16": "f16", "bfloat16": "bf16"}.get(dtype, "f32")
-            kind = options.quantize or (TYPES[grid.bits].lower() if grid else stored)
             _write(environment, exact, folder / MODEL_FILE, kind, options.timeout)
             placed = grid is not None and kind == TYPES[grid.bits].lower()
             if manifest is not None and placed:
@@ -111,10 +126,12 @@ def export_llamacpp(job: ExportJob, options: LlamacppOptions) -> Artifact:
             advance(1, "written")
             answer = reference
             if kind != "f32":
-                check, answer = _check_packed(environment, folder / MODEL_FILE, exact, reference, options.timeout)
+                check, answer, spread = _check_packed(
+                    environment, folder / MODEL_FILE, exact, reference, spread, options.timeout
+                )
             advance(1, "checked")
         copy_companions(opened.folder, folder)
-        self_test = save_known_answer(folder, *answer.answer, _allowed(kind, check))
+        self_test = save_measured(folder, answer, spread, "bfloat16" if kind == "bf16" else "float16")
         return describe(
             folder,
             opened,
@@ -130,6 +147,11 @@ def export_llamacpp(job: ExportJob, options: LlamacppOptions) -> Artifact:
             if kind not in ("q8_0", "q4_0")
             else Quantization(kind, "sweep" if placed else "round", 32, found["pruned"], found["revived"]),
         )
+
+
+def _products(model: nn.Module) -> list[nn.Module]:
+    """The modules whose inputs llama.cpp rounds before it multiplies them."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 def _stored_dtype(opened: Checkpoint) -> str:
@@ -250,18 +272,21 @@ def _logits(
 
 
 def _check_packed(
-    environment: Environment, path: Path, exact: Path, reference: Reference, timeout: float
-) -> tuple[Check, Reference]:
+    environment: Environment, path: Path, exact: Path, reference: Reference, spread: np.ndarray, timeout: float
+) -> tuple[Check, Reference, np.ndarray]:
     """Compare packed weights with exact arithmetic on the file's own values, and with llama.cpp's own kernels.
 
     Args:
         exact: where to write the file's values in float32.
+        spread: what rounding activations makes of the model, see :func:`~sparsedeploy.targets.spread.spread_of`.
 
     Returns:
-        What was found, and what exact arithmetic makes of the tokens.
+        What was found, what exact arithmetic makes of the tokens, and the spread, with how far both kernels are apart
+        from that.
 
     Raises:
-        UserError: packed weights are further from exact arithmetic than llama.cpp's own kernels.
+        UserError: llama.cpp's own kernels are further from exact arithmetic than rounding makes, or packed weights are
+            further than they.
     """
     exact.unlink()
     quantize = str(build_of(environment).program("llama-quantize"))
@@ -279,16 +304,18 @@ def _check_packed(
             "Report this as a bug.",
         )
     check = Check(reference.tokens.shape[1], float(np.abs(sparse - wanted).max()), largest)
-    return check, replace(reference, logits=wanted)
-
-
-def _allowed(kind: str, check: Check) -> float:
-    """How far another machine's answer may be, as a part of the largest logit: by its arithmetic and what is seen here.
-
-    The cache is float16, whatever the weights are.
-    """
-    usual = {"f32": tolerance("float16"), "f16": tolerance("float16"), "bf16": tolerance("bfloat16")}
-    return max(usual.get(kind, tolerance("float16", kind)), 3 * check.largest_difference / check.largest_logit)
+    answer = replace(reference, logits=wanted)
+    tokens, logits = answer.answer
+    known = KnownAnswer(tokens, np.arange(logits.shape[1]), logits, np.zeros(len(tokens)))
+    differences = [row_differences(known, found[0, : len(tokens)]) for found in (dense, sparse)]
+    middle, usual = float(np.median(differences[0])), float(np.median(spread))
+    if not middle <= _PLAUSIBLE * usual + 1e-3:
+        raise UserError(
+            f"llama.cpp's own kernels are off by {middle:.2g} of the logits' size on this machine, rounding makes "
+            f"{usual:.2g}",
+            "Use another target or machine, and report this as a bug of llama.cpp.",
+        )
+    return check, answer, np.maximum(spread, np.maximum(*differences))
 
 
 def _check_tokenizer(worker: Worker, path: Path, opened: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsedeploy import progress
-from sparsedeploy.artifacts.description import Artifact, Engine, Sparsity, config_shapes
+from sparsedeploy.artifacts.description import Artifact, Engine, SelfTest, Sparsity, config_shapes
 from sparsedeploy.artifacts.folder import Checkpoint
 from sparsedeploy.artifacts.known_answer import TOKENS, save_known_answer, tolerance
 from sparsedeploy.artifacts.traffic import folder_bytes
@@ -44,6 +44,7 @@ from sparsedeploy.targets.base import ExportJob, describe
 from sparsedeploy.targets.check import reference_logits
 from sparsedeploy.targets.options import VllmScheme
 from sparsedeploy.targets.quantize import export_quantized
+from sparsedeploy.targets.spread import in_float32, rounded, save_measured, spread_of, to_groups, to_type
 
 ENGINE = Engine(name="vllm", version="0.32.0")
 # Copied are the small files of the model folder; weights in any format are written anew or left out.
@@ -131,10 +132,7 @@ def export_vllm(job: ExportJob, options: VllmOptions) -> Artifact:
             write_json(folder / INDEX, {"metadata": metadata, "weight_map": packer.weight_map})
         if opened.head_is_pruned:
             progress.note("the output head stays as it is, with its zeros: vLLM has no packed form of it")
-        model = load_model(opened.folder, trust_remote_code=job.trust_remote_code)
-        positions = config_shapes(opened.config).max_positions
-        answer = reference_logits(model, min(TOKENS, positions or TOKENS)).answer
-        self_test = save_known_answer(folder, *answer, tolerance(packer.dtype, "codes" if packer.scales else None))
+        self_test = _known_answer(folder, opened, packer, inside)
         artifact = describe(
             folder,
             opened,
@@ -154,6 +152,24 @@ def export_vllm(job: ExportJob, options: VllmOptions) -> Artifact:
         f"{packer.dense_bytes / 1e6:.1f} MB ({packer.packed_bytes / packer.dense_bytes:.3f} of dense)"
     )
     return artifact
+
+
+def _known_answer(folder: Path, opened: Checkpoint, packer: _Packer, inside: list[str]) -> SelfTest:
+    """Keep the answer in float32, and how far from it the model is in its own type, with the products of codes rounded.
+
+    Args:
+        inside: names of the linears inside the decoder layers.
+    """
+    dtype: torch.dtype = getattr(torch, packer.dtype)
+    model = load_model(opened.folder, dtype=dtype, trust_remote_code=opened.trust_remote_code)
+    positions = config_shapes(opened.config).max_positions
+    with in_float32(model):
+        reference = reference_logits(model, min(TOKENS, positions or TOKENS))
+    if dtype == torch.float32 and not packer.scales:
+        return save_known_answer(folder, *reference.answer, tolerance("float32"))
+    rounding = to_groups if packer.scales else to_type(dtype)
+    spread = spread_of(model, reference, rounded({model.get_submodule(name): rounding for name in inside}))
+    return save_measured(folder, reference, spread, packer.dtype)
 
 
 class _Packer:

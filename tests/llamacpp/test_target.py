@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,14 +16,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sparsedeploy.artifacts.description import load_artifact
+from sparsedeploy.artifacts.known_answer import load_known_answer
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import Environment
 from sparsedeploy.runtimes.llamacpp import build_of, offer
 from sparsedeploy.runtimes.options import EngineOptions, ServeOptions
 from sparsedeploy.runtimes.serving import serve
+from sparsedeploy.targets.gguf_codes import layouts
 from sparsedeploy.targets.registry import export_checkpoint
 from tests.formats.test_transformers import save_sparse_model
+from tests.runtimes.artifacts import refresh
 from tests.small_models import byte_tokenizer, save_model
 
 pytestmark = [pytest.mark.llamacpp, pytest.mark.slow, pytest.mark.xdist_group("llamacpp")]
@@ -86,6 +90,31 @@ def test_same_tokens_packed_and_dense(
         # Each greedy token of the dense kernels is one of the packed ones too, up to a tie within the tolerance.
         steps = np.concatenate([others[2][-1:], others[3]])
         assert (steps.max(1) - steps[np.arange(len(tokens)), tokens]).max() <= tolerance
+
+
+@pytest.mark.parametrize("quantize", ["f16", "q8_0", "q4_0"])
+def test_one_wrong_weight_matrix_is_refused(llama: Path, runtime: Environment, tmp_path: Path, quantize: str) -> None:
+    """Rows one further down: the check after loading allows what rounding activations makes, and no more."""
+    test = export_checkpoint(llama, "llamacpp", tmp_path / "out", {"quantize": quantize}).self_test
+    assert test is not None
+    assert 0 < load_known_answer(tmp_path / "out", test).spread.mean() < (0.01 if quantize == "f16" else 0.2)
+    sizes = {"prompt_length": 80, "new_tokens": 8, "cores": 1}
+    with open_model(tmp_path / "out", **sizes):
+        pass
+    command = [sys.executable, str(runtime.runtime.folder / "gguf_tool.py"), "layout", str(build_of(runtime).source)]
+    file = tmp_path / "out" / "model.gguf"
+    said = subprocess.run([*command, str(file)], capture_output=True, text=True, check=True).stdout
+    found = layouts(json.loads(said.strip().rpartition("\n")[2])[0])["blk.1.attn_output.weight"]
+    rows = np.memmap(file, np.uint8, "r+", found.start, (found.shape[-2], found.size // found.shape[-2]))
+    rows[:] = np.roll(rows, 1, axis=0)
+    rows.flush()
+    with pytest.raises(UserError, match=r"model\.gguf was changed"), open_model(tmp_path / "out", **sizes):
+        pass
+    with (
+        pytest.raises(UserError, match=r"llama\.cpp computes .* wrongly on this machine"),
+        open_model(refresh(tmp_path / "out"), **sizes),
+    ):
+        pass
 
 
 def test_pruned_model_equals_transformers(llama: Path, runtime: Environment, tmp_path: Path) -> None:

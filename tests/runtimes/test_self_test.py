@@ -24,7 +24,12 @@ from sparsedeploy.artifacts.known_answer import (
     save_known_answer,
     tolerance,
 )
+from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.errors import UserError
+from sparsedeploy.formats import packed as packing
+from sparsedeploy.formats import quantized
+from sparsedeploy.formats.config import BITMASK, PackedConfig
+from sparsedeploy.models.loading import load_config
 from sparsedeploy.resources import cache_home
 from sparsedeploy.runtimes.engine import find_deployment, load, open_model
 from sparsedeploy.runtimes.options import EngineOptions, ServeOptions
@@ -33,10 +38,12 @@ from sparsedeploy.runtimes.serving import serve
 from sparsedeploy.runtimes.specification import load_runtime
 from sparsedeploy.targets.check import Reference, compare_logits
 from sparsedeploy.targets.registry import export_checkpoint
+from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.prune import prune
 from tests.formats.test_transformers import save_sparse_model
 from tests.runtimes.artifacts import refresh
 from tests.runtimes.exported import export_small
-from tests.small_models import save_model
+from tests.small_models import byte_tokenizer, random_model, save_model
 
 
 @pytest.fixture
@@ -141,6 +148,46 @@ def test_torch_with_one_wrong_weight_and_its_memory(verdicts: Path, tmp_path: Pa
     with (
         pytest.raises(UserError, match="wrongly on this machine"),
         load(find_deployment(folder, "torch"), prompt_length=1, new_tokens=1, cores=1),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("values", [None, "int8", "int4"])
+def test_packed_weights_with_one_wrong_column(verdicts: Path, tmp_path: Path, values: str | None) -> None:
+    """In bfloat16, and of codes, whose activations are rounded to 8 bits: the limit is what this rounding makes."""
+    model = random_model("llama", hidden_size=64, intermediate_size=96).to(torch.bfloat16)
+    for parameter in model.parameters():  # as far from zero as a trained model's
+        parameter.data *= 8 if parameter.dim() > 1 else 1
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    text = CalibrationOptions(data=str(tmp_path / "text.txt"), sequences=2, length=32)
+    prune(
+        str(tmp_path / "model"), tmp_path / "sparse", PruneOptions(0.5, "magnitude", calibration=text, quantize=values)
+    )
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    test = export_checkpoint(tmp_path / "sparse", "vllm", right).self_test
+    assert test is not None
+    assert test.tolerance == tolerance("float32")
+    assert 0 < load_known_answer(right, test).spread.mean() < 0.05
+    for dtype in (None, "float32"):
+        with open_model(right, runtime="torch", dtype=dtype, **SIZES):
+            pass
+
+    shutil.copytree(right, wrong)
+    tensors, name = load_file(wrong / "model.safetensors"), "model.layers.0.mlp.gate_proj"
+    entry = PackedConfig.from_dict(load_config(wrong).quantization_config).modules[name]
+    weight = packing.from_tensors(name, entry, {path.removeprefix(f"{name}."): one for path, one in tensors.items()})
+    dense = packing.unpack(weight) if values is None else quantized.unpack_codes(weight)
+    dense[:, 5] = -dense[:, 5].clamp(-7, 7)
+    again = packing.pack(dense, BITMASK)
+    if values is not None:
+        again = quantized.pack(dense, weight.scales, weight.bits, weight.group)
+    tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in again.tensors().items()}
+    save_file(tensors, wrong / "model.safetensors", metadata={"format": "pt"})
+    with (
+        pytest.raises(UserError, match="wrongly on this machine"),
+        open_model(refresh(wrong), runtime="torch", **SIZES),
     ):
         pass
 
