@@ -20,6 +20,8 @@ from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.reading import contained
 from sparsedeploy.resources import cache_home
 
+# Bytes that take several seconds to read.
+_LARGE = 4e9
 _FIX = "Copy the folder again, or export the checkpoint again with sparsedeploy export."
 
 
@@ -46,6 +48,9 @@ def verify_files(folder: Path, files: Mapping[str, str], listing: Path, *, again
     key = str(folder.resolve())
     known = recall("verified", key) or {}
     unknown = [name for name in files if again or known.get(name) != states[name]]
+    size = sum(paths[name].stat().st_size for name in unknown)
+    if size > _LARGE:
+        progress.note(f"compare {size / 1e9:.0f} GB of {folder} with their hashes")
     for name in unknown:
         if file_sha256(paths[name]) != files[name]:
             raise UserError(f"{paths[name]} was changed since the export or is damaged (its SHA-256 differs)", _FIX)
