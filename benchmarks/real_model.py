@@ -89,8 +89,9 @@ RECOVERIES = {
     "losa-no-layer-rates": Recovery("LoSA without layer rates", "losa", "wanda", {"layer_rates": False}),
     "losa-no-rank-allocation": Recovery("LoSA without rank allocation", "losa", "wanda", {"rank_allocation": False}),
     "losa-no-dynamic": Recovery("LoSA without the schedule", "losa", "wanda", {"dynamic": False}),
+    "alps-atp-sparse-lora": Recovery("ALPS, atp + Sparse LoRA", "sparse-lora", "alps", allocation="atp"),
     "alps-atp-sparse-lora-long": Recovery(
-        "ALPS, atp + Sparse LoRA, rank 32", "sparse-lora", "alps", {"rank": 32}, allocation="atp", train_sequences=1000
+        "ALPS, atp + Sparse LoRA, five times the tokens", "sparse-lora", "alps", allocation="atp", train_sequences=1000
     ),
 }
 RECOVERY_SEEDS = 2
