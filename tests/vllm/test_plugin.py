@@ -14,16 +14,21 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.errors import UserError
+from sparsedeploy.reference import reference_model
 from sparsedeploy.runtimes.environments import Environment, check, require
 from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.targets.registry import export_checkpoint
+from sparsedeploy.workflows.options import PruneOptions, RunOptions
+from sparsedeploy.workflows.prune import prune
 from tests.formats.test_transformers import save_sparse_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
@@ -71,10 +76,9 @@ class Case:
     margin: float
 
 
-@pytest.fixture(scope="module")
-def cases(folders: tuple[Path, Path]) -> list[Case]:
+def clearest(dense: Path) -> list[Case]:
     """The three prompts whose best tokens lead most clearly: rounding to 16 bits, as in a served model, keeps them."""
-    model = AutoModelForCausalLM.from_pretrained(folders[0])
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     found = []
     for prompt in CANDIDATES:
         output = model.generate(
@@ -89,6 +93,11 @@ def cases(folders: tuple[Path, Path]) -> list[Case]:
         margin = float((best[:, 0] - best[:, 1]).min())
         found.append(Case(prompt, output.sequences[0, len(prompt) :].tolist(), margin))
     return sorted(found, key=lambda case: case.margin)[-3:]
+
+
+@pytest.fixture(scope="module")
+def cases(folders: tuple[Path, Path]) -> list[Case]:
+    return clearest(folders[0])
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +148,19 @@ def test_offline(
     done = run_offline(runtime, folders[1], prompts, tmp_path, SPARSEDEPLOY_CPU=wish)
     assert tokens_of(done) == expected
     assert f"runs {wish} (SPARSEDEPLOY_CPU says so)" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_codes(runtime: Environment, tmp_path: Path, kind: Literal["int8", "int4"]) -> None:
+    """Weights that pruning rounded run as their codes; the clearest tokens bear 8-bit activations. Untied head."""
+    text = CalibrationOptions(data="stdlib", sequences=4, length=96)
+    options = PruneOptions(sparsity=0.5, method="sparsegpt", quantize=kind, calibration=text)
+    prune(str(reference_model("tiny")), tmp_path / "dense", options, RunOptions(device="cpu"))
+    export_checkpoint(tmp_path / "dense", "vllm", tmp_path / "packed")
+    best = clearest(tmp_path / "dense")
+    done = run_offline(runtime, tmp_path / "packed", [case.prompt for case in best], tmp_path)
+    assert tokens_of(done) == [case.tokens for case in best]
+    assert "runs packed" in done.stdout + done.stderr
 
 
 def test_two_ranks(
