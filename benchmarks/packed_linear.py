@@ -80,7 +80,7 @@ class Timer:
     def __init__(self, device: torch.device, flush_values: int = _FLUSH_VALUES) -> None:
         self.device = device
         # One thread is timed by the processor time that it had, so that other work on the machine disturbs less.
-        self.clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        self.clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         self.flush = torch.ones(flush_values, device=device)
 
     def recorded(self, call: Callable[[], object]) -> Callable[[], object]:
@@ -156,7 +156,7 @@ def measure_copy(timer: Timer, size: int = _COPY_BYTES) -> float:
     return 2 * size / best / 1e6
 
 
-def measure_format(weight: torch.Tensor, pattern: str) -> dict[str, float | str]:
+def measure_format(weight: torch.Tensor, pattern: str, clock: Callable[[], float]) -> dict[str, float | str]:
     """Size and pack and unpack speed, in GB of dense weight per second."""
     packed = pack_weight(weight, pattern)
     seconds = {}
@@ -167,9 +167,9 @@ def measure_format(weight: torch.Tensor, pattern: str) -> dict[str, float | str]
     ):
         times = []
         for _ in range(3):
-            started = time.perf_counter()
+            started = clock()
             call()
-            times.append(time.perf_counter() - started)
+            times.append(clock() - started)
         seconds[name] = min(times)
     dense = weight.numel() * weight.element_size()
     sparsity = 1 - packed.count / weight.numel()
@@ -208,14 +208,13 @@ def run(
         outputs, inputs = (int(size) for size in shape.split("x"))
         weight = sparse_weight(outputs, inputs, pattern, dtype, device)
         if shape == shapes[0]:
-            formats.append(measure_format(weight, pattern))
+            formats.append(measure_format(weight, pattern, timer.clock))
         for kind in values:
             bits = VALUES[kind]
             stored = code_weight(weight, pattern, bits) if bits else pack_weight(weight, pattern)
             if device.type == "cpu":
                 decision = choice.measure(stored, dtype)
-                chosen = "packed" if decision.packed else "dense"
-                choices[f"{shape} {pattern} {kind}"] = f"{chosen} ({decision.reason})"
+                choices[f"{shape} {pattern} {kind}"] = "packed" if decision.packed else "dense"
             else:
                 from sparsedeploy_vllm import gpu, tuning
 
