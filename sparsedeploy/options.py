@@ -214,7 +214,11 @@ def out_of_bounds(value: Any, facts: Facts) -> str | None:
         (facts.below, "below", lambda bound: value < bound),
     ]
     given = [(f"{words} {bound:.12g}", holds(bound)) for bound, words, holds in bounds if bound is not None]
-    if math.isfinite(value) and all(holds for _, holds in given):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        finite = False
+    if finite and all(holds for _, holds in given):
         return None
-    kind = "a whole number" if isinstance(value, int) else "a finite number"
+    kind = "a whole number" if isinstance(value, int) and finite else "a finite number"
     return f"{kind} of {' and '.join(words for words, _ in given)}".replace("of above", "above") if given else kind

@@ -13,6 +13,7 @@ import torch
 from sparsedeploy.checkpoint.manifest import CalibrationRecord
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.config_check import positions
+from sparsedeploy.models.tokenizer import token_ids
 
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
@@ -80,7 +81,7 @@ def sample_tokens(
 
     def encode(index: int) -> list[int]:
         if index not in encoded:
-            encoded[index] = tokenizer(documents[index], verbose=False)["input_ids"]
+            encoded[index] = token_ids(tokenizer, documents[index], verbose=False)
         return encoded[index]
 
     windows: list[list[int]] = []

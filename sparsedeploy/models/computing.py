@@ -20,6 +20,7 @@ _NATIVE = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "svebf16"},
     torch.float16: {"avx512_fp16", "amx_fp16", "avx10_2", "fphp", "asimdhp"},
 }
+_COMPUTED = (torch.float64, torch.float32, *_NATIVE)
 # A limit on attention scores before the softmax, by whatever name. Fused kernels do not apply it.
 _SCORE_CAP = re.compile(r"attn\w*soft_?cap\w*|attention\w*soft_?cap\w*")
 
@@ -28,10 +29,18 @@ def compute_type(config: Any, device: torch.device | str, asked: torch.dtype | N
     """The type to compute in: the one asked for, else the checkpoint's own, or float32 where that is faster.
 
     Half types are slower than float32 on processors that cannot multiply in them; the stored weights stay as they are.
+
+    Raises:
+        UserError: the checkpoint's own is an integer or a float of 8 bits.
     """
     if asked is not None:
         return asked
     own: torch.dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    if own not in _COMPUTED:
+        name = str(own).removeprefix("torch.")
+        raise UserError(
+            f"config.json names the type {name}, in which no model is computed", "Name one: --dtype float32."
+        )
     flags = processor_flags()
     if torch.device(device).type == "cpu" and own in _NATIVE and flags and not flags & _NATIVE[own]:
         name = str(own).removeprefix("torch.")

@@ -6,6 +6,7 @@ The format is described at https://github.com/ggml-org/ggml/blob/master/docs/ggu
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -80,6 +81,10 @@ def read_gguf(path: Path) -> GGUFFile:
         raise UserError(f"{path} is one part of several", "Merge them first: llama-gguf-split --merge.")
     if not header.tensors:
         raise UserError(f"{path} holds no tensors", "Give the file of a whole model.")
+    said = header.metadata.get(f"{header.architecture}.block_count")
+    blocks = len({found[1] for tensor in header.tensors if (found := re.match(r"blk\.(\d+)\.", tensor.name))})
+    if isinstance(said, int) and said > blocks:
+        raise UserError(f"{path} is damaged: it says that it has {said:,} blocks, and has {blocks}", _SOUND)
     for tensor in header.tensors:
         if (end := tensor.start + tensor.size) > length:
             raise UserError(f"{path} is truncated: {tensor.name} ends at byte {end:,}, the file has {length:,}", _SOUND)

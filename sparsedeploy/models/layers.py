@@ -17,7 +17,7 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.models.computing import compute_type
 from sparsedeploy.models.linear_views import uncalled_linears, watchable_experts
 from sparsedeploy.models.loading import build_empty, load_config
-from sparsedeploy.models.stored_names import StoredNames, StoredParameter
+from sparsedeploy.models.stored_names import StoredNames, StoredParameter, check_shape
 from sparsedeploy.models.structure import DecoderStack, check_alone, check_not_shared, find_decoder_stack
 from sparsedeploy.models.tensor_files import TensorFiles
 
@@ -98,9 +98,7 @@ class StreamedLayers:
         self.stack = find_decoder_stack(self.model, head)
         check_alone(self.model, self.stack)
         self.names = StoredNames(self.model, self.files)
-        if self.names.left_over:
-            first = self.names.left_over[0]
-            progress.note(f"{len(self.names.left_over)} stored tensors are not part of the model, such as {first}")
+        self.names.note_left_over()
         if dense := sorted({name for layer in self.stack.layers for name in uncalled_linears(layer)}):
             progress.note(f"{', '.join(dense)} of a layer stay dense: their inputs cannot be measured")
         self._kept_in_float32 = _float32_names(self.model, dtype)
@@ -195,11 +193,7 @@ class StreamedLayers:
         """Give a parameter or a stored buffer its value."""
         module, last = self._owner(name)
         place = getattr(module, last)
-        if tuple(tensor.shape) != tuple(place.shape):
-            raise UserError(
-                f"{name} is stored as {tuple(tensor.shape)}, the configuration says {tuple(place.shape)}",
-                "Check that config.json and the weights belong together.",
-            )
+        check_shape(name, tuple(tensor.shape), place)
         dtype = torch.float32 if name in self._kept_in_float32 else place.dtype
         value = tensor.to(self.device, dtype, non_blocking=True)
         if last in module._parameters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    GenerationConfig,
+    PretrainedConfig,
 )
 from transformers.utils import logging
 
@@ -29,6 +32,7 @@ from sparsedeploy.models.config_check import check_sizes
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.low_rank import attach_low_rank, load_adapter
 from sparsedeploy.models.options import LoadOptions
+from sparsedeploy.models.stored_names import StoredNames
 from sparsedeploy.models.tensor_files import TensorFiles, check_tensor
 from sparsedeploy.paths import expand
 from sparsedeploy.reading import SOUND_COPY, read_object
@@ -106,9 +110,24 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"{folder} is a classifier ({progress.printable(kind)}), not a language model",
             "Use the causal language model that it was made from.",
         )
+    if not isinstance(config.get_text_config(), PretrainedConfig):
+        raise UserError(f"{path}: 'text_config' has no place in a model of type {config.model_type}", SOUND_COPY)
+    _check_generation(folder)
+    config.return_dict = True
     if getattr(config, "quantization_config", None) is not None and quantization_of(folder, raw) is None:
         del config.quantization_config
     return config
+
+
+def _check_generation(folder: Path) -> None:
+    """Refuse a ``generation_config.json`` that transformers would stop at while it loads the model."""
+    path, fix = folder / "generation_config.json", "Get an intact copy of the file, or remove it."
+    if path.exists():
+        read_object(path, fix=fix)
+        try:
+            GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:
+            raise UserError(f"{path} cannot be used ({' '.join(str(error).split())[:200]})", fix) from error
 
 
 def _classifier(config: Any) -> str | None:
@@ -244,14 +263,19 @@ def load_model(
         UserError: see :func:`load_config`; also missing or broken weights.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
+    dtype = compute_type(config, device, dtype)
     _check_class(folder, config)
-    TensorFiles(folder)  # refuses what is not the model, or is corrupt
+    files = TensorFiles(folder)  # refuses what is not the model, or is corrupt
+    if getattr(config, "quantization_config", None) is None:
+        # A copy: building changes the type that a configuration names.
+        empty = build_empty(folder, copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
+        StoredNames(empty, files).note_left_over()
     try:
         with no_foreign_bars():
             model, report = auto_class(config).from_pretrained(
                 folder,
                 config=config,
-                dtype=compute_type(config, device, dtype),
+                dtype=dtype,
                 attn_implementation=attention(config),
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,

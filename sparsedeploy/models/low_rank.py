@@ -14,14 +14,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
-from sparsedeploy.reading import read_object
+from sparsedeploy.models.tensor_files import read_header
+from sparsedeploy.reading import Fields, read_object
 
 FOLDER = "adapter"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+# What a configuration of peft adds to plain LoRA.
+_MORE = (
+    "use_rslora",
+    "use_dora",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "layers_to_transform",
+    "trainable_token_indices",
+)
 
 
 @dataclass(frozen=True)
@@ -121,28 +133,34 @@ def load_adapter(folder: Path) -> dict[str, LowRank]:
     """Read the factors of an adapter folder, by module name.
 
     Raises:
-        UserError: a missing or broken file, or an adapter that is not plain LoRA.
+        UserError: a missing or broken file, factors that do not belong together, or an adapter that is more than plain
+            LoRA, of which a part would be left out.
     """
     fix = "Write the checkpoint again with sparsedeploy recover."
-    try:
-        config = read_object(folder / CONFIG, fix=fix)
-        tensors = load_file(folder / WEIGHTS)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"the adapter in {folder} cannot be read ({error})", fix) from error
-    if config.get("peft_type") != "LORA" or config.get("use_rslora") or config.get("use_dora"):
-        raise UserError(f"the adapter in {folder} is not plain LoRA", "Merge it into the model with peft first.")
+    config = Fields(read_object(folder / CONFIG, fix=fix), str(folder / CONFIG), fix)
+    more = [name for name in _MORE if config.values.get(name)]
+    if config.values.get("bias", "none") != "none":
+        more.append("bias")
+    read_header(folder / WEIGHTS)  # refuses what is damaged, or no file
+    tensors = load_file(folder / WEIGHTS)
+    more += [progress.printable(key, keep="") for key in tensors if not key.endswith(_FACTORS)]
+    if config.values.get("peft_type") != "LORA" or more:
+        what = f" ({more[0]})" if more else ""
+        raise UserError(f"the adapter in {folder} is not plain LoRA{what}", "Merge it into the model with peft first.")
+    if not tensors:
+        raise UserError(f"the adapter in {folder} holds no factors", fix)
+    alpha = config.number("lora_alpha")
+    alphas = config.fields("alpha_pattern") if "alpha_pattern" in config else Fields({}, config.where, fix)
     factors: dict[str, LowRank] = {}
-    for key in sorted(tensors):
-        if not key.endswith(".lora_A.weight"):
-            continue
-        name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-        a, b = tensors[key], tensors.get(key.replace(".lora_A.", ".lora_B."))
-        if b is None:
+    for name in sorted({key.removeprefix(_PREFIX).rsplit(".", 2)[0] for key in tensors}):
+        pair = [tensors.get(f"{_PREFIX}{name}{end}", tensors.get(f"{name}{end}")) for end in _FACTORS]
+        a, b = pair
+        if a is None or b is None:
             raise UserError(f"the adapter in {folder} lacks a factor of {name}", fix)
-        alpha = config.get("alpha_pattern", {}).get(name, config["lora_alpha"])
-        factors[name] = LowRank(a, b, alpha / len(a))
+        fitting = a.dim() == b.dim() == 2 and len(a) == b.shape[1] and len(a) > 0
+        if not fitting or not (a.is_floating_point() and b.is_floating_point()):
+            raise UserError(f"the adapter's factors of {name} do not belong together", fix)
+        factors[name] = LowRank(a, b, alphas.number(name, alpha) / len(a))
     return factors
 
 

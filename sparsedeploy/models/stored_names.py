@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.linear_views import LinearView, PrunableLinear
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.models.tensor_files import StoredTensor, TensorFiles
+
+_TOGETHER = "Check that config.json and the weights belong together."
+# Weights of an adapter of PEFT that was not merged.
+_ADAPTER = re.compile(r"\.(lora_\w+|base_layer|modules_to_save)(\.|$)")
+# How configurations call the number of layers behind the last one, which predict further tokens and are not loaded.
+_PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 
 
 @dataclass(frozen=True)
@@ -82,20 +89,30 @@ class StoredNames:
         left_over: stored tensors that are no part of the model and that its class does not name as such.
 
     Raises:
-        UserError: tensors that the files lack.
+        UserError: tensors that the files lack, have twice or in another type or shape, or layers and adapters that are
+            no part of the model.
     """
 
     def __init__(self, model: nn.Module, files: TensorFiles) -> None:
         self._model = model
         self._files = files
-        self._wanted = dict.fromkeys(model.state_dict())
+        state = model.state_dict()
+        self._wanted = dict.fromkeys(state)
         self._tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         self.left_over: list[str] = []
         self._parameters = self._match()
         optional = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
-        for name in self._wanted:
-            if not any(re.search(pattern, name) for pattern in optional):
-                self.locate(name)
+        for name, tensor in state.items():
+            if any(re.search(pattern, name) for pattern in optional):
+                continue
+            stored = self.locate(name)
+            if stored.converter is None:
+                check_shape(name, stored.sources[0].shape, tensor)
+            if tensor.is_floating_point() and (odd := next((s for s in stored.sources if not s.is_float), None)):
+                raise UserError(
+                    f"{files.folder} stores {odd.name} in the type {odd.kind}, not as a number that is computed with",
+                    "Use the model before quantisation (float32, float16 or bfloat16).",
+                )
 
     def locate(self, name: str) -> StoredParameter:
         """How a parameter or buffer is stored.
@@ -103,7 +120,8 @@ class StoredNames:
         Raises:
             UserError: the files hold no tensor for it.
         """
-        for known in (name, self._tied.get(name)):
+        # Of two that are tied, either may be stored.
+        for known in (name, self._tied.get(name), *(one for one, other in self._tied.items() if other == name)):
             if known in self._parameters:
                 return replace(self._parameters[known], name=name) if known != name else self._parameters[name]
         return StoredParameter(name, (self._files.locate(name),))
@@ -118,10 +136,18 @@ class StoredNames:
             name, pattern = _renamed(stored, renamings, converters, prefix, self._wanted)
             grouped.setdefault(name, []).append((stored, pattern))
         result: dict[str, StoredParameter] = {}
-        self.left_over = self._unnamed({name: sources[0][0] for name, sources in grouped.items()})
+        left_over = self._unnamed({name: sources[0][0] for name, sources in grouped.items()})
+        self._check_left_over(left_over)
+        self.left_over = list(left_over.values())
         for name, sources in grouped.items():
             tensors = tuple(self._files[stored] for stored, _ in sources)
             pattern = sources[0][1]
+            if pattern is None and len(tensors) > 1 and name in self._wanted:
+                raise UserError(
+                    f"{self._files.folder} stores {tensors[0].name} and {tensors[1].name}, which are one weight of the "
+                    "model",
+                    "Remove the one that is left over from another copy.",
+                )
             if pattern is None:
                 result[name] = StoredParameter(name, tensors[:1])
                 continue
@@ -131,18 +157,60 @@ class StoredNames:
             result.update({one: StoredParameter(one, tensors, patterns, converter, name) for one in names})
         return result
 
-    def _unnamed(self, grouped: Mapping[str, str]) -> list[str]:
-        """The stored tensors, by the name that they would be loaded under, that are no part of the model."""
+    def _check_left_over(self, left_over: Mapping[str, str]) -> None:
+        """Refuse what changes the model by being left out: decoder layers and experts beyond the last, and adapters.
+
+        Raises:
+            UserError: naming the first.
+        """
+        for stored in left_over.values():
+            if _ADAPTER.search(stored):
+                raise UserError(
+                    f"{self._files.folder} holds weights of an adapter that is not merged, such as {_shown(stored)}",
+                    "Merge it (peft: PeftModel.merge_and_unload), then save the model.",
+                )
+        numbered = {name for name in left_over if re.search(r"\.\d+\.", name)}
+        if not numbered:
+            return
+        try:
+            prefix = f"{find_decoder_stack(self._model).name}."
+        except UserError:
+            return  # whatever needs the layers says so
+        text = self._model.config.get_text_config()  # type: ignore[union-attr, operator]
+        predicting = max(int(getattr(text, name, None) or 0) for name in _PREDICTING)
+        last: dict[tuple[str, str], int] = {}
+        for name in self._wanted:
+            for before, number, after in _numbers(name):
+                last[before, after] = max(number, last.get((before, after), -1))
+        for name in sorted(numbered, key=_natural):
+            for before, number, after in _numbers(name):
+                end = last.get((before, after))
+                more = predicting if before == prefix else 0
+                if name.startswith(prefix) and end is not None and number > end + more:
+                    raise UserError(
+                        f"{self._files.folder} stores {_shown(left_over[name])}, and by its config.json the model ends "
+                        f"with {before}{end}",
+                        f"{_TOGETHER[:-1]} (number of layers or experts), or remove such tensors.",
+                    )
+
+    def note_left_over(self) -> None:
+        """Say how many stored tensors are no part of the model."""
+        if self.left_over:
+            first = _shown(self.left_over[0])
+            progress.note(f"{len(self.left_over)} stored tensors are not part of the model, such as {first}")
+
+    def _unnamed(self, grouped: Mapping[str, str]) -> dict[str, str]:
+        """Of the stored tensors, by the name that they would be loaded under, those that are no part of the model."""
         ignored = set(getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ())
         buffers = [name for name, _ in self._model.named_buffers()]
         # Buffers that are computed today and were stored once, wherever they were kept.
         once_stored = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
         ignored |= {pattern for pattern in once_stored if any(re.search(pattern, name) for name in buffers)}
-        return [
-            stored
+        return {
+            name: stored
             for name, stored in grouped.items()
             if name not in self._wanted and not any(re.search(pattern, name) for pattern in ignored)
-        ]
+        }
 
     def slices(self, name: str, linear: PrunableLinear) -> tuple[StoredSlice, ...]:
         """Where the rows of a linear's weight are stored.
@@ -188,6 +256,16 @@ class StoredNames:
             "Load the model with transformers, save it with save_pretrained(..., save_original_format=False), and "
             "use that folder.",
         )
+
+
+def check_shape(name: str, stored: tuple[int, ...], wanted: torch.Tensor) -> None:
+    """Refuse a stored shape that is not the one of the model.
+
+    Raises:
+        UserError: naming both.
+    """
+    if tuple(stored) != tuple(wanted.shape):
+        raise UserError(f"{name} is stored as {tuple(stored)}, the configuration says {tuple(wanted.shape)}", _TOGETHER)
 
 
 def stored_slices(model: nn.Module, files: TensorFiles, head: bool = False) -> dict[str, tuple[StoredSlice, ...]]:
@@ -247,6 +325,17 @@ def _renamed(
     if pattern is None and name not in wanted and stored in wanted:
         name, pattern = rename_source_key(stored, [], [], prefix, known)
     return name, pattern
+
+
+def _numbers(name: str) -> Iterator[tuple[str, int, str]]:
+    """Each number between the dots of a name, with what stands before and after it."""
+    for found in re.finditer(r"(?<=\.)\d+(?=\.)", name):
+        yield name[: found.start()], int(found[0]), name[found.end() :]
+
+
+def _shown(name: str) -> str:
+    """A stored name on one line, of a length that can be read."""
+    return progress.printable(name, keep="")[:200]
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

@@ -80,6 +80,11 @@ class StoredTensor:
         return _DTYPES[self.kind]
 
     @property
+    def is_float(self) -> bool:
+        """Whether it is of a type that a weight is computed in."""
+        return self.kind in _DTYPES
+
+    @property
     def is_quantised(self) -> bool:
         """Whether it is a weight in integers or small floats, or belongs to one, such as its scales."""
         small = self.kind not in _DTYPES and self.kind not in _COUNTERS
@@ -150,7 +155,7 @@ class TensorFiles:
                 return self._tensors[name]
         raise UserError(
             f"{self.folder} stores no tensor for {parameter}",
-            "Save the model anew with transformers' save_pretrained, then use that folder.",
+            "Check that config.json and the weights belong together, or get a complete copy of the model.",
         )
 
     def read(self, tensors: Iterable[StoredTensor]) -> dict[str, torch.Tensor]:
@@ -229,6 +234,10 @@ def read_header(shard: Path) -> list[StoredTensor]:
         text = file.read(length)
     where = f"the header of weight file {shard}"
     header = Fields(parse_object(text, where, fix=_AGAIN), where, _AGAIN)
+    if header.values.get("__metadata__") is not None:
+        about = header.fields("__metadata__")
+        for key in about.values:
+            about.text(key)
     base = 8 + length
     tensors = [_entry(header.fields(name), name, shard, base) for name in header.values if name != "__metadata__"]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))

@@ -51,6 +51,22 @@ def load_tokenizer(folder: Path, *, vocabulary: int | None = None, trust_remote_
     return tokenizer
 
 
+def token_ids(tokenizer: Any, texts: Any, **settings: Any) -> Any:
+    """The token numbers of a text, or of each in a list.
+
+    Args:
+        settings: of the tokenizer's call.
+
+    Raises:
+        UserError: a text that the tokenizer has no tokens for.
+    """
+    try:
+        return tokenizer(texts, **settings)["input_ids"]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"the tokenizer fails on the text ({type(error).__name__}: {reason})", _FIX) from error
+
+
 def check_tokens(tokens: torch.Tensor, vocabulary: int, data: str) -> None:
     """Refuse token ids beyond the embedding before the model sees them.
 

@@ -32,6 +32,11 @@ def weight_files(folder: Path) -> list[Path]:
     else:
         names = sorted(set(weight_map.values()))
     paths = [contained(folder, name, str(folder / INDEX if weight_map else folder)) for name in names]
+    if nested := next((name for name in names if name != Path(name).name), None):
+        raise UserError(
+            f"{folder / INDEX} names {progress.printable(nested)}, which is not the plain name of a file beside it",
+            "Move the shards beside the index, and name them without a folder.",
+        )
     if single.exists() and SINGLE not in names:
         raise UserError(
             f"{folder} holds two models: {SINGLE}, and the shards that {INDEX} names",
@@ -54,7 +59,10 @@ def read_index(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX
     if not path.exists():
         return None
-    fields = Fields(read_object(path, fix="Download it again."), str(path), "Download it again.").fields("weight_map")
+    whole = Fields(read_object(path, fix="Download it again."), str(path), "Download it again.")
+    if "metadata" not in whole.values:
+        raise UserError(f"{path} lacks 'metadata', without which transformers loads none", 'Add "metadata": {} to it.')
+    fields = whole.fields("weight_map")
     weight_map = {name: fields.text(name) for name in fields.values}
     if not weight_map:
         raise UserError(f"{path}: 'weight_map' is empty", "Download it again.")

@@ -13,6 +13,7 @@ from sparsedeploy import progress
 from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.computing import model_errors
+from sparsedeploy.models.tokenizer import token_ids
 
 # Tokens that show whether a model looks ahead.
 _FEW = 16
@@ -57,7 +58,7 @@ def text_windows(
         UserError: no such text, or less than one window.
     """
     joined = "\n\n".join(load_documents(data, field=field, split=split))
-    return windows_of(tokenizer(joined, verbose=False)["input_ids"], context, data)[:limit]
+    return windows_of(token_ids(tokenizer, joined, verbose=False), context, data)[:limit]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from sparsedeploy import progress
 from sparsedeploy.calibration.documents import is_rows, load_documents
 from sparsedeploy.errors import UserError
+from sparsedeploy.models.tokenizer import token_ids
 from sparsedeploy.recovery.options import DataOptions
 
 _PIECES_PER_WANTED = 4
@@ -61,7 +62,7 @@ def load_training_data(tokenizer: Any, options: DataOptions) -> TrainingData:
     order = list(range(len(texts)))
     random.Random(options.seed).shuffle(order)
     for index in progress.track(order, "tokenise training text", unit="texts"):
-        ids = tokenizer(texts[index], verbose=False)["input_ids"]
+        ids = token_ids(tokenizer, texts[index], verbose=False)
         if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
             ids = [*ids, tokenizer.eos_token_id]
         pieces = [ids[: options.max_length]] if rows else _pieces(ids, options.max_length)

@@ -27,7 +27,9 @@ class TextTools:
 
     def encode(self, prompt: str) -> list[int]:
         """Tokens of a prompt, with the special tokens that the tokenizer adds."""
-        tokens: list[int] = self.tokenizer(prompt)["input_ids"]
+        from sparsedeploy.models.tokenizer import token_ids  # heavy, like transformers
+
+        tokens: list[int] = token_ids(self.tokenizer, prompt)
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -16,8 +16,11 @@ from transformers.utils import logging
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_free_space, new_folder, write_json
+from sparsedeploy.models.config_check import check_sizes
 from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.models.gguf_file import GGUFFile, read_gguf
+from sparsedeploy.models.loading import build_empty, load_config
+from sparsedeploy.models.stored_names import StoredNames
 from sparsedeploy.models.tensor_files import TensorFiles, check_tensor
 from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.reference.tokenizer import save_for_every_version
@@ -57,7 +60,11 @@ def import_gguf(
         with _silent():
             model.save_pretrained(staging)
         _save_tokenizer(file, staging)
-        TensorFiles(staging)  # what every other command will read
+        try:  # what every other command will read
+            StoredNames(build_empty(staging, load_config(staging), trust_remote_code=False), TensorFiles(staging))
+        except UserError as error:
+            reason = error.message.replace(str(staging), "the folder made of it")
+            raise UserError(f"{source} does not hold together: {reason}", _OTHER) from error
         load_tokenizer(staging)
         record = {
             "source": source.name,
@@ -98,6 +105,7 @@ def _load(file: GGUFFile, dtype: torch.dtype) -> Any:
             ) from error
         if getattr(config, "is_encoder_decoder", False):
             raise UserError(f"{file.path} is an encoder-decoder", "Use a decoder-only causal language model.")
+        check_sizes(config.to_dict(), file.path)
         _check_rope(file, config)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(

@@ -67,9 +67,9 @@ class PrunedModel:
         output = Path(folder)
         if self.tokenizer is None:
             raise UserError("the model has no tokenizer", "Give one: prune(model, options, tokenizer).")
-        check_writable(output, overwrite)
-        method = PRUNERS.get(self.options.method)
         name = str(getattr(self.model.config, "_name_or_path", "") or "a model in memory")
+        check_writable(output, overwrite, [name])
+        method = PRUNERS.get(self.options.method)
         with tempfile.TemporaryDirectory(dir=_existing(output.parent)) as source:
             self.model.save_pretrained(source)  # type: ignore[operator]
             self.tokenizer.save_pretrained(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,11 +14,16 @@ from sparsedeploy.conversion import build_options, shown
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.loading import resolve_model
 from sparsedeploy.options import Options, described, option
+from sparsedeploy.paths import expand
 from sparsedeploy.plan import parse_pattern
+from sparsedeploy.quality.evaluate import named_texts
 from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.workflows.recipes import parse_recipe, read_yaml
 
 DENSE = "dense"
+_NAMED_TEXTS = ("stdlib", "c4")
+# What a cell's folder is called: nothing that leads elsewhere or hides.
+_FOLDER = re.compile(r"[\w+][\w+.-]{0,200}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -83,12 +89,23 @@ def load_sweep(path: Path) -> Sweep:
     for name in ("rates", "methods", "allocations", "recoveries"):
         if not isinstance(getattr(options, name), tuple) or not getattr(options, name):
             raise UserError(f"sweep {path}: {name} is not a list", f"Write it as {name}: [...].")
+    if not isinstance(options.model, str):
+        raise UserError(f"sweep {path}: model is {shown(options.model)}", "Name a model folder or hub id.")
     if not options.model or not isinstance(options.eval, Mapping) or not options.eval.get("data"):
         raise UserError(f"sweep {path} names no model or no text to evaluate on", "Add model: and eval: {data: TEXT}.")
     texts = {name: text for name in ("calibration", "train") if (text := getattr(options, name))}
     train = parse_recipe({"prune": {}, **texts}, path.name).sections.get("train", {})
     quality = _quality(options.eval, f"sweep {path}: eval")
+    for text in named_texts(quality.text.data).values():
+        if text not in _NAMED_TEXTS and not text.startswith("datasets:") and not expand(text).exists():
+            raise UserError(f"sweep {path}: no text at '{text}' to evaluate on", "Name a file, a folder, stdlib or c4.")
     cells = tuple(_cells(options, path.name))
+    for cell in cells:
+        if not _FOLDER.fullmatch(cell.name):
+            raise UserError(
+                f"sweep {path}: {shown(cell.name)} cannot be a folder's name",
+                "Give the entry a line name: of at most 60 letters, digits, dots and dashes.",
+            )
     if twice := [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]:
         raise UserError(f"sweep {path} names the cell {twice[0]} twice", "Give each entry a line name: of its own.")
     return Sweep(options.model, resolve_model(options.model), cells, train, quality)
@@ -109,41 +126,57 @@ def _lines() -> list[str]:
 def _cells(options: SweepOptions, where: str) -> Iterator[Cell]:
     """The dense model, then every pruned cell, each before what recovers it."""
     yield Cell(DENSE)
-    recoveries = [entry for each in options.recoveries if (entry := _entry(each, "method")) is not None]
+    recoveries = [_entry(each, "method") for each in options.recoveries if each != "none"]
     seen: set[str] = set()
     for rate, method, allocation in itertools.product(options.rates, options.methods, options.allocations):
+        if isinstance(rate, bool) or not isinstance(rate, (int, float, str)):
+            raise UserError(
+                f"sweep {where}: a rate is {shown(rate)}", "Give numbers and patterns, such as [0.5, '2:4']."
+            )
+        if not isinstance(rate, str) and not 0 <= rate < 1:
+            raise UserError(
+                f"sweep {where}: the rate {shown(rate)} is outside [0, 1)",
+                "Give the part that is removed, such as 0.5; write patterns in quotes: '2:4'.",
+            )
         pattern = rate if isinstance(rate, str) and ":" in rate else None
         target = {"pattern": pattern} if pattern else {"sparsity": rate}
-        spread = _entry(allocation, "allocation") or {"allocation": "uniform"}
-        how = _entry(method, "method") or {}
+        spread, how = _entry(allocation, "allocation"), _entry(method, "method")
+        if own := [key for key in ("sparsity", "pattern", "plan") if key in how or key in spread]:
+            raise UserError(f"sweep {where}: an entry sets {own[0]}", "Leave that to the line rates.")
         if pattern and not pattern.startswith("mixed"):
             spread = {"allocation": "uniform"}
-        names = [how.pop("name", how.get("method")), spread.pop("name", spread["allocation"]), _rate_name(rate)]
+        names = [_name(how, "method"), _name(spread, "allocation")]
         sections: dict[str, Any] = {"prune": {**target, **how, **spread}}
         if options.calibration:
             sections["calibration"] = dict(options.calibration)
         parse_recipe(sections, where)  # refuses what cannot be
-        base = "-".join(str(name) for name in names)
+        base = "-".join(str(name) for name in (*names, _rate_name(rate)))
         if base in seen and pattern:
             continue  # the same pattern under another allocation
         seen.add(base)
         yield Cell(base, sections)
         for each in recoveries:
             recover = dict(each)
-            name = recover.pop("name", recover["method"])
+            name = _name(recover, "method")
             parse_recipe({"recover": recover}, where)
             yield Cell(f"{base}-{name}", {}, recover, base)
 
 
-def _entry(value: Any, key: str) -> dict[str, Any] | None:
-    """An entry as a mapping; None for none."""
-    if value in (None, "none"):
-        return None
+def _entry(value: Any, key: str) -> dict[str, Any]:
+    """An entry as a mapping."""
     if isinstance(value, str):
         return {key: value}
     if isinstance(value, Mapping) and isinstance(value.get(key), str):
         return dict(value)
     raise UserError(f"a sweep's entry is {shown(value)}", f"It takes a name, or a mapping with {key}:.")
+
+
+def _name(entry: dict[str, Any], key: str) -> str:
+    """What cells are called after an entry, taken out of it."""
+    name = entry.pop("name", entry[key])
+    if not isinstance(name, str):
+        raise UserError(f"a sweep's entry has the name {shown(name)}", "Write the name as text.")
+    return name
 
 
 def _rate_name(rate: Any) -> str:

@@ -22,7 +22,7 @@ VALUES: tuple[Any, ...] = (
     *([], [None], [1] * 50, {}, {"": None}, [[[[]]]]),
 )
 DELETE = object()
-_OTHERS = 1000 * int(os.environ.get("FUZZ_SEED", "0"))
+OTHERS = 1000 * int(os.environ.get("FUZZ_SEED", "0"))
 # What stands in place of a whole file.
 FILES: tuple[bytes, ...] = (
     *(b"", b" ", b"null", b"[]", b"3", b'"x"', b"true", b"NaN", b"{", b"{}", b"{}{}", b"\x00", b"\xff\xfe{}"),
@@ -59,13 +59,13 @@ def mutations(content: bytes, count: int, seed: int, skip: Callable[[Path], bool
     """Whole files that are wrong, then the file with one value changed or removed, drawn from all such changes."""
     value = json.loads(content)
     every = [(place, new) for place in places(value) if not skip(place) for new in (*VALUES, DELETE)]
-    drawn = random.Random(seed + _OTHERS).sample(every, min(count, len(every)))
+    drawn = random.Random(seed + OTHERS).sample(every, min(count, len(every)))
     return [*FILES, *(json.dumps(changed(value, place, new)).encode() for place, new in drawn)]
 
 
 def damaged_bytes(content: bytes, count: int, seed: int) -> list[bytes]:
     """The file cut short, lengthened, with bytes changed, removed, doubled or swapped."""
-    generator = random.Random(seed + _OTHERS)
+    generator = random.Random(seed + OTHERS)
     made = []
     for at in range(count):
         start = generator.randrange(len(content))

@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Outcome
 from tests.cli.test_bad_input import prune, refused
+from tests.cli.test_hostile_json import evaluated, perplexity
 
 Cli = Callable[..., Outcome]
 Damage = Callable[[Path], object]
 INDEX = "model.safetensors.index.json"
+QUERY, HEAD, NORM = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight", "model.norm.weight"
+UP = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.fixture(autouse=True)
@@ -103,8 +106,58 @@ def set_entry(key: str, value: object) -> Callable[[dict[str, dict[str, object]]
     return lambda values: values[next(iter(values))].update({key: value})
 
 
-def index(weight_map: object) -> Damage:
-    return content(INDEX, json.dumps({"weight_map": weight_map}).encode())
+def index(weight_map: object, **more: object) -> Damage:
+    return content(INDEX, json.dumps({"weight_map": weight_map, **(more or {"metadata": {}})}).encode())
+
+
+def tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    """Damage to the tensors themselves, in a sound file."""
+
+    def change(folder: Path) -> None:
+        values = load_file(folder / "model.safetensors")
+        edit(values)
+        values = {name: value.contiguous() for name, value in values.items()}
+        save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def as_type(name: str, kind: torch.dtype) -> Damage:
+    return tensors(lambda values: values.update({name: (10 * values[name]).to(kind)}))
+
+
+def as_named(name: str, kind: str) -> Damage:
+    """Damage that calls the bytes of a tensor another type of the same size."""
+    return header(lambda values: values[name].update(dtype=kind))  # type: ignore[call-overload]
+
+
+def twice(folder: Path) -> None:
+    """A tensor twice in the header, as two copies of one entry."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    text = data[8 : 8 + length].decode().rstrip()
+    entry = f'"{QUERY}": {json.dumps(json.loads(text)[QUERY])}'
+    whole = f"{text[:-1]}, {entry}}}".encode()
+    path.write_bytes(struct.pack("<Q", len(whole)) + whole + data[8 + length :])
+
+
+def nested_shard(folder: Path) -> None:
+    names = load_file(folder / "model.safetensors")
+    (folder / "deep").mkdir()
+    shutil.move(folder / "model.safetensors", folder / "deep" / "a.safetensors")
+    index(dict.fromkeys(names, "deep/a.safetensors"))(folder)
+
+
+def copied(name: str, other: str) -> Damage:
+    """Damage that stores a tensor once more, changed, under another name."""
+    return tensors(lambda values: values.update({other: values[name] + 1}))
+
+
+def word_pieces(folder: Path) -> None:
+    """A tokenizer of another kind, which has no token for what it does not know."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "BertTokenizer"}))
 
 
 def tensor(name: str, value: float) -> Damage:
@@ -169,6 +222,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "config: activation": (config(hidden_act="no such"), "config.json"),
     "config: epsilon as text": (config(rms_norm_eps="x"), "config.json"),
     "config: terminal escapes": (config(model_type="\x1b[2Jx"), "model type '\\x1b[2Jx'"),
+    "config: a type of integers": (config(dtype="int8"), "config.json names the type int8"),
+    "config: a type of 8 bits": (config(dtype="float8_e4m3fn"), "config.json names the type float8_e4m3fn"),
+    "config: a part that has no place": (
+        config(text_config={"hidden_size": 3}),
+        "'text_config' has no place in a model",
+    ),
+    "config: a classifier": (config(architectures=["LlamaForSequenceClassification"]), "is a classifier"),
+    "generation: list": (content("generation_config.json", b"[]"), "is a list"),
+    "generation: not UTF-8": (content("generation_config.json", b"\xff"), "not JSON in UTF-8"),
+    "generation: unknown cache": (
+        content("generation_config.json", b'{"cache_implementation": "nope"}'),
+        "generation_config.json cannot be used",
+    ),
     "weights: pipe": (pipe("model.safetensors"), "is not a file"),
     "weights: folder": (folder_at("model.safetensors"), "is not a file"),
     "weights: device": (link("model.safetensors", "/dev/zero"), "link out of its folder"),
@@ -186,10 +252,47 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         content("model.safetensors", struct.pack("<Q", 2) + b"[]"),
         "is a list, not a JSON object",
     ),
+    "weights: a tensor twice": (twice, f"{QUERY}' twice"),
+    "weights: metadata is a list": (header(lambda values: values.update(__metadata__=[])), "'__metadata__' is a list"),
+    "weights: metadata of objects": (
+        header(lambda values: values.update(__metadata__={"a": {}})),  # type: ignore[dict-item]
+        "'a' is an object",
+    ),
+    "weights: called integers": (as_named(QUERY, "I32"), f"stores {QUERY} in the type I32"),
+    "weights: head called integers": (as_named(HEAD, "U32"), f"stores {HEAD} in the type U32"),
+    "weights: norm called integers": (as_named(NORM, "I32"), f"stores {NORM} in the type I32"),
+    "weights: integers": (as_type(QUERY, torch.int64), f"stores {QUERY} in the type I64"),
+    "weights: true or false": (as_type(QUERY, torch.bool), f"stores {QUERY} in the type BOOL"),
+    "weights: complex": (as_type(QUERY, torch.complex64), f"stores {QUERY} in the type C64"),
+    "weights: head in 8 bits": (as_type(HEAD, torch.float8_e4m3fn), f"stores {HEAD} in the type F8_E4M3"),
+    "weights: transposed": (
+        tensors(lambda values: values.update({UP: values[UP].T})),
+        f"{UP} is stored as (32, 88), the configuration says (88, 32)",
+    ),
+    "weights: head of another size": (config(vocab_size=300), "is stored as (259, 32)"),
+    "weights: two names of one": (copied(QUERY, QUERY.removeprefix("model.")), "which are one weight of the model"),
+    "weights: an adapter inside": (
+        copied(NORM, "model.layers.0.self_attn.q_proj.lora_A.weight"),
+        "adapter that is not merged",
+    ),
+    "weights: more layers": (
+        config(num_hidden_layers=1),
+        "and by its config.json the model ends with model.layers.0",
+    ),
+    "weights: a part of one more layer": (
+        copied(QUERY, QUERY.replace(".0.", ".2.")),
+        "the model ends with model.layers.1",
+    ),
+    "weights: fewer layers": (config(num_hidden_layers=3), "stores no tensor for model.layers.2."),
+    "weights: biases": (config(attention_bias=True), "stores no tensor for model.layers.0.self_attn.q_proj.bias"),
+    "weights: no head": (tensors(lambda values: values.pop(HEAD)), f"stores no tensor for {HEAD}"),
     "weights: pickle": (only_pickle, "Convert it to safetensors"),
     "index: outside": (outside, "not a name inside its folder"),
     "index: absolute": (index({"a": "/etc/passwd"}), "not a name inside its folder"),
     "index: number": (index({"a": 3}), "'a' is a number"),
+    "index: no metadata": (index({"a": "model.safetensors"}, format=1), "lacks 'metadata'"),
+    "index: in a folder": (nested_shard, "not the plain name of a file beside it"),
+    "index: with a dot": (index({"a": "./model.safetensors"}), "not the plain name of a file beside it"),
     "index: list": (index([]), "'weight_map' is a list"),
     "index: empty": (index({}), "'weight_map' is empty"),
     "index: two models": (index({"a": "b.safetensors"}), "holds two models"),
@@ -201,6 +304,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "NaN in a layer's norm": (tensor("model.layers.1.input_layernorm.weight", torch.nan), "layernorm.weight holds NaN"),
     "tokenizer: list": (content("tokenizer.json", b"[]"), "is a list"),
     "tokenizer: pipe": (pipe("tokenizer_config.json"), "is a pipe"),
+    "tokenizer: another kind": (word_pieces, "the tokenizer fails on the text"),
     "tokenizer: broken": (content("tokenizer.json", b"{}"), "does not load"),
 }
 
@@ -215,6 +319,33 @@ def test_a_damaged_model_is_refused(
     refused(cli("eval", model, "-d", text, "--context", 32), message, model.parent)
     refused(prune(cli, model, text, "-s", 0.5), message, model.parent)
     assert not Path("unpickled").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        config(return_dict=False),
+        config(output_hidden_states=True, output_attentions=True, torchscript=True),
+        config(num_nextn_predict_layers=1),
+        lambda folder: (config(tie_word_embeddings=True)(folder), tensors(lambda values: values.pop(HEAD))(folder)),
+        lambda folder: (
+            config(tie_word_embeddings=True)(folder),
+            tensors(lambda values: values.pop("model.embed_tokens.weight"))(folder),
+        ),
+    ],
+    ids=["tuples", "outputs", "predicting layers", "tied, no head", "tied, no embedding"],
+)
+def test_what_is_only_odd_is_right(cli: Cli, model: Path, text: Path, change: Damage) -> None:
+    change(model)
+    if "num_nextn_predict_layers" in (model / "config.json").read_text():
+        copied(QUERY, QUERY.replace(".0.", ".2."))(model)
+    outcome = evaluated(cli, model, text)
+    assert outcome.code == 0, outcome.err
+    config(return_dict=True)(model)
+    assert json.loads(outcome.out)["perplexity"] == pytest.approx(perplexity(model, text), rel=1e-4)
+    assert prune(cli, model, text, "-s", 0.5).code == 0
+    assert cli("inspect", model.parent / "out").code == 0
+    assert evaluated(cli, model.parent / "out", text).code == 0
 
 
 def test_a_tokenizer_of_another_model_is_refused(cli: Cli, model: Path, text: Path) -> None:

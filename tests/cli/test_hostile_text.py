@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from sparsedeploy.calibration.documents import load_documents
 from sparsedeploy.workflows.recipes import load_recipe
 from tests.cli.conftest import Outcome
-from tests.cli.mutations import FILES, damaged_bytes, unless_refused
+from tests.cli.mutations import FILES, OTHERS, damaged_bytes, unless_refused
 from tests.cli.test_bad_input import prune
 from tests.cli.test_hostile_json import answered
 
@@ -27,7 +27,7 @@ NAMES = ("a.txt", "a.jsonl", "a.json")
 @pytest.mark.parametrize("seed", range(3))
 def test_documents(tmp_path: Path, seed: int) -> None:
     """A file has one reading, alone or in a folder; rows are those that JSON and ``\\n`` give."""
-    generator = random.Random(seed)
+    generator = random.Random(seed + OTHERS)
     for _ in range(60):
         separator = generator.choice(SEPARATORS)
         rows = generator.choices(ROWS, k=generator.randrange(1, 4))

@@ -143,7 +143,7 @@ def test_encoder_decoder(tmp_path: Path) -> None:
 def test_encoder_only(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
     (folder / "config.json").write_text(json.dumps({"model_type": "clip"}))
-    refused(folder, tmp_path, "does not load as a causal LM")
+    refused(folder, tmp_path, "is a model of type clip, for which transformers has no causal language model")
 
 
 def test_missing_tokenizer(tmp_path: Path) -> None:

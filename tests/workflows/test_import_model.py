@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from sparsedeploy.workflows import import_model
 from sparsedeploy.workflows.import_model import import_gguf
 from sparsedeploy.workflows.options import ImportOptions, PruneOptions
 from sparsedeploy.workflows.prune import prune
+from tests.cli.mutations import unless_refused
 
 gguf = pytest.importorskip("gguf")
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "class A:\n    pass\n" * 20]
@@ -212,6 +214,30 @@ def test_damaged_headers(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path
             read_gguf(source)
         except UserError:
             continue
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length", "vocab_size"],
+)
+def test_sizes_that_cannot_be(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, key: str) -> None:
+    """Nothing of such a size is built, and what is accepted has the file's weights."""
+    source = write(tmp_path / "model.gguf", model, tokenizer)
+    whole = source.read_bytes()
+    at = whole.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4
+    for number in (0, 3, 1 << 31, (1 << 32) - 1):
+        source.write_bytes(whole[:at] + struct.pack("<I", number) + whole[at + 4 :])
+        if unless_refused(lambda: import_gguf(source, tmp_path / "out")) is None:
+            assert not (tmp_path / "out").exists()
+            continue
+        assert key in ("context_length", "vocab_size"), (key, number)
+        found = load_file(tmp_path / "out" / "model.safetensors")
+        assert found.keys() == model.state_dict().keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+        shutil.rmtree(tmp_path / "out")
+    source.write_bytes(whole[:at] + struct.pack("<I", 1 << 31) + whole[at + 4 :])
+    if key == "block_count":
+        refused(source, tmp_path, r"it says that it has 2,147,483,648 blocks, and has 2")
 
 
 def test_unknown_quantisation(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:

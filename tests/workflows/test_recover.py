@@ -125,7 +125,7 @@ def test_saving_keeps_logits_and_the_adapter_is_part_of_the_hash(folders: Path, 
     before = model_sha256(tmp_path / "lora")
     (tmp_path / "lora" / "adapter" / "adapter_model.safetensors").write_bytes(b"other")
     assert model_sha256(tmp_path / "lora") != before
-    with pytest.raises(UserError, match=r"adapter in .* cannot be read"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is truncated or corrupt"):
         load_model(tmp_path / "lora")
 
 
