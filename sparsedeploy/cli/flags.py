@@ -116,8 +116,8 @@ class Given:
             if needed and (section, name) in self._flags and not values.get(needed, known[needed].default):
                 idle.setdefault(known[needed].flag, []).append(self._flags[section, name])
         for needed, flags in idle.items():
-            has = "has" if len(flags) == 1 else "have"
-            raise UserError(f"{' and '.join(flags)} {has} no effect without {needed}", "Leave it out, or set both.")
+            has, leave = _no_effect(flags)
+            raise UserError(f"{has} without {needed}", f"{leave}, or add {needed}.")
         return options(**values)
 
     def refuse_unread(self, why: Mapping[str, str]) -> None:
@@ -132,8 +132,8 @@ class Given:
         for section in dict.fromkeys(place for place, _ in self._typed):
             flags = [flag for (place, _), flag in self._flags.items() if place == section and flag not in self._taken]
             if flags:
-                has, reason = "has" if len(flags) == 1 else "have", why.get(section, "nothing here reads it")
-                raise UserError(f"{' and '.join(flags)} {has} no effect: {reason}", "Leave it out.")
+                has, leave = _no_effect(flags)
+                raise UserError(f"{has}: {why.get(section, 'nothing here reads it')}", f"{leave}.")
 
     def _values(self, section: str) -> dict[str, Any]:
         typed = {name: value for (place, name), value in self._typed.items() if place == section}
@@ -173,6 +173,13 @@ class _Flag:
         )
         hint = typing.cast(Any, Annotated)[_typed_as(self.item), option]
         return inspect.Parameter(self.parameter, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=hint)
+
+
+def _no_effect(flags: list[str]) -> tuple[str, str]:
+    """What is wrong with flags that nothing reads, and how to fix it."""
+    if len(flags) == 1:
+        return f"{flags[0]} has no effect", "Leave it out"
+    return f"{', '.join(flags[:-1])} and {flags[-1]} have no effect", "Leave them out"
 
 
 def takes(*sections: Section) -> Callable[[Callable[..., None]], Callable[..., None]]:

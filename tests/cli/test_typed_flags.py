@@ -21,7 +21,9 @@ def plan(tmp_path: Path) -> Path:
 
 def refused(outcome: Outcome, message: str) -> None:
     assert outcome.code == 2, outcome.err
-    assert outcome.err in (f"error: {message}. Leave it out.\n", f"error: {message}. Leave it out, or set both.\n")
+    them = "them" if " have no effect" in message else "it"
+    asked = f", or add {message.partition(' without ')[2]}" if " without " in message else ""
+    assert outcome.err == f"error: {message}. Leave {them} out{asked}.\n"
 
 
 @pytest.mark.parametrize(
