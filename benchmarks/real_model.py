@@ -90,9 +90,7 @@ RECOVERIES = {
     "losa-no-rank-allocation": Recovery("LoSA without rank allocation", "losa", "wanda", {"rank_allocation": False}),
     "losa-no-dynamic": Recovery("LoSA without the schedule", "losa", "wanda", {"dynamic": False}),
     "alps-atp-sparse-lora": Recovery("ALPS, atp + Sparse LoRA", "sparse-lora", "alps", allocation="atp"),
-    "sparsegpt-sparse-lora-90": Recovery(
-        "SparseGPT + Sparse LoRA, 90 %", "sparse-lora", "sparsegpt", sparsity=0.9
-    ),
+    "sparsegpt-sparse-lora-90": Recovery("SparseGPT + Sparse LoRA, 90 %", "sparse-lora", "sparsegpt", sparsity=0.9),
     "elsa-90": Recovery("ELSA from ALPS, 90 %, learning rate 3e-4", "elsa", "alps", sparsity=0.9, learning_rate=3e-4),
     "alps-atp-sparse-lora-long": Recovery(
         "ALPS, atp + Sparse LoRA, five times the tokens", "sparse-lora", "alps", allocation="atp", train_sequences=1000
@@ -382,7 +380,8 @@ def recovery_table(cells: dict[str, Any], setting: dict[str, Any]) -> list[str]:
     return [
         "## Recovery",
         "",
-        f"At 70 % where no other rate is named. Trained on pieces of {setting['length']} tokens of {setting['train']}; mean over the seeds and half the "
+        f"At 70 % where no other rate is named. Trained on pieces of {setting['length']} tokens of "
+        f"{setting['train']}; mean over the seeds and half the "
         "range. Density: nonzero weights, with SparseLo's factors, over the dense weights; LoRA's factors, which also "
         "stay beside the weights, are not counted.",
         "",

@@ -14,7 +14,8 @@ _WIDTH, _HEIGHT = 640, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 92, 24, 14, 52
 # Where a picture drawn by someone else may lie, beside the charts of this module.
 BOX_LEFT, BOX_WIDTH = _LEFT, _WIDTH - _LEFT - _RIGHT
-_COLOURS = 6
+# Of the lines and bars of a chart; templates/style.css has the same as --c0 to --c8, and others for dark pages.
+_PALETTE = ("#2563b8", "#d0651d", "#2a8a4a", "#8a3fa0", "#b08900", "#c0304f", "#0f8a94", "#7a5230", "#5f6b76")
 # Of a letter, on average, at the size that it has on a narrow screen.
 _LETTER = 9.0
 _LARGEST_RADIUS = 22
@@ -45,7 +46,7 @@ class Chart:
         """The picture, and below it the key in HTML, which wraps and keeps its size on a narrow screen."""
         key = "".join(
             f'<span><svg class="swatch" viewBox="0 0 12 12" aria-hidden="true">'
-            f'<rect class="bar c{number % _COLOURS}" width="12" height="12"/></svg>{escape(name)}</span> '
+            f'<rect class="bar c{number % len(_PALETTE)}" width="12" height="12"/></svg>{escape(name)}</span> '
             for number, name in enumerate(self.names)
         )
         picture = (
@@ -102,12 +103,12 @@ def line_chart(
     parts += [_y_tick(at(x_axis[0], y)[1], f"{y:g}") for y in y_axis]
     for number, line in enumerate(series):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in line.points))
-        parts.append(f'<polyline class="line c{number % _COLOURS}" points="{path}"/>')
+        parts.append(f'<polyline class="line c{number % len(_PALETTE)}" points="{path}"/>')
         for point in line.points:
             x, y = at(*point)
             label = escape(f"{line.name}: {point[0]:g}, {point[1]:.4g}")
             parts.append(
-                f'<circle class="dot c{number % _COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
+                f'<circle class="dot c{number % len(_PALETTE)}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
                 f"<title>{label}</title></circle>"
             )
     return Chart(parts, [line.name for line in series], title)
@@ -137,7 +138,7 @@ def bar_chart(
             middle, top = (left + right) / 2, _y(_share(bar.value, y_axis))
             label = escape(f"{group}, {name}: {bar.value:.3g}")
             parts.append(
-                f'<rect class="bar c{number % _COLOURS}" x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
+                f'<rect class="bar c{number % len(_PALETTE)}" x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
                 f'height="{_y(0) - top:.1f}"><title>{label}</title></rect>'
             )
             if bar.low is not None and bar.high is not None:
@@ -184,7 +185,7 @@ def scatter_chart(
         radius = max(4.0, _LARGEST_RADIUS * math.sqrt(disc.area / largest))
         label = escape(f"{disc.name}: {disc.x:.3g}, {disc.y:.4g}{disc.note}")
         parts.append(
-            f'<circle class="dot disc c{number % _COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">'
+            f'<circle class="dot disc c{number % len(_PALETTE)}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">'
             f"<title>{label}</title></circle>"
         )
     return Chart(parts, [disc.name for disc in discs], title)
@@ -255,7 +256,7 @@ def svg_file(charts: Sequence[Chart]) -> str:
         for number, name in enumerate(chart.names):
             if x > _LEFT and x + 20 + _LETTER * len(name) > _WIDTH:
                 x, y = float(_LEFT), y + 18
-            parts.append(f'<rect class="bar c{number % _COLOURS}" x="{x:.0f}" y="{y}" width="11" height="11"/>')
+            parts.append(f'<rect class="bar c{number % len(_PALETTE)}" x="{x:.0f}" y="{y}" width="11" height="11"/>')
             parts.append(f'<text x="{x + 16:.0f}" y="{y + 10}">{escape(name)}</text>')
             x += 34 + _LETTER * len(name)
         top = y + 30 if chart.names else top + 10
@@ -270,7 +271,7 @@ _FILE_STYLE = (
     ".grid { stroke: #d9dee3; } .line { fill: none; stroke-width: 2; } .level { stroke: #1b1f24; }"
     + "".join(
         f".line.c{number} {{ stroke: {colour}; }} .dot.c{number}, .bar.c{number} {{ fill: {colour}; }}"
-        for number, colour in enumerate(("#2563b8", "#d0651d", "#2a8a4a", "#8a3fa0", "#b08900", "#c0304f"))
+        for number, colour in enumerate(_PALETTE)
     )
 )
 
