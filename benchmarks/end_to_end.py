@@ -1,5 +1,7 @@
 """Whole models that generate text: ours in llama.cpp against llama.cpp's own dense types, and other engines.
 
+One script of more than 400 lines, because its three steps share their files, their cells and one results file.
+
     python benchmarks/end_to_end.py prepare FOLDER MODEL [50%=CHECKPOINT ...]     # a real model and its pruned ones
     python benchmarks/end_to_end.py prepare FOLDER MODEL --shape                  # random weights; MODEL's tokenizer
     python benchmarks/end_to_end.py run FOLDER [torch:dense=FOLDER ...] [--minutes 4]
