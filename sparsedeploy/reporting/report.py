@@ -36,6 +36,7 @@ from sparsedeploy.reporting.summary import (
     first_rows,
     heading,
     probes_of,
+    reasons,
     results,
     score,
     speed_cells,
@@ -55,7 +56,7 @@ def html_report(report: Mapping[str, Any]) -> str:
     lines = []
     if probes_of(report):
         lines.append(note(f"Probe: {report['probe']['title']}: for speed only, its text means nothing."))
-    lines += [note(text) for text in report.get("skipped", [])]
+    lines += [note(text) for text in [*reasons(report), *report.get("skipped", [])]]
     summary = section(
         "Quality, size and speed",
         table(HEADERS, [cells(row) for row in summary_rows(report)]),

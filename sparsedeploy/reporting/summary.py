@@ -112,7 +112,6 @@ HEADERS = (
     "decode",
     "ms",
     "limit",
-    "why",
 )
 
 
@@ -130,7 +129,6 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         *speed_cells(row, "prefill"),
         *speed_cells(row, "decode"),
         "" if row["decode_limit"] is None else f"{row['decode_limit']:.2f}x",
-        row["why"],
     )
 
 
@@ -166,14 +164,19 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     if probes_of(report):
         lines.append(f"probe: {report['probe']['title']}: for speed only, its text means nothing.")
     lines.append("")
+    lines += reasons(report)
+    lines += report.get("skipped", [])
+    lines += dict.fromkeys(f"note: {text}" for result in results(report) for text in result["notes"])
+    return lines
+
+
+def reasons(report: Mapping[str, Any]) -> list[str]:
+    """Why each row is faster than the dense model or not; rows with the same sentence share it."""
     told: dict[str, list[str]] = {}
     for row in summary_rows(report):
         if row["why"] and not row["baseline"]:
             told.setdefault(row["why"], []).append(f"{row['model']} in {row['engine']}")
-    lines += [f"{', '.join(rows)}: {sentence}" for sentence, rows in told.items()]
-    lines += report.get("skipped", [])
-    lines += dict.fromkeys(f"note: {text}" for result in results(report) for text in result["notes"])
-    return lines
+    return [f"{', '.join(rows)}: {sentence}" for sentence, rows in told.items()]
 
 
 def heading(measured: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -72,8 +73,11 @@ def test_demo(deepsparse_runtime: object, tmp_path: Path) -> None:
     table = Console(width=80, record=True)
     table.print(summary_table(report))
     assert all(len(line) <= 80 for line in table.export_text().splitlines())
+    text = (tmp_path / "out" / "report.html").read_text()
+    told = [one["why"][name] for one in engines.values() for name in names[1:]]
+    assert all(escape(sentence) in text for sentence in told), "the page has a sentence for each row"
     page = Page()
-    page.feed((tmp_path / "out" / "report.html").read_text())
+    page.feed(text)
     # Perplexity against speed, speedups, perplexity and sparsity, layers; summary, speed, perplexity, sizes, settings,
     # environment. By sparsity: a table for each model; of the two pruned ones two heat maps, and their values.
     assert page.tags.count("figure") == 3 + len(engines) + 2 * 2
