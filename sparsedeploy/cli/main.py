@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
@@ -93,6 +94,11 @@ app.command("bench", cls=Command, rich_help_panel=_SHIP)(bench_command)
 app.command("push", cls=Command, rich_help_panel=_SHIP)(push_command)
 
 
+# Seconds that a process of a torchrun waits when it has failed: the launcher ends all as soon as one has ended, and the
+# first must have said why.
+_PATIENCE = 20
+
+
 def main() -> None:
     """Run the command line; exit code 0 on success, 2 for input that the user can fix, 128 + N for signal N, else 1."""
     arguments = sys.argv[1:]
@@ -104,6 +110,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with patient_streams(), stoppable(), no_foreign_messages(not debug):
         code = _run(arguments, debug)
+    if code and not environment_processes().main:
+        time.sleep(_PATIENCE)
     sys.exit(code)
 
 

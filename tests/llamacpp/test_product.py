@@ -15,9 +15,10 @@ from sparsedeploy.runtimes.worker import Worker
 pytestmark = [pytest.mark.llamacpp, pytest.mark.slow, pytest.mark.xdist_group("llamacpp")]
 
 F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
-# Of the largest output. float32 and bfloat16 differ by the order of sums; float16 weights meet float32 activations here
-# and float16 ones there; quantised activations have scales of 32 bits here and of 16 there.
-TOLERANCES = {F32: 1e-5, BF16: 1e-5, F16: 1e-3, Q8_0: 1e-3, Q4_0: 1e-3}
+# Of the largest output. float32 differs by the order of sums; ggml rounds the inputs of a BF16 product to bfloat16, our
+# kernels only where that is faster; float16 weights meet float32 activations here and float16 ones there; quantised
+# activations have scales of 32 bits here and of 16 there.
+TOLERANCES = {F32: 1e-5, BF16: 2**-8, F16: 1e-3, Q8_0: 1e-3, Q4_0: 1e-3}
 
 
 def sparse(rows: int, columns: int, zeros: float, seed: int = 0) -> np.ndarray:

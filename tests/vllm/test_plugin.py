@@ -30,6 +30,7 @@ from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.workflows.options import PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 from tests.formats.test_transformers import save_sparse_model
+from tests.hub import TOKEN, running_hub
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
@@ -117,7 +118,7 @@ def variables(runtime: Environment, **changes: str) -> dict[str, str]:
 
 
 def run_offline(
-    runtime: Environment, folder: Path, prompts: list[list[int]], tmp_path: Path, ranks: int = 1, **changes: str
+    runtime: Environment, folder: Path | str, prompts: list[list[int]], tmp_path: Path, ranks: int = 1, **changes: str
 ) -> subprocess.CompletedProcess[str]:
     program = tmp_path / "offline.py"
     program.write_text(PROGRAM)
@@ -148,6 +149,24 @@ def test_offline(
     done = run_offline(runtime, folders[1], prompts, tmp_path, SPARSEDEPLOY_CPU=wish)
     assert tokens_of(done) == expected
     assert f"runs {wish} (SPARSEDEPLOY_CPU says so)" in done.stdout + done.stderr
+
+
+def test_by_its_name_on_a_hub(
+    runtime: Environment,
+    folders: tuple[Path, Path],
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    tmp_path: Path,
+) -> None:
+    """vLLM fetches the packed folder itself."""
+    with running_hub() as hub:
+        hub.repos["me/packed"] = {path.name: path.read_bytes() for path in folders[1].iterdir() if path.is_file()}
+        hub.commits["me/packed"] = ["0" * 40]
+        changes = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        done = run_offline(runtime, "me/packed", prompts, tmp_path, HF_TOKEN=TOKEN, **changes)
+        assert tokens_of(done) == expected
+        assert "runs packed" in done.stdout + done.stderr
+        assert any("model.safetensors" in request for request in hub.asked)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
