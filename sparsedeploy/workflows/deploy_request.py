@@ -136,7 +136,8 @@ class State:
 
     Attributes:
         compared: methods and allocations at the middle rate, see :func:`~.deploy_compare.compare_pairs`.
-        formats: of this target: name -> folder, perplexity in the engine, and why there is none.
+        formats: of this target: name -> folder, perplexity in the engine, and why there is none. What failed in an
+            earlier run is tried again.
         result: of this target; None until everything was measured as it is asked for now.
     """
 
@@ -149,7 +150,8 @@ class State:
         self.trials: list[dict[str, Any]] = values.get("trials", [])
         self._targets: dict[str, dict[str, Any]] = values.get("targets", {})
         known = self._targets.get(self._target, {})
-        self.formats: dict[str, dict[str, Any]] = known.get("formats", {})
+        formats: dict[str, dict[str, Any]] = known.get("formats", {})
+        self.formats = {name: row for name, row in formats.items() if row["reason"] is None}
         self.result: dict[str, Any] | None = known.get("result") if known.get("measuring") == self._measuring else None
 
     @property

@@ -96,7 +96,16 @@ def test_interrupted_and_resumed(deepsparse_runtime: Environment, model: Path, t
     assert "Rates that were tried" in report
     assert "from one calibration" in report
     assert "decode over the dense model" in report
-    # Everything is done: the third time says so at once and measures nothing.
+    # A format that failed, such as by a time limit, is tried again when the speed is measured; the others are kept.
+    formats = after["targets"]["deepsparse"]["formats"]
+    failed = {**formats["int8"], "perplexity": None, "reason": "did not answer"}
+    after["targets"]["deepsparse"] |= {"formats": {**formats, "int8": failed}, "result": None}
+    state.write_text(json.dumps(after))
+    assert cli(*words).code == 0
+    after = json.loads(state.read_text())
+    assert after["targets"]["deepsparse"]["formats"] == formats
+    result = after["targets"]["deepsparse"]["result"]
+    # Everything is done: the next time says so at once and measures nothing.
     assert json.loads(cli(*words, "--json").out) == result
     other = cli(*words, "--windows", "5")
     assert other.code == 2
