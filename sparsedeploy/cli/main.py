@@ -110,9 +110,17 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with patient_streams(), stoppable(), no_foreign_messages(not debug):
         code = _run(arguments, debug)
-    if code and not environment_processes().main:
+    if code and not _speaks():
         time.sleep(_PATIENCE)
     sys.exit(code)
+
+
+def _speaks() -> bool:
+    """Whether this is the first process of a torchrun, or the environment is of none."""
+    try:
+        return environment_processes().main
+    except UserError:
+        return True
 
 
 def _run(arguments: list[str], debug: bool) -> int:
