@@ -174,7 +174,7 @@ def random_model(tokenizer: Path, folder: Path) -> Path:
 def pack_folders(model: Path, scratch: Path, rate: float = 0.7) -> None:
     """The model packed as ``export --target vllm`` does it, without the smallest weights of every row."""
     import torch
-    from packed_linear import code_weight, pack_weight
+    from packed_linear import pack_values
     from safetensors.torch import load_file, save_file
 
     from sparsedeploy.formats import packed as packing
@@ -193,7 +193,7 @@ def pack_folders(model: Path, scratch: Path, rate: float = 0.7) -> None:
         folder.mkdir(exist_ok=True)
         data, modules = {name: tensor for name, tensor in tensors.items() if name not in inside}, {}
         for name in inside:
-            packed = code_weight(tensors[name], "70%", bits) if bits else pack_weight(tensors[name], "70%")
+            packed = pack_values(tensors[name], f"{rate:.0%}", bits)
             module = name.removesuffix(".weight")
             modules[module] = packing.describe(packed)
             data |= {f"{module}.{part}": tensor.contiguous() for part, tensor in packed.tensors().items()}

@@ -42,7 +42,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from packed_linear import Timer, code_weight, measure_copy, measure_products, pack_weight, sparse_weight  # noqa: E402
+from packed_linear import Timer, measure_copy, measure_products, pack_values, sparse_weight  # noqa: E402
 from sparsedeploy_vllm import gpu, tuning  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -126,7 +126,7 @@ def packed(kind: str, rows: int, columns: int, device: torch.device, dtype: torc
 def pack(kind: str, weight: torch.Tensor) -> PackedWeight:
     """A pruned weight in a format such as ``50% int4``."""
     pattern, values = kind.split()
-    return code_weight(weight, pattern, BITS[values]) if BITS[values] else pack_weight(weight, pattern)
+    return pack_values(weight, pattern, BITS[values])
 
 
 # compile

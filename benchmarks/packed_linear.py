@@ -148,6 +148,11 @@ def code_weight(weight: torch.Tensor, pattern: str, bits: int) -> PackedWeight:
     return quantized.pack(codes, scales, bits, GROUP, None if pattern.endswith("%") else NM.parse(pattern))
 
 
+def pack_values(weight: torch.Tensor, pattern: str, bits: int) -> PackedWeight:
+    """A pruned weight packed as it is (0 bits), or as codes."""
+    return code_weight(weight, pattern, bits) if bits else pack_weight(weight, pattern)
+
+
 def measure_copy(timer: Timer, size: int = _COPY_BYTES) -> float:
     """GB/s of a large copy, reads and writes counted."""
     source = torch.ones(size, dtype=torch.uint8, device=timer.device)
@@ -211,7 +216,7 @@ def run(
             formats.append(measure_format(weight, pattern, timer.clock))
         for kind in values:
             bits = VALUES[kind]
-            stored = code_weight(weight, pattern, bits) if bits else pack_weight(weight, pattern)
+            stored = pack_values(weight, pattern, bits)
             if device.type == "cpu":
                 decision = choice.measure(stored, dtype)
                 choices[f"{shape} {pattern} {kind}"] = "packed" if decision.packed else "dense"

@@ -31,6 +31,11 @@ def read_split(data: str, split: str) -> str:
     return "validation" if is_c4 and split == "test" else split
 
 
+def is_named(data: str) -> bool:
+    """Whether a text is one of the named sets, not a path."""
+    return data in ("stdlib", "c4") or data.startswith("datasets:")
+
+
 def load_documents(data: str, *, field: str = "text", split: str = "train", flag: str = "--data-field") -> list[str]:
     """Read documents.
 

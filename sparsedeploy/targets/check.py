@@ -54,6 +54,17 @@ class Reference:
         count = min(TOKENS, self.tokens.shape[1])
         return self.tokens[0, :count], self.logits[0, :count]
 
+    def known_answer(self, spread: np.ndarray | None = None) -> KnownAnswer:
+        """The known answer with every column.
+
+        Args:
+            spread: see :class:`~sparsedeploy.artifacts.known_answer.KnownAnswer`; None where it was not measured.
+        """
+        tokens, logits = self.answer
+        return KnownAnswer(
+            tokens, np.arange(logits.shape[1]), logits, np.zeros(len(tokens)) if spread is None else spread
+        )
+
 
 @torch.no_grad()
 def reference_logits(model: PreTrainedModel, limit: int | None = None) -> Reference:
@@ -135,8 +146,8 @@ def check_integers(path: Path, reference: Reference, spread: np.ndarray) -> Chec
     found = graph_logits(path, reference)
     if found is None:
         return None
-    tokens, logits = reference.answer
-    answer = KnownAnswer(tokens, np.arange(logits.shape[1]), logits, spread)
+    answer = reference.known_answer(spread)
+    tokens, logits = answer.tokens, answer.logits
     difference, allowed = distance(answer, found[0, : len(tokens)], INT8_TOLERANCE)
     if not difference <= allowed:
         raise _differs(difference, 1.0)

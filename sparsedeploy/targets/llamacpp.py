@@ -32,7 +32,7 @@ from sparsedeploy.artifacts.description import (
     config_shapes,
 )
 from sparsedeploy.artifacts.folder import Checkpoint
-from sparsedeploy.artifacts.known_answer import KnownAnswer, row_differences
+from sparsedeploy.artifacts.known_answer import row_differences
 from sparsedeploy.checkpoint.inspection import read_module
 from sparsedeploy.checkpoint.manifest import MANIFEST, Manifest, load_manifest
 from sparsedeploy.checkpoint.scales import FILE as SCALES
@@ -305,9 +305,8 @@ def _check_packed(
         )
     check = Check(reference.tokens.shape[1], float(np.abs(sparse - wanted).max()), largest)
     answer = replace(reference, logits=wanted)
-    tokens, logits = answer.answer
-    known = KnownAnswer(tokens, np.arange(logits.shape[1]), logits, np.zeros(len(tokens)))
-    differences = [row_differences(known, found[0, : len(tokens)]) for found in (dense, sparse)]
+    known = answer.known_answer()
+    differences = [row_differences(known, found[0, : len(known.tokens)]) for found in (dense, sparse)]
     middle, usual = float(np.median(differences[0])), float(np.median(spread))
     if not middle <= _PLAUSIBLE * usual + 1e-3:
         raise UserError(

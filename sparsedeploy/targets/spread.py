@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparsedeploy.artifacts.description import SelfTest
-from sparsedeploy.artifacts.known_answer import KnownAnswer, row_differences, save_known_answer, tolerance
+from sparsedeploy.artifacts.known_answer import row_differences, save_known_answer, tolerance
 from sparsedeploy.targets.check import Reference, answer_again
 
 # How far float32 activations of two machines are apart, as a part of their range; measured is less than 1e-7.
@@ -39,9 +39,8 @@ def spread_of(model: PreTrainedModel, reference: Reference, ways: Iterable[Abstr
     Args:
         ways: in each the model computes as a right engine may. The largest difference counts.
     """
-    tokens, logits = reference.answer
-    answer = KnownAnswer(tokens, np.arange(logits.shape[1]), logits, np.zeros(len(tokens)))
-    spread = np.zeros(len(tokens))
+    answer = reference.known_answer()
+    spread = np.zeros(len(answer.tokens))
     for way in ways:
         with way:
             spread = np.maximum(spread, row_differences(answer, answer_again(model, reference)))

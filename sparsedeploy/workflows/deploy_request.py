@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sparsedeploy.calibration.documents import is_named
 from sparsedeploy.calibration.samples import CalibrationSet, default_length
 from sparsedeploy.calibration.text import calibration_set
 from sparsedeploy.errors import UserError
@@ -35,7 +36,6 @@ from sparsedeploy.workflows.options import DeployOptions
 STATE = "deploy.json"
 _FORMAT = 1
 SPLIT = "test"
-_NAMED = ("stdlib", "c4")
 # The options that decide the search.
 _SEARCH = ("within", "rates", "methods", "allocations", "held_out", "windows", "context")
 
@@ -99,13 +99,13 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
         raise UserError("there is nothing to try", "Give at least one rate, method and allocation.")
     data = options.calibration.data
     held_out = options.held_out or data
-    if _is_file(held_out) and (options.held_out is None or _same(held_out, data)):
+    if not is_named(held_out) and (options.held_out is None or _same(held_out, data)):
         raise UserError(
             f"the text {held_out} has no split of its own to judge quality on",
             "Name another text that calibration does not see: --held-out FILE.",
         )
     for text in (data, held_out):
-        if _is_file(text) and not expand(text).exists():
+        if not is_named(text) and not expand(text).exists():
             raise UserError(f"no text at '{text}'", "Name a file, a folder, stdlib, c4 or datasets:NAME.")
     aim = choose_aim(options.target)
     folder = resolve_model(source)
@@ -192,10 +192,6 @@ def _check_output(output: Path, request: dict[str, Any]) -> None:
             f"{output} holds a deployment that was asked for differently ({', '.join(keys)})",
             "Give the same options to go on with it, or name a new folder: -o FOLDER.",
         )
-
-
-def _is_file(data: str) -> bool:
-    return data not in _NAMED and not data.startswith("datasets:")
 
 
 def _same(one: str, two: str) -> bool:

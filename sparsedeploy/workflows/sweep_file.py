@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sparsedeploy.calibration.documents import is_named
 from sparsedeploy.conversion import build_options, shown
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.loading import resolve_model
@@ -21,7 +22,6 @@ from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.workflows.recipes import parse_recipe, read_yaml
 
 DENSE = "dense"
-_NAMED_TEXTS = ("stdlib", "c4")
 # What a cell's folder is called: nothing that leads elsewhere or hides.
 _FOLDER = re.compile(r"[\w+][\w+.-]{0,200}", re.ASCII)
 
@@ -97,7 +97,7 @@ def load_sweep(path: Path) -> Sweep:
     train = parse_recipe({"prune": {}, **texts}, path.name).sections.get("train", {})
     quality = _quality(options.eval, f"sweep {path}: eval")
     for text in named_texts(quality.text.data).values():
-        if text not in _NAMED_TEXTS and not text.startswith("datasets:") and not expand(text).exists():
+        if not is_named(text) and not expand(text).exists():
             raise UserError(f"sweep {path}: no text at '{text}' to evaluate on", "Name a file, a folder, stdlib or c4.")
     cells = tuple(_cells(options, path.name))
     for cell in cells:
