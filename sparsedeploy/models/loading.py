@@ -146,8 +146,11 @@ def _missing_package(error: Exception, kind: object) -> UserError | None:
     found = re.search(r"requires the (\S+) library", str(error)) if isinstance(error, ImportError) else None
     if found is None:
         return None
+    # What a package is called in an import and on an index may differ: PIL is installed as pillow.
+    command = re.search(r"`(pip install [^`]+)`", str(error))
     return UserError(
-        f"a {kind} model is built with the package {found[1]}, which is not installed", f"pip install {found[1]}"
+        f"a {kind} model is built with the package {found[1]}, which is not installed",
+        " ".join(command[1].split()) if command else f"pip install {found[1]}",
     )
 
 
