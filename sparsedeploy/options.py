@@ -34,6 +34,8 @@ class Facts:
         only_with: another option without which this one has no effect.
         repeated: whether several values are given one by one; else they may also stand together, between commas.
         recorded: whether a manifest's request keeps it; not so for what changes speed and memory only.
+        reads: whether it may name a file or folder that is read; of NAME=VALUE pairs, the names that may. A path
+            needs no such mark.
         writes: whether it names a file that is written.
     """
 
@@ -50,6 +52,7 @@ class Facts:
     only_with: str | None = None
     repeated: bool = False
     recorded: bool = True
+    reads: bool | tuple[str, ...] = False
     writes: bool = False
 
     @property
@@ -77,6 +80,7 @@ def option(
     only_with: str | None = None,
     repeated: bool = False,
     recorded: bool = True,
+    reads: bool | tuple[str, ...] = False,
     writes: bool = False,
 ) -> T:
     """A field of an options dataclass, with its :class:`Facts`; without a default it must be given."""
@@ -94,6 +98,7 @@ def option(
         only_with,
         repeated,
         recorded,
+        reads,
         writes,
     )
     return field(default=default, metadata={"facts": facts})

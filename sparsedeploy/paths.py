@@ -91,18 +91,18 @@ def check_output(target: Path) -> None:
 
 
 def check_file_output(path: Path, inputs: Iterable[str | Path] = ()) -> None:
-    """:func:`check_output` for a single file, which may replace an older one of its kind but nothing that is read.
+    """:func:`check_output` for a single file: it may replace an older one of its kind, outside of what is read.
 
     Raises:
-        UserError: a place that cannot be written, a folder, an input, or an existing file of another kind.
+        UserError: a place that cannot be written, a folder, an input or a place in one, or an existing file of another
+            kind.
     """
     check_output(path)
     if path.is_dir():
         raise UserError(f"output {shown(path)} is a folder", "Name a file.")
-    if path.exists():
-        check_apart(path, inputs)
-        if path.suffix.lower() not in (".json", ".csv", ".html", ".png", ".svg"):
-            raise UserError(f"output {shown(path)} exists and is not a result file", "Choose another name.")
+    check_apart(path, inputs)  # a new file too: the next run would read it
+    if path.exists() and path.suffix.lower() not in (".json", ".csv", ".html", ".png", ".svg"):
+        raise UserError(f"output {shown(path)} exists and is not a result file", "Choose another name.")
 
 
 def check_outside(target: Path, inputs: Iterable[str | Path]) -> None:

@@ -52,7 +52,7 @@ class ATPOptions(Options):
         only_with="search",
     )
     text: str | None = option(
-        None, "Text to select on; None takes the calibration source's own split.", only_with="search"
+        None, "Text to select on; None takes the calibration source's own split.", only_with="search", reads=True
     )
     windows: int = option(32, "Number of its windows to evaluate.", at_least=1, only_with="search")
 

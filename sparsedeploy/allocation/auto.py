@@ -23,7 +23,7 @@ class SearchOptions(Options):
         "validation",
         "Split of the text that plans are compared on; with `test` the reported perplexity is optimistic.",
     )
-    text: str | None = option(None, "Text to compare on; None takes the calibration source's own split.")
+    text: str | None = option(None, "Text to compare on; None takes the calibration source's own split.", reads=True)
     windows: int = option(
         16, "Number of its windows: the first quarter compares levels, all of them confirm the result.", at_least=1
     )
@@ -34,7 +34,9 @@ class SearchOptions(Options):
         at_least=0,
     )
     database: str | None = option(
-        None, "Folder of the pruned levels, for this model, method and text; None keeps them in the user's cache."
+        None,
+        "Folder of the pruned levels, for this model, method and text; None keeps them in the user's cache.",
+        reads=True,
     )
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 class CalibrationOptions(Options):
     """Which text is measured."""
 
-    data: str = option("c4", "Calibration text: file, folder, .jsonl, stdlib, c4, datasets:NAME[:CONFIG].", short="-d")
+    data: str = option(
+        "c4", "Calibration text: file, folder, .jsonl, stdlib, c4, datasets:NAME[:CONFIG].", short="-d", reads=True
+    )
     field: str = option("text", "Text field of JSONL rows and data sets.", flag="--data-field")
     sequences: int = option(128, "Calibration sequences.", flag="--samples", short="-n", at_least=1)
     length: int | None = option(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import typer
 from typer.core import TyperCommand
 
 from sparsedeploy.cli.examples import EXAMPLES
-from sparsedeploy.paths import check_file_output, check_output, check_regular, expand
+from sparsedeploy.errors import UserError
+from sparsedeploy.options import Described
+from sparsedeploy.paths import check_file_output, check_output, check_regular, expand, shown
 from sparsedeploy.processes import refuse_several
 
-# The parameter that names what is written, beside options that write files, and those of text that is not a path.
+# The parameter that names what is written, beside options that write files, and the arguments that are not paths.
 _OUTPUT = "output"
-_PLAIN = ("prompt",)
+_PLAIN = ("prompt", "repo", "name")
 # The commands whose --output is a folder; the workflows keep that one to themselves (folders.claim).
 _MAKE_FOLDERS = ("prune", "recover", "sweep", "export", "demo", "deploy", "import")
 # The commands that several processes can share; what they cannot share of it, the workflows refuse.
@@ -52,43 +55,59 @@ class Command(TyperCommand):
 
 
 def check_paths(command: str, ctx: typer.Context) -> None:
-    """Expand ``~`` in the parameters, in place, and refuse inputs without an end and outputs that cannot be written.
+    """Expand ``~`` in the parameters that are paths, in place, and refuse inputs without an end and outputs that cannot
+    be written.
 
     Raises:
-        UserError: such a path, before anything was read or written.
+        UserError: such a path, or one for two outputs, before anything was read or written.
     """
+    outputs = {_OUTPUT, *(name for name, item in _options(ctx).items() if item.facts.writes)}
+    readable = {name: value for name, value in ctx.params.items() if name not in outputs and _reads(ctx, name)}
     for name, value in ctx.params.items():
-        if isinstance(value, Path) or (isinstance(value, str) and value.startswith("~") and name not in _PLAIN):
+        if isinstance(value, Path) or (name in readable and isinstance(value, str) and value.startswith("~")):
             ctx.params[name] = type(value)(expand(value))
-    inputs = list(_inputs(ctx))
+    inputs = [path for name in readable for path in _inputs(ctx, name)]
     for path in inputs:
         check_regular(path)
-    for name in _outputs(ctx):
+    seen: set[str] = set()
+    for name in outputs:
         output = ctx.params.get(name)
         if not isinstance(output, Path):
             continue
+        if (place := os.path.realpath(output)) in seen:
+            raise UserError(f"{shown(output)} is given for two outputs", "Name another file for one of them.")
+        seen.add(place)
         if name == _OUTPUT and command in _MAKE_FOLDERS:
             check_output(output)
         else:
             check_file_output(output, inputs)
 
 
-def _outputs(ctx: typer.Context) -> set[str]:
-    """The parameters that name what is written."""
-    return {_OUTPUT, *getattr(ctx.command.callback, "writes", ())}
+def _options(ctx: typer.Context) -> Mapping[str, Described]:
+    """The parameters that stand for options of dataclasses."""
+    return getattr(ctx.command.callback, "flags", {})
 
 
-def _inputs(ctx: typer.Context) -> Iterator[str]:
-    """Every path on this machine that the parameters name, but for the outputs."""
-    for parameter in ctx.command.params:
-        name = parameter.name or ""
-        if name in {*_outputs(ctx), *_PLAIN}:
+def _reads(ctx: typer.Context, name: str) -> bool | tuple[str, ...]:
+    """Whether a parameter may name what is read; of NAME=VALUE pairs, the names that may."""
+    item = _options(ctx).get(name)
+    return name not in _PLAIN if item is None else item.facts.reads or Path in _kinds(item)
+
+
+def _kinds(item: Described) -> tuple[Any, ...]:
+    """The type of an option, or of the values in it."""
+    return (item.kind, *typing.get_args(item.arms[0]))
+
+
+def _inputs(ctx: typer.Context, parameter: str) -> Iterator[str]:
+    """Every path on this machine that a parameter names."""
+    names = _reads(ctx, parameter)
+    value = ctx.params[parameter]
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        if not isinstance(item, (str, Path)):
             continue
-        value = ctx.params.get(name)
-        for item in value if isinstance(value, (list, tuple)) else [value]:
-            if not isinstance(item, (str, Path)):
-                continue
-            # NAME=PATH and NAME=VALUE stand for paths too.
-            for text in {str(item), str(item).partition("=")[2]} - {""}:
-                if "\0" not in text and os.path.lexists(text):
-                    yield text
+        name, _, rest = str(item).partition("=")
+        # TEXT and RUNTIME=FOLDER may both be paths.
+        for text in {str(item), rest} if names is True else {rest} if names and name.strip() in names else ():
+            if text and "\0" not in text and os.path.lexists(text):
+                yield text

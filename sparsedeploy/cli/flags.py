@@ -201,7 +201,7 @@ def takes(*sections: Section) -> Callable[[Callable[..., None]], Callable[..., N
             given = [(flag, values.pop(flag.parameter)) for flag in flags]
             command(given=_given(given, context), **values)
 
-        run.writes = {flag.parameter for flag in flags if flag.item.facts.writes}  # type: ignore[attr-defined]
+        run.flags = {flag.parameter: flag.item for flag in flags}  # type: ignore[attr-defined]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run

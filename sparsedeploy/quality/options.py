@@ -24,6 +24,7 @@ class TextOptions(Options):
         "NAME=TEXT.",
         short="-d",
         repeated=True,
+        reads=True,
     )
     split: str = option("test", "Split of a named set: train, validation or test.", only_with="data")
     field: str = option("text", "Text field of JSONL rows and data sets.", flag="--data-field", only_with="data")

@@ -20,6 +20,7 @@ class DataOptions(Options):
         "",
         "Text to train on: a .jsonl of text or instruction rows, or what --data takes.",
         flag="--train-data",
+        reads=True,
     )
     field: str = option("text", "Text column of training rows and data sets.", flag="--train-field")
     samples: int = option(

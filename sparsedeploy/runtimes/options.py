@@ -21,7 +21,7 @@ class RuntimeOptions(Options):
     runtime: str | None = option(
         None, "Engine to run on.", unset="the one that the folder was exported for", choices=runtime_names
     )
-    python: str | None = option(None, "Python interpreter of your own environment with the runtime.")
+    python: str | None = option(None, "Python interpreter of your own environment with the runtime.", reads=True)
     dtype: Dtype = option("auto", f"With the torch runtime only. {DTYPE_HELP}")
     timeout: float = option(600.0, "Time limit in seconds for loading, and for each step after it.", above=0)
 
@@ -43,7 +43,7 @@ class InstallOptions(Options):
     """What a runtime's environment is made of."""
 
     python: str | None = option(
-        None, "Python to make the runtime's environment from.", unset="one that fits", recorded=False
+        None, "Python to make the runtime's environment from.", unset="one that fits", recorded=False, reads=True
     )
     extra: str | None = option(None, "What to add: server, for the web server of deepsparse.", flag="--with")
 

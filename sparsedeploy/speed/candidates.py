@@ -14,6 +14,7 @@ from sparsedeploy.artifacts.description import ARTIFACT_FILE, Artifact
 from sparsedeploy.artifacts.folder import describe_folder
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import file_sha256
+from sparsedeploy.paths import expand
 from sparsedeploy.runtimes.engine import runtime_for
 from sparsedeploy.runtimes.specification import Runtime
 from sparsedeploy.speed.byte_limit import bytes_per_token
@@ -82,7 +83,7 @@ def _split(given: str | Path, runtime: str | None) -> tuple[str | None, Path]:
     match = _RUNTIME.fullmatch(str(given))
     if match is None or Path(given).exists():
         return runtime, Path(given)
-    return match[1], Path(match[2])
+    return match[1], expand(match[2])
 
 
 def _shape(artifact: Artifact) -> tuple[Any, ...]:

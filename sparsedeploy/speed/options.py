@@ -20,7 +20,7 @@ class BenchmarkOptions(RuntimeOptions):
         warmup_rounds: rounds that are run and not counted.
     """
 
-    baseline: str = option("", "Folder of the dense model, or RUNTIME=FOLDER.", short="-b")
+    baseline: str = option("", "Folder of the dense model, or RUNTIME=FOLDER.", short="-b", reads=True)
     cores: tuple[int, ...] = option((), "Cores to use, such as 1,2.", unset="all", short="-c", at_least=1)
     prompt_lengths: tuple[int, ...] = option(
         (64,), "Tokens of the prompt, such as 128,512.", flag="--prompt-length", at_least=1

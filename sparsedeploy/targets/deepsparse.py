@@ -71,7 +71,10 @@ class DeepSparseOptions(Options):
         only_with="int8",
     )
     data: str | None = option(
-        None, "Calibration text; None takes the one that the checkpoint's manifest names.", only_with="int8"
+        None,
+        "Calibration text; None takes the one that the checkpoint's manifest names.",
+        only_with="int8",
+        reads=True,
     )
     field: str | None = option(
         None,

@@ -60,9 +60,11 @@ class LlmcompressorOptions(Options):
     """Where the dense model and the calibration text are now."""
 
     model: str | None = option(
-        None, "Folder or hub id of the dense model; None takes the one that the checkpoint's manifest names."
+        None,
+        "Folder or hub id of the dense model; None takes the one that the checkpoint's manifest names.",
+        reads=True,
     )
-    data: str | None = option(None, "Calibration text; None takes the one that the manifest names.")
+    data: str | None = option(None, "Calibration text; None takes the one that the manifest names.", reads=True)
     field: str | None = option(
         None, "Its text column, for JSONL rows and data sets; None takes the one that the manifest names."
     )

@@ -45,7 +45,7 @@ class OnnxRuntimeOptions(Options):
     """Where Optimum runs."""
 
     python: str | None = option(
-        None, "Python interpreter of your own environment with Optimum; None takes the managed one."
+        None, "Python interpreter of your own environment with Optimum; None takes the managed one.", reads=True
     )
     timeout: float = option(3600.0, "Time limit of the export in seconds.", above=0)
     max_positions: int | None = option(

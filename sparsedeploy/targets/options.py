@@ -27,5 +27,8 @@ class ExportOptions(Options):
         + ".",
     )
     options: Mapping[str, Any] | None = option(
-        None, "For the target, such as max_positions=4096.", flag="--target-option"
+        None,
+        "For the target, such as max_positions=4096.",
+        flag="--target-option",
+        reads=("python", "model", "data", "text"),
     )

@@ -75,7 +75,10 @@ class VllmOptions(Options):
         only_with="quantize",
     )
     data: str | None = option(
-        None, "Calibration text; None takes the one that the checkpoint's manifest names.", only_with="quantize"
+        None,
+        "Calibration text; None takes the one that the checkpoint's manifest names.",
+        only_with="quantize",
+        reads=True,
     )
     field: str | None = option(
         None,
@@ -86,6 +89,7 @@ class VllmOptions(Options):
         None,
         "Text for the perplexity before and after (its test split); None takes the calibration text.",
         only_with="quantize",
+        reads=True,
     )
     windows: int = option(
         32,

@@ -41,7 +41,7 @@ class RunOptions(LoadOptions):
 class RecoverRunOptions(RunOptions):
     """The run of a recovery: also where the dense model is now; its hash must be the manifest's."""
 
-    dense: str | None = option(None, "Where the dense model is now, for what starts or learns from it.")
+    dense: str | None = option(None, "Where the dense model is now, for what starts or learns from it.", reads=True)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class PruneRunOptions(RunOptions):
     )
     plan: Path | None = option(None, "Use this plan file; no allocation is run.")
     recipe: str | None = option(
-        None, "A shipped recipe's name or a YAML file; flags override it.", choices=recipe_names
+        None, "A shipped recipe's name or a YAML file; flags override it.", choices=recipe_names, reads=True
     )
 
 
@@ -95,7 +95,10 @@ class PruneOptions(Options):
     )
     method_options: Mapping[str, Any] | None = option(None, "For the method, such as block=64.", flag="--method-option")
     allocation_options: Mapping[str, Any] | None = option(
-        None, "For the allocation, such as strength=0.1, granularity=block.", flag="--allocation-option"
+        None,
+        "For the allocation, such as strength=0.1, granularity=block.",
+        flag="--allocation-option",
+        reads=("text", "database"),
     )
     pattern_options: Mapping[str, Any] | None = option(
         None, "For a mixed pattern, such as strength=1, n_max=4, rule=marginal.", flag="--pattern-option"
@@ -173,6 +176,7 @@ class DemoOptions(SpeedOptions):
         None,
         "What to run on: smollm2 (135 M weights, fetched once), a model folder or a hub id.",
         unset="the small model that is shipped",
+        reads=True,
     )
     train: bool = option(
         False, "Train the small model from scratch on this Python's library instead of using the shipped one."
@@ -213,7 +217,7 @@ class DeployOptions(SpeedOptions):
         PruneOptions, "allocation", ("uniform", "dlp"), help="Allocations to choose from: {choices}."
     )
     held_out: str | None = option(
-        None, "Text to measure quality on.", unset="the test split of the calibration text's set"
+        None, "Text to measure quality on.", unset="the test split of the calibration text's set", reads=True
     )
     windows: int = like(TextOptions, "max_windows", 32, flag="--windows")
     context: int | None = like(EvalOptions, "context", unset="min(512, positions)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import pytest
@@ -11,8 +11,9 @@ from typer.main import get_command
 
 from sparsedeploy.cli.main import app
 from sparsedeploy.options import described
-from sparsedeploy.registry import TARGETS
+from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES, TARGETS
 from sparsedeploy.targets.options import ExportOptions
+from sparsedeploy.workflows.options import PruneOptions, RecoverOptions
 
 
 def commands(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -67,3 +68,31 @@ def test_help_of_quantize_names_the_schemes_of_every_target() -> None:
         for item in described(target.options):
             if item.name == "quantize":
                 assert f"{target.name}: {', '.join(get_args(item.arms[0]))}" in text
+
+
+# Text that never is a path, though a file or folder may have the same name.
+_WORDS = {"prompt", "repo", "name", "--data-field", "--train-field", "--split", "--message", "--host", "--module"}
+_WORDS |= {"--within", "--threshold", "--pick", "--pattern", "--quantize", "--preset", "--device", "--tasks", "--with"}
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not hasattr(command, "commands")])
+def test_what_may_be_a_path_is_declared(name: str) -> None:
+    """Every text is one of a few words, a word of its own, or may be a path and says so."""
+    command = COMMANDS[name]
+    for item in getattr(command.callback, "flags", {}).values():
+        facts, kinds = item.facts, (item.kind, *get_args(item.arms[0]))
+        if str not in kinds or item.kind is Mapping or facts.reads or facts.choices or item.values:
+            continue
+        assert item.flag in _WORDS, item.flag
+
+
+def test_pairs_that_may_be_paths_are_declared() -> None:
+    for owner, name, registry in (
+        (ExportOptions, "options", TARGETS),
+        (PruneOptions, "allocation_options", ALLOCATORS),
+        (PruneOptions, "method_options", PRUNERS),
+        (RecoverOptions, "options", RECOVERIES),
+    ):
+        (declared,) = [item.facts.reads for item in described(owner) if item.name == name]
+        found = {item.name for method in registry for item in described(method.options) if item.facts.reads}
+        assert found == set(declared or ()), name

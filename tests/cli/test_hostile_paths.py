@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -149,3 +150,61 @@ def test_an_import_replaces_its_own_folder(cli: Cli, model: Path) -> None:
     (model.parent / "imported").mkdir()
     outcome = cli("import", model.parent / "x.gguf", "-o", model.parent / "imported", "--overwrite")
     refused(outcome, "x.gguf is damaged", model.parent)
+
+
+@pytest.mark.parametrize("word", ["owl", "block"])
+def test_a_word_that_is_also_a_folder(cli: Cli, model: Path, text: Path, word: str, monkeypatch: Any) -> None:
+    """A method's or an option's name is not a path: what has the same name may be written into, again and again."""
+    monkeypatch.chdir(model.parent)
+    text_of = ("-d", text, "-n", 2, "--calibration-length", 32)
+    chosen = ("-a", "owl") if word == "owl" else ("-a", "lsa", "--allocation-option", "granularity=block")
+    command = ("allocate", model, "-o", f"{word}/plan.json", "-s", 0.5, *chosen, *text_of, "--overwrite")
+    for _ in range(2):
+        outcome = cli(*command)
+        assert outcome.code == 0, outcome.err
+    Path(word, "again.json").write_text("{}")
+    outcome = cli("eval", model, "-d", text, "--data-field", word, "--context", 32, "-o", f"{word}/again.json")
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "existing"])
+def test_a_result_is_not_written_into_what_is_read(cli: Cli, model: Path, text: Path, there: bool) -> None:
+    """The first run says what the second would say; what lies in a text's folder would be read as text."""
+    texts, parent = text.parent / "texts", model.parent
+    texts.mkdir()
+    shutil.copyfile(text, texts / "a.txt")
+    assert prune(cli, model, text, "-s", 0.5).code == 0
+    if there:
+        for place in (texts, model, parent / "out"):
+            (place / "r.json").write_text("{}")
+    for command, place in (
+        (("eval", model, "-d", texts), texts),
+        (("eval", model, "-d", f"mine={texts}"), texts),
+        (("eval", model, "-d", text), model),
+        (("allocate", model, "-s", 0.5, "-d", texts, "--overwrite"), texts),
+        (("allocate", model, "-s", 0.5, "-a", "atp", "--allocation-option", f"text={texts}", "--overwrite"), texts),
+        (("bench", parent / "out", "--baseline", model), model),
+        (("bench", f"torch={parent / 'out'}", "--baseline", model), parent / "out"),
+    ):
+        refused(cli(*command, "-o", place / "r.json"), "lies in the input", parent)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect", "out", "--plot", "a.svg", "--mask", "a.svg"),
+        ("bench", "out", "--baseline", "dense", "-o", "a.json", "--csv", "./a.json"),
+        ("bench", "out", "--baseline", "dense", "--html", "a.html", "--csv", "b/../a.html"),
+    ],
+)
+def test_one_file_for_two_outputs(
+    cli: Cli, model: Path, text: Path, command: tuple[str, ...], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(model.parent)
+    assert prune(cli, model, text, "-s", 0.5).code == 0
+    refused(cli(*command), "is given for two outputs", model.parent)
+
+
+def test_a_word_may_start_with_a_tilde(cli: Cli, model: Path, text: Path) -> None:
+    outcome = cli("eval", model, "-d", text, "--data-field", "~nobody", "--context", 32)
+    assert outcome.code == 0, outcome.err

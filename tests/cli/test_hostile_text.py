@@ -135,7 +135,7 @@ def test_numbers_of_prune(cli: Cli, model: Path, text: Path, flag: str) -> None:
 @pytest.mark.parametrize("flag", ["--context", "--max-windows", "--batch-size"])
 def test_numbers_of_eval(cli: Cli, model: Path, text: Path, flag: str) -> None:
     for value in NUMBERS:
-        outcome = cli("eval", model, "-d", text, "-c", 64, "--max-windows", 2, flag, value, "--json")
+        outcome = cli("eval", model, "-d", text, "--context", 64, "--max-windows", 2, flag, value, "--json")
         if not answered(outcome, f"{flag} {value}".encode()):
             assert json.loads(outcome.out)["windows"] <= (int(value) if flag == "--max-windows" else 2)
 
