@@ -25,7 +25,7 @@ FLOORS = (
     ("models", "reference"),
     ("formats",),
     ("plan", "masks", "grid", "processes"),
-    ("registry", "folders", "reading", "resources", "linear_algebra", "memory"),
+    ("registry", "folders", "hub", "reading", "resources", "linear_algebra", "memory"),
     ("conversion",),
     ("options", "paths"),
     ("errors", "progress", "version"),

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
+from sparsedeploy.hub import hub_refusal, unreachable
 from sparsedeploy.models.computing import attention, compute_type, mask_later_tokens
 from sparsedeploy.models.config_check import check_sizes
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
@@ -52,7 +53,7 @@ def resolve_model(source: str | Path) -> Path:
     """The local folder of a model: the folder itself, or the snapshot of a hub id (downloaded when needed).
 
     Raises:
-        UserError: neither a folder nor a reachable hub id.
+        UserError: neither a folder nor a hub id that this machine may download.
     """
     folder = expand(source)
     if folder.is_dir():
@@ -60,16 +61,28 @@ def resolve_model(source: str | Path) -> Path:
     text = str(source)
     if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise UserError(f"no model folder at {text}", "Give a Hugging Face model folder or a hub id such as org/name.")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(text, allow_patterns=_FETCHED))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+    except HFValidationError as error:
         raise UserError(
-            f"'{text}' is not a local folder and could not be fetched from the hub ({type(error).__name__}: {reason})",
-            "Check the name, or download the model and give its folder.",
+            f"'{text}' is neither a folder nor a name on a hub", "Give a Hugging Face model folder or a hub id."
         ) from error
+    except Exception as error:
+        private = "Check the name; for a private model run: hf auth login."
+        known = {
+            401: ("has no public model of this name", private),
+            403: ("does not let this account read it", "Accept the terms on the model's page, then run: hf auth login."),
+            404: ("has no model of this name", private),
+        }
+        refusal = hub_refusal(error, constants.ENDPOINT, known)
+        if refusal is None:
+            reason = " ".join(str(error).split())[:160]
+            refusal = UserError(f"fetching it from the hub fails ({type(error).__name__}: {reason})", "Check the name.")
+        fix = "Check the path; for a model on the hub, the network." if unreachable(error) else refusal.fix
+        raise UserError(f"'{text}' is not a local folder, and {refusal.message}", fix) from error
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:

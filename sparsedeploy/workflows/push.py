@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sparsedeploy import progress
 from sparsedeploy.artifacts.description import ARTIFACT_FILE, load_artifact
@@ -12,6 +12,7 @@ from sparsedeploy.checkpoint.card import CARD
 from sparsedeploy.checkpoint.inspection import check_files
 from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.errors import UserError, add_hint
+from sparsedeploy.hub import hub_refusal, unreachable
 from sparsedeploy.reading import inside
 from sparsedeploy.workflows.card import write_card
 from sparsedeploy.workflows.options import PushOptions
@@ -85,7 +86,11 @@ def push(folder: Path, repo: str, options: PushOptions) -> Pushed:
     except UserError:
         raise
     except Exception as error:
-        refusal = _refusal(error, repo, constants.ENDPOINT)
+        if "xet-write-token" in str(error) and unreachable(error):
+            raise UserError(
+                f"{constants.ENDPOINT} takes no files by Xet", "Set HF_HUB_DISABLE_XET=1: they are then sent by Git LFS."
+            ) from error
+        refusal = hub_refusal(error, constants.ENDPOINT, _known(repo))
         if refusal is None:
             raise
         if sends:
@@ -126,74 +131,16 @@ def _verify(folder: Path) -> None:
         raise UserError(f"{folder} differs from its manifest: {problems[0]}", "Prune the model again.")
 
 
-def _refusal(error: Exception, repo: str, hub: str) -> UserError | None:
-    """Why a hub does not take the files, with what to do; None for what is no refusal."""
-    response = _response(error)
-    if response is None:
-        offline = type(error).__name__ == "OfflineModeIsEnabled"
-        if offline or _is_of_network(error):
-            reason = "HF_HUB_OFFLINE is set" if offline else _reason(error)
-            if "xet-write-token" in str(error):
-                return UserError(
-                    f"{hub} takes no files by Xet", "Set HF_HUB_DISABLE_XET=1: they are then sent by Git LFS."
-                )
-            fix = "Unset it." if offline else "Check the network, or HF_ENDPOINT."
-            return UserError(f"{hub} cannot be reached ({reason})", fix)
-        return None
-    status = int(response.status_code)
-    said = _said(response)
-    known = {
+def _known(repo: str) -> Mapping[int, tuple[str, str]]:
+    """What a hub means by an answer to files that are sent, and what to do."""
+    return {
         401: ("does not accept the token", "Run: hf auth login, or set HF_TOKEN to a token that may write."),
         402: ("wants a paid plan for that", "Make the repository public, or see its billing page."),
-        403: (
-            f"does not let this token write to {repo}",
-            "Use your own name, or a token that may write.",
-        ),
+        403: (f"does not let this token write to {repo}", "Use your own name, or a token that may write."),
         404: (f"knows no {repo}", "Check the name; with a private one, the token."),
         409: (f"refuses because {repo} was changed meanwhile", "Run the same command again."),
         413: ("finds a file too large", "Ask for a larger quota, or export with --quantize."),
-        429: ("asks to wait", "Run the same command again in some minutes."),
     }
-    what, fix = known.get(status, ("answers with an error", "Run the same command again later."))
-    return UserError(f"{hub} {what} ({status}{f': {said}' if said else ''})", fix)
-
-
-def _response(error: BaseException | None) -> Any:
-    """The answer of the hub, however deep an error hides it."""
-    while error is not None:
-        if getattr(error, "response", None) is not None:
-            return error.response  # type: ignore[attr-defined]
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _is_of_network(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, ConnectionError) or type(error).__module__.split(".")[0] in (
-            "httpx",
-            "httpcore",
-            "requests",
-        ):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _reason(error: BaseException) -> str:
-    while (error.__cause__ or error.__context__) is not None:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:120] or type(error).__name__
-
-
-def _said(response: Any) -> str:
-    """The hub's own words."""
-    text = response.headers.get("X-Error-Message") or ""
-    if not text:
-        try:
-            text = response.json().get("error", "")
-        except Exception:
-            return ""
-    return " ".join(str(text).split())[:160]
 
 
 def _literal(name: str) -> str:

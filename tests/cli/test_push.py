@@ -116,6 +116,27 @@ def test_what_was_pushed_loads_by_its_id(folders: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "refused", "message"),
+    [
+        ("me/none", {}, "has no model of this name (404: Repository not found). Check the name; for a private model"),
+        ("none", {}, "has no model of this name (404: "),
+        ("me/none", {"/revision/": (401, "Invalid credentials")}, "has no public model of this name (401: "),
+        ("me/gated", {"/revision/": (403, "Access is restricted")}, "(403: Access is restricted). Accept the terms"),
+        ("me/busy", {"/revision/": (429, "slow down")}, "asks to wait (429: slow down). Run the same command again"),
+        ("me/..none", {}, "'me/..none' is neither a folder nor a name on a hub. Give a Hugging Face model folder"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give(
+    cli: Cli, hub: Hub, tmp_path: Path, model: str, refused: dict[str, tuple[int, str]], message: str
+) -> None:
+    hub.refused.update(refused)
+    outcome = cli("prune", model, "-o", tmp_path / "out", "-s", "0.5")
+    assert outcome.code == 2
+    assert message in outcome.err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("repo", "refused", "message"),
     [
         ("you/model", {}, "does not let this token write to you/model (403: You don't have the rights"),
@@ -162,6 +183,9 @@ def test_no_token_and_no_network(
     outcome = cli("push", folders / "pruned", "me/model")
     assert outcome.code == 2
     assert f"{closed} cannot be reached" in outcome.err
+    outcome = cli("prune", "me/model", "-o", tmp_path / "out", "-s", "0.5")
+    assert f"'me/model' is not a local folder, and {closed} cannot be reached (" in outcome.err
+    assert outcome.err.endswith("Check the path; for a model on the hub, the network.\n")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     assert f"there is no token for {closed}" in cli("push", folders / "pruned", "me/model").err
