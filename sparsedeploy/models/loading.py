@@ -74,7 +74,7 @@ def resolve_model(source: str | Path) -> Path:
         private = "Check the name; for a private model run: hf auth login."
         known = {
             401: ("has no public model of this name", private),
-            403: ("does not let this account read it", "Accept the terms on the model's page, then run: hf auth login."),
+            403: ("does not let this account read it", "Accept its terms on its page, then run: hf auth login."),
             404: ("has no model of this name", private),
         }
         refusal = hub_refusal(error, constants.ENDPOINT, known)

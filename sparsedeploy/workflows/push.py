@@ -88,7 +88,7 @@ def push(folder: Path, repo: str, options: PushOptions) -> Pushed:
     except Exception as error:
         if "xet-write-token" in str(error) and unreachable(error):
             raise UserError(
-                f"{constants.ENDPOINT} takes no files by Xet", "Set HF_HUB_DISABLE_XET=1: they are then sent by Git LFS."
+                f"{constants.ENDPOINT} takes no files by Xet", "Set HF_HUB_DISABLE_XET=1 to send them by Git LFS."
             ) from error
         refusal = hub_refusal(error, constants.ENDPOINT, _known(repo))
         if refusal is None:

@@ -121,7 +121,7 @@ def test_what_was_pushed_loads_by_its_id(folders: Path, tmp_path: Path) -> None:
         ("me/none", {}, "has no model of this name (404: Repository not found). Check the name; for a private model"),
         ("none", {}, "has no model of this name (404: "),
         ("me/none", {"/revision/": (401, "Invalid credentials")}, "has no public model of this name (401: "),
-        ("me/gated", {"/revision/": (403, "Access is restricted")}, "(403: Access is restricted). Accept the terms"),
+        ("me/gated", {"/revision/": (403, "Access is restricted")}, "(403: Access is restricted). Accept its terms"),
         ("me/busy", {"/revision/": (429, "slow down")}, "asks to wait (429: slow down). Run the same command again"),
         ("me/..none", {}, "'me/..none' is neither a folder nor a name on a hub. Give a Hugging Face model folder"),
     ],
