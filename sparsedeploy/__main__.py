@@ -10,6 +10,9 @@ def main() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: os._exit(128 + number))
+    from sparsedeploy.startup import quick_start
+
+    quick_start()
     from sparsedeploy.cli.main import main as run
 
     run()

@@ -28,7 +28,7 @@ FLOORS = (
     ("registry", "folders", "hub", "reading", "resources", "linear_algebra", "memory"),
     ("conversion",),
     ("options", "paths"),
-    ("errors", "progress", "version"),
+    ("errors", "progress", "startup", "version"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -16,7 +16,11 @@ from worker_protocol import BadRequest, serve, take_standard_output
 
 PROTOCOL = take_standard_output()
 
-import numpy as np  # noqa: E402 - imported only after standard output has been redirected
+from sparsedeploy.startup import quick_start  # noqa: E402 - imported only after standard output has been redirected
+
+quick_start()
+
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from hf_model import HfModel, HfServer, usable_cores  # noqa: E402
 from static_model import StaticModel, takes_static_cache  # noqa: E402

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.formats import packed, quantized
@@ -168,6 +169,8 @@ def load() -> Library | None:
 def find_or_compile(folder: Path) -> Path:
     """The library's file, compiled from the sources in ``folder`` where the cache has none.
 
+    Compiling takes most of a minute of processor time: of processes that start together, one compiles.
+
     Raises:
         OSError: no compiler, or a cache folder that cannot be written.
         subprocess.SubprocessError: the compiler failed.
@@ -179,7 +182,9 @@ def find_or_compile(folder: Path) -> Path:
     digest = hashlib.sha256(content + repr(FLAGS).encode()).hexdigest()[:16]
     path = cache_folder("kernels") / f"sparsedeploy-kernels-{platform.machine()}-{digest}.so"
     if not path.is_file():
-        _compile(sources, folder / "include", path)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.is_file():
+                _compile(sources, folder / "include", path)
     return path
 
 

@@ -1,16 +1,17 @@
-"""The kernels' library, compiled once, and a thin layer over its C interface."""
+"""The kernels' library and a thin layer over its C interface."""
 
 from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from sparsedeploy.formats.kernel_library import find_or_compile
 
 SOURCES = Path(__file__).resolve().parents[2] / "export" / "kernels"
 ISAS = ("portable", "avx2", "avxvnni", "avx512", "avx512bf16")
@@ -133,15 +134,11 @@ class Library:
 
 
 @pytest.fixture(scope="session")
-def library_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("g++")
-    if compiler is None:
+def library_path() -> Path:
+    """The file that the package compiles and keeps in the user's cache folder."""
+    if shutil.which("g++") is None:
         pytest.skip("needs g++ to compile the kernels")
-    path = tmp_path_factory.mktemp("kernels") / "libsparsedeploy_kernels.so"
-    flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread", f"-I{SOURCES / 'include'}"]
-    sources = sorted(str(source) for source in (SOURCES / "src").glob("*.cpp"))
-    subprocess.run([compiler, *flags, *sources, "-o", str(path)], check=True)
-    return path
+    return find_or_compile(SOURCES)
 
 
 @pytest.fixture

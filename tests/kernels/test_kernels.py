@@ -243,7 +243,7 @@ def test_bad_arguments_are_refused(library: Library) -> None:
 
 def test_the_environment_chooses_the_instruction_set(library_path: Path) -> None:
     code = (
-        "import ctypes, sys; library = ctypes.CDLL(sys.argv[1]);"
+        "import ctypes, sys, torch; library = ctypes.CDLL(sys.argv[1]);"
         "library.sd_isa_name.restype = ctypes.c_char_p; print(library.sd_isa_name().decode())"
     )
 

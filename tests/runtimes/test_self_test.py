@@ -30,7 +30,7 @@ from sparsedeploy.formats import packed as packing
 from sparsedeploy.formats import quantized
 from sparsedeploy.formats.config import BITMASK, PackedConfig
 from sparsedeploy.models.loading import load_config
-from sparsedeploy.resources import cache_home
+from sparsedeploy.resources import cache_folder
 from sparsedeploy.runtimes.engine import find_deployment, load, open_model
 from sparsedeploy.runtimes.options import EngineOptions, ServeOptions
 from sparsedeploy.runtimes.self_test import _lengths
@@ -48,10 +48,11 @@ from tests.small_models import byte_tokenizer, random_model, save_model
 
 @pytest.fixture
 def verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of our own for verdicts; the runtimes stay where they are."""
+    """A cache folder of our own for verdicts; the runtimes and the compiled kernels stay where they are."""
     home = tmp_path / "home"
     home.mkdir()
-    (home / "runtimes").symlink_to(cache_home() / "runtimes")
+    for name in ("runtimes", "kernels"):
+        (home / name).symlink_to(cache_folder(name))
     monkeypatch.setenv("SPARSEDEPLOY_HOME", str(home))
     return home / "verdicts"
 
