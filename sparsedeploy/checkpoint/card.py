@@ -7,7 +7,9 @@ base model's own, are told apart from ours and never written over.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.paths import expand
 from sparsedeploy.plan import SparsityPlan, layer_number
+from sparsedeploy.progress import printable
 from sparsedeploy.reading import Fields, read_object, read_text
 from sparsedeploy.registry import TARGETS
 
@@ -32,6 +35,7 @@ BASE_CARD = "README.base.md"
 EVALUATION = "evaluation.json"
 _SIGNATURE = re.compile(r"\n<!-- sparsedeploy card ([0-9a-f]{16}) -->\n\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PLAIN = re.compile(r"[\w.+:/#?&=%~ -]{1,200}")
 _LIMIT = 1 << 20  # bytes
 _CARRIED = ("license", "license_name", "license_link", "language")
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
@@ -75,7 +79,10 @@ def read_base(folder: Path, name: str) -> Base:
 
 
 def front_matter(text: str) -> dict[str, Any]:
-    """The YAML between the two lines of dashes at a card's start; empty where there is none or it is broken."""
+    """The YAML between the two lines of dashes at a card's start; empty where there is none or it is broken.
+
+    A key that stands there twice says nothing.
+    """
     match = re.match(r"---\r?\n(.*?)\n---\s*?\n", text, re.DOTALL)
     if match is None:
         return {}
@@ -83,7 +90,8 @@ def front_matter(text: str) -> dict[str, Any]:
         values = yaml.safe_load(match[1])
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
+    keys = Counter(re.findall(r"^([\w-]+)[ \t]*:", match[1], re.MULTILINE))
+    return {key: value for key, value in values.items() if keys[key] < 2} if isinstance(values, dict) else {}
 
 
 def checkpoint_card(base: Base, manifest: Manifest, evaluations: Iterable[Mapping[str, Any]] = ()) -> str:
@@ -186,7 +194,8 @@ def licence_section(base: Base) -> str:
     known = base.carried.get("license_name") or base.carried.get("license")
     where = f" Its text: `{base.licence_file}`." if base.licence_file else ""
     if known:
-        return f"## Licence\n\nThat of the base model: {known}.{where}"
+        names = known if isinstance(known, str) else ", ".join(known)
+        return f"## Licence\n\nThat of the base model: {names}.{where}"
     return (
         f"## Licence\n\nThe base model's, which its folder does not name.{where} Look it up before you pass this on."
         if not where
@@ -223,6 +232,8 @@ def put_card(folder: Path, text: str, *, overwrite: bool = False) -> None:
         UserError: there is a card that is not ours.
     """
     there = _read(folder / CARD)
+    if there is None and os.path.lexists(folder / CARD):
+        raise UserError(f"{folder / CARD} is not a file", "Remove it.")
     if there is not None and not is_ours(there):
         if not overwrite:
             raise UserError(
@@ -285,7 +296,12 @@ def base_link(base: Base) -> str:
 def table(headers: tuple[str, ...], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table."""
     lines = [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers)]
-    return "\n".join([*lines, *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)])
+    return "\n".join([*lines, *(f"| {' | '.join(map(_cell, row))} |" for row in rows)])
+
+
+def _cell(text: str) -> str:
+    """Text for a table: on one line, without bars and markup of its own."""
+    return printable(" ".join(text.split()), keep="").replace("|", "\\|").replace("<", "&lt;")
 
 
 def code(language: str, *lines: str) -> str:
@@ -301,6 +317,10 @@ def shown_text(data: str) -> str:
 def _evaluation(fields: Fields) -> dict[str, Any]:
     """What is kept of a result of ``eval``."""
     texts = fields.fields("texts")
+    if not texts.values:
+        raise UserError(
+            f"{fields.where} has no text that was measured", "Measure one: sparsedeploy eval --data TEXT -o FILE."
+        )
     kept = {}
     for name in texts.values:
         one = texts.fields(name)
@@ -308,11 +328,18 @@ def _evaluation(fields: Fields) -> dict[str, Any]:
             "data": shown_text(one.text("data")),
             "split": one.text("split", None) or "all of it",
             "tokens_sha256": one.text("tokens_sha256"),
-            "perplexity": one.number("perplexity"),
-            "windows": one.integer("windows"),
-            "context": one.integer("context"),
+            "perplexity": _perplexity(one),
+            "windows": one.integer("windows", minimum=1),
+            "context": one.integer("context", minimum=2),
         }
     return {"model_sha256": fields.text("model_sha256"), "dtype": fields.text("dtype"), "texts": kept}
+
+
+def _perplexity(fields: Fields) -> float:
+    value = fields.number("perplexity")
+    if value < 1:
+        raise UserError(f"{fields.where}: 'perplexity' is {value:.6g}, and is at least 1", fields.fix)
+    return value
 
 
 def _tokens(evaluation: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
@@ -374,9 +401,9 @@ def _origin(folder: Path) -> str | None:
 
 
 def _plain(value: Any) -> bool:
-    """Whether a value of a foreign card is worth taking over: short text, or a list of it."""
+    """Whether a value of a foreign card is worth taking over: short text without markup, or a list of it."""
     items = value if isinstance(value, list) else [value]
-    return 0 < len(items) <= 200 and all(isinstance(item, str) and 0 < len(item) <= 200 for item in items)
+    return 0 < len(items) <= 200 and all(isinstance(item, str) and _PLAIN.fullmatch(item) for item in items)
 
 
 def _read(path: Path) -> str | None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from sparsedeploy.progress import SafeConsole
 from sparsedeploy.reporting.benchmark_page import repeat_command
 from sparsedeploy.reporting.benchmark_table import benchmark_heading, benchmark_markdown, benchmark_tables
-from sparsedeploy.speed.comparison import compare_results, parse_threshold
+from sparsedeploy.speed.comparison import compare_results, parse_result, parse_threshold
 from tests.cli.conftest import Outcome
 from tests.reporting.results import bench_result
 from tests.runtimes.artifacts import refresh
@@ -197,7 +197,8 @@ def test_titles_are_printed_without_tags(cli: Callable[..., Outcome], tmp_path: 
 def test_compare_is_not_sure_of_what_the_interval_leaves_open() -> None:
     """The median grew, but only by rounds that may be chance: half of them are as before."""
     old = bench_result(rounds=8)
-    comparison = compare_results(old, change(old, "sparse-80", 1.2, rounds=4), 0.05)
+    new = change(old, "sparse-80", 1.2, rounds=4)
+    comparison = compare_results(parse_result(old, "old"), parse_result(new, "new"), 0.05)
     decode = next(one for one in comparison.changes if (one.name, one.what) == ("sparse-80", "decode"))
     assert decode.verdict == "unsure"
     assert comparison.regressions == []
@@ -220,8 +221,8 @@ def test_compare_counts_a_new_failure_and_a_larger_folder(cli: Callable[..., Out
 def test_compare_of_results_that_do_not_match(cli: Callable[..., Outcome], tmp_path: Path) -> None:
     old = bench_result()
     other = copy.deepcopy(old)
-    for row in other["rows"]:
-        row["setting"]["prompt_length"] += 1
+    for one in (*other["rows"], *other["samples"]):
+        one["setting"]["prompt_length"] += 1
     assert "no row in common" in compare(cli, tmp_path, old, other).err
     assert "format 2" in compare(cli, tmp_path, old, {"format": 1}).err
     assert compare(cli, tmp_path, old, {"format": 1}).code == 2

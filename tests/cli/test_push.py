@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,10 +15,12 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import is_package_available
 
-from sparsedeploy.checkpoint.card import BASE_CARD, CARD, front_matter, is_ours
+from sparsedeploy.checkpoint.card import BASE_CARD, CARD, is_ours
 from sparsedeploy.workflows.options import PruneOptions
 from sparsedeploy.workflows.prune import prune
 from tests.cli.conftest import Outcome
+from tests.cli.mutations import mutations
+from tests.cli.test_bad_input import refused
 from tests.hub import TOKEN, Hub, running_hub
 from tests.small_models import save_model
 
@@ -281,12 +284,110 @@ def test_bad_results(cli: Cli, folders: Path, tmp_path: Path, text: Path) -> Non
     assert "has no sparsity.json" in cli("card", other).err
 
 
-@pytest.mark.parametrize("text", ["", "---\n: [\n---\n", "---\n- a\n---\n", "no front", "---\nlicense: [1, 2]\n---\n"])
+HOSTILE = [
+    *(
+        f"---\nlicense: {value}\n---\n"
+        for value in ('"\\ud800"', '"\\e[2J"', '"a\\nb: c"', "<b>mit</b>", "2020-01-01", ".inf")
+    ),
+    *(
+        f"---\nlicense: {value}\n---\n"
+        for value in ("&a [*a]", "{a: b}", "9" * 6000, "[" * 3000, "x" * 300, "!!python/name:os")
+    ),
+    "---\nlicense: mit\nlicense: gpl-3.0\n---\n",
+    "---\n\tlicense: mit\n---\n",
+    "---\nlicense: mit\n",
+]
+
+
+@pytest.mark.parametrize(
+    "text", [*HOSTILE, "", "---\n: [\n---\n", "---\n- a\n---\n", "no front", "---\nlicense: [1, 2]\n---\n"]
+)
 def test_hostile_front_matter(text: str, tmp_path: Path) -> None:
-    assert front_matter(text).get("license", [1, 2]) == [1, 2]
+    """No licence is better than one that nobody wrote so; the base's own card is kept as it was."""
     dense = save_model(tmp_path / "dense")
     (dense / CARD).write_text(text)
     prune(str(dense), tmp_path / "out", PruneOptions(0.5, "magnitude"))
-    card = ModelCard((tmp_path / "out" / CARD).read_text())
+    made = (tmp_path / "out" / CARD).read_text()
+    card = ModelCard(made)
     assert card.data.license is None
+    assert "which its folder does not name" in made
     assert (tmp_path / "out" / BASE_CARD).read_text() == text
+
+
+def test_several_licences_are_carried(tmp_path: Path) -> None:
+    dense = save_model(tmp_path / "dense")
+    (dense / CARD).write_text("---\nlicense: [mit, apache-2.0]\n---\n")
+    prune(str(dense), tmp_path / "out", PruneOptions(0.5, "magnitude"))
+    text = (tmp_path / "out" / CARD).read_text()
+    assert ModelCard(text).data.license == ["mit", "apache-2.0"]
+    assert "That of the base model: mit, apache-2.0." in text
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+@pytest.mark.parametrize("more", [(), ("--overwrite",)], ids=["new", "overwrite"])
+def test_what_is_no_card_is_not_written_over(
+    cli: Cli, folders: Path, tmp_path: Path, kind: str, more: tuple[str, ...]
+) -> None:
+    pruned = shutil.copytree(folders / "pruned", tmp_path / "pruned")
+    (pruned / CARD).unlink()
+    if kind == "folder":
+        (pruned / CARD).mkdir()
+    elif kind == "pipe":
+        os.mkfifo(pruned / CARD)
+    else:
+        (pruned / CARD).symlink_to("gone")
+    outcome = cli("card", pruned, *more)
+    assert (outcome.code, outcome.changed) == (2, [])
+    assert f"{pruned / CARD} is not a file. Remove it." in outcome.err
+
+
+def test_edited_results(cli: Cli, folders: Path, tmp_path: Path, text: Path) -> None:
+    """What is accepted has figures that can be; nothing of it becomes markup."""
+    pruned = shutil.copytree(folders / "pruned", tmp_path / "pruned")
+    assert cli("eval", pruned, "--data", text, "--context", 64, "-o", tmp_path / "r.json").code == 0
+    sound = (tmp_path / "r.json").read_bytes()
+    for content in mutations(sound, 60, 41, lambda place: place[0] not in ("texts", "model_sha256", "dtype")):
+        (tmp_path / "r.json").write_bytes(content)
+        outcome = cli("card", pruned, "--eval", tmp_path / "r.json")
+        if outcome.code == 2:
+            refused(outcome, "", tmp_path)
+            continue
+        assert outcome.code == 0, (outcome.err, content[:300])
+        rows = [line for line in (pruned / CARD).read_text().splitlines() if re.search(r"of \d+ tokens \|", line)]
+        assert rows, content[:300]
+        assert {line.count(" | ") for line in rows} == {4}, content[:300]
+        (pruned / "evaluation.json").unlink()
+
+
+NAMES = (
+    "",
+    "../x",
+    "a/../b",
+    "a b/c",
+    "a/b c",
+    "https://x.co/me/x",
+    "me/",
+    "/me",
+    "me//x",
+    "me/x.git",
+    "me/x\n",
+    "~/x",
+    ".",
+)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "me\\x", "%2e/x", "me/..", "datasets/me/x", "\x1b[2J/x", "me/" + "x" * 97])
+def test_names_that_no_repository_has(cli: Cli, folders: Path, hub: Hub, name: str) -> None:
+    outcome = cli("push", folders / "pruned", name)
+    assert outcome.code == 2
+    assert "is not a repository's name. Write it as OWNER/NAME" in outcome.err
+    assert "\x1b" not in outcome.err
+    assert hub.asked == []
+
+
+def test_a_folder_that_lost_its_weights(cli: Cli, folders: Path, hub: Hub, tmp_path: Path) -> None:
+    pruned = shutil.copytree(folders / "pruned", tmp_path / "pruned")
+    (pruned / "model.safetensors").unlink()
+    for command in (("push", pruned, "me/x"), ("card", pruned)):
+        refused(cli(*command), "holds no .safetensors weights", tmp_path)
+    assert hub.asked == []
