@@ -14,12 +14,12 @@ from sparsedeploy.checkpoint.card import (
     code,
     front_values,
     licence_section,
-    load_evaluations,
     read_base,
     results_section,
     signed,
     table,
 )
+from sparsedeploy.checkpoint.evaluations import load_evaluations
 from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.folders import write_text
 

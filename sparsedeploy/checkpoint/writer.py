@@ -16,7 +16,8 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.checkpoint import masks as mask_file
-from sparsedeploy.checkpoint.card import CARD, EVALUATION, checkpoint_card, kept_names, read_base
+from sparsedeploy.checkpoint.card import CARD, checkpoint_card, kept_names, read_base
+from sparsedeploy.checkpoint.evaluations import EVALUATION
 from sparsedeploy.checkpoint.manifest import (
     MANIFEST,
     RECIPE,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsedeploy.artifacts.description import ARTIFACT_FILE
-from sparsedeploy.checkpoint.card import CARD, add_evaluations, pruned_card, put_card
+from sparsedeploy.checkpoint.card import CARD, pruned_card, put_card
+from sparsedeploy.checkpoint.evaluations import add_evaluations
 from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import model_sha256

@@ -20,7 +20,8 @@ import torch
 
 from sparsedeploy import progress
 from sparsedeploy.calibration.samples import default_length
-from sparsedeploy.checkpoint.card import add_evaluations, pruned_card, put_card
+from sparsedeploy.checkpoint.card import pruned_card, put_card
+from sparsedeploy.checkpoint.evaluations import add_evaluations
 from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.errors import UserError, add_hint
 from sparsedeploy.folders import locked, write_json, write_text
