@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,11 +34,13 @@ from sparsedeploy.formats import quantized
 from sparsedeploy.formats.config import BITMASK, PackedConfig
 from sparsedeploy.models.loading import load_config
 from sparsedeploy.resources import cache_folder
-from sparsedeploy.runtimes.engine import find_deployment, load, open_model
+from sparsedeploy.runtimes.engine import Deployment, find_deployment, load, open_model
+from sparsedeploy.runtimes.environments import Environment, require
 from sparsedeploy.runtimes.options import EngineOptions, ServeOptions
 from sparsedeploy.runtimes.self_test import _lengths
 from sparsedeploy.runtimes.serving import serve
 from sparsedeploy.runtimes.specification import load_runtime
+from sparsedeploy.runtimes.worker import Worker
 from sparsedeploy.targets.check import Reference, compare_logits
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.workflows.options import PruneOptions
@@ -55,6 +60,30 @@ def verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (home / name).symlink_to(cache_folder(name))
     monkeypatch.setenv("SPARSEDEPLOY_HOME", str(home))
     return home / "verdicts"
+
+
+@pytest.fixture(scope="module")
+def torch_worker() -> Iterator[Worker]:
+    """PyTorch's process, for all models of these tests: it takes seconds to start and holds any number of them."""
+    with require("torch").worker() as worker:
+        yield worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Running(Environment):
+    """The environment of a worker that runs already."""
+
+    running: Worker
+
+    def worker(self, timeout: float = 600.0) -> Any:
+        return contextlib.nullcontext(self.running)
+
+
+def in_torch(folder: Path, worker: Worker) -> Deployment:
+    """A folder on PyTorch, in the process that runs already."""
+    found = find_deployment(folder, "torch")
+    environment = Running(found.runtime, found.environment.python, worker)
+    return dataclasses.replace(found, environment=environment)
 
 
 def packed(folder: Path) -> Path:
@@ -123,11 +152,12 @@ def test_deepsparse_with_wrong_integers(verdicts: Path, tmp_path: Path) -> None:
             pass
 
 
-def test_torch_with_one_wrong_weight_and_its_memory(verdicts: Path, tmp_path: Path) -> None:
+def test_torch_with_one_wrong_weight_and_its_memory(verdicts: Path, torch_worker: Worker, tmp_path: Path) -> None:
     folder = packed(tmp_path)
     deployment = find_deployment(folder, "torch")
     with load(deployment, **SIZES):
         (path,) = verdicts.iterdir()
+    deployment = in_torch(folder, torch_worker)
     # A remembered verdict is read, not made again.
     path.write_text(json.dumps({**json.loads(path.read_text()), "difference": 7.0}))
     with load(deployment, **SIZES):
@@ -143,18 +173,19 @@ def test_torch_with_one_wrong_weight_and_its_memory(verdicts: Path, tmp_path: Pa
     refresh(folder)
     with (
         pytest.raises(UserError, match=r"PyTorch computes .* wrongly on this machine"),
-        load(find_deployment(folder, "torch"), **SIZES),
+        load(in_torch(folder, torch_worker), **SIZES),
     ):
         pass
     with (
         pytest.raises(UserError, match="wrongly on this machine"),
-        load(find_deployment(folder, "torch"), prompt_length=1, new_tokens=1, cores=1),
+        load(in_torch(folder, torch_worker), prompt_length=1, new_tokens=1, cores=1),
     ):
         pass
 
 
 @pytest.mark.parametrize("values", [None, "int8", "int4"])
-def test_packed_weights_with_one_wrong_column(verdicts: Path, tmp_path: Path, values: str | None) -> None:
+@pytest.mark.usefixtures("verdicts")
+def test_packed_weights_with_one_wrong_column(torch_worker: Worker, tmp_path: Path, values: str | None) -> None:
     """In bfloat16, and of codes, whose activations are rounded to 8 bits: the limit is what this rounding makes."""
     model = random_model("llama", hidden_size=64, intermediate_size=96).to(torch.bfloat16)
     for parameter in model.parameters():  # as far from zero as a trained model's
@@ -172,7 +203,7 @@ def test_packed_weights_with_one_wrong_column(verdicts: Path, tmp_path: Path, va
     assert test.tolerance == tolerance("float32")
     assert 0 < load_known_answer(right, test).spread.mean() < 0.05
     for dtype in (None, "float32"):
-        with open_model(right, runtime="torch", dtype=dtype, **SIZES):
+        with load(in_torch(right, torch_worker), dtype=dtype, **SIZES):
             pass
 
     shutil.copytree(right, wrong)
@@ -188,25 +219,27 @@ def test_packed_weights_with_one_wrong_column(verdicts: Path, tmp_path: Path, va
     save_file(tensors, wrong / "model.safetensors", metadata={"format": "pt"})
     with (
         pytest.raises(UserError, match="wrongly on this machine"),
-        open_model(refresh(wrong), runtime="torch", **SIZES),
+        load(in_torch(refresh(wrong), torch_worker), **SIZES),
     ):
         pass
 
 
+@pytest.mark.usefixtures("verdicts")
 def test_artifact_of_an_earlier_version_is_told_once(
-    verdicts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    torch_worker: Worker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = refresh(packed(tmp_path), self_test=None)
     progress.show(True)
     try:
         for said in (True, False):
-            with load(find_deployment(folder, "torch"), **SIZES):
+            with load(in_torch(folder, torch_worker), **SIZES):
                 assert ("holds no known answer" in capsys.readouterr().err) == said
     finally:
         progress.show(False)
 
 
-def test_damaged_answer(verdicts: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("verdicts")
+def test_damaged_answer(torch_worker: Worker, tmp_path: Path) -> None:
     folder = packed(tmp_path)
     test = load_artifact(folder).self_test
     assert test is not None
@@ -216,10 +249,10 @@ def test_damaged_answer(verdicts: Path, tmp_path: Path) -> None:
     refresh(folder)
     with (
         pytest.raises(UserError, match=r"is missing or damaged .* Export the checkpoint again"),
-        load(find_deployment(folder, "torch"), **SIZES),
+        load(in_torch(folder, torch_worker), **SIZES),
     ):
         pass
-    outside = find_deployment(refresh(folder, self_test={**dataclasses.asdict(test), "file": "../x"}), "torch")
+    outside = in_torch(refresh(folder, self_test={**dataclasses.asdict(test), "file": "../x"}), torch_worker)
     with pytest.raises(UserError, match=r"List only files inside"), load(outside, **SIZES):
         pass
 
