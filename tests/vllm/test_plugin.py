@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,17 +38,28 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm"
 
 CANDIDATES = [[(7 * i + 3 * j) % 250 for j in range(8 + i % 4)] for i in range(24)]
 NEW_TOKENS = 12
+# Runs one model after another: vLLM takes many seconds to import.
 PROGRAM = """
-import json, sys
+import json, os, sys, traceback
 from vllm import LLM, SamplingParams
-if __name__ == "__main__":
-    folder, ranks = sys.argv[1], int(sys.argv[2])
+from vllm.distributed import cleanup_dist_env_and_memory
+
+def run(folder, prompts, ranks):
     llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=4, gpu_memory_utilization=0.2,
               tensor_parallel_size=ranks)
     options = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    prompts = [{"prompt_token_ids": prompt} for prompt in json.loads(sys.argv[3])]
-    outputs = llm.generate(prompts, options, use_tqdm=False)
-    print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], options, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+if __name__ == "__main__":
+    for folder, prompts, ranks, wish in json.loads(sys.argv[1]):
+        os.environ["SPARSEDEPLOY_CPU"] = wish
+        try:
+            print("TOKENS", json.dumps(run(folder, prompts, ranks)), flush=True)
+        except Exception:
+            traceback.print_exc()
+        cleanup_dist_env_and_memory()
+        print("END OF RUN", flush=True)
 """
 
 
@@ -117,20 +130,93 @@ def variables(runtime: Environment, **changes: str) -> dict[str, str]:
     return {**process_environment(runtime.runtime), **base, **changes}
 
 
-def run_offline(
-    runtime: Environment, folder: Path | str, prompts: list[list[int]], tmp_path: Path, ranks: int = 1, **changes: str
-) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True)
+class Run:
+    """What a model said in vLLM; ``tokens`` is None where it was refused."""
+
+    tokens: list[list[int]] | None
+    said: str
+
+
+# A folder or a name on the hub, prompts, ranks, and what SPARSEDEPLOY_CPU says.
+Job = tuple[Path | str, list[list[int]], int, str]
+
+
+def run_offline(runtime: Environment, jobs: Sequence[Job], tmp_path: Path, **changes: str) -> list[Run]:
+    """Run models one after another in one process, which may have others for the engine and its ranks."""
     program = tmp_path / "offline.py"
     program.write_text(PROGRAM)
-    command = [str(runtime.python), str(program), str(folder), str(ranks), json.dumps(prompts)]
-    environment = variables(runtime, **changes)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    command = [str(runtime.python), str(program), json.dumps(jobs, default=str)]
+    done = subprocess.run(
+        command,
+        env=variables(runtime, **changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    *runs, rest = done.stdout.split("END OF RUN\n")
+    assert len(runs) == len(jobs), rest[-4000:]
+    return [Run(tokens_of(said), said) for said in runs]
 
 
-def tokens_of(done: subprocess.CompletedProcess[str]) -> list[list[int]]:
-    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
-    assert lines, (done.stdout + done.stderr)[-4000:]
-    return json.loads(lines[-1].removeprefix("TOKENS "))
+def tokens_of(said: str) -> list[list[int]] | None:
+    lines = [line for line in said.splitlines() if line.startswith("TOKENS ")]
+    return json.loads(lines[-1].removeprefix("TOKENS ")) if lines else None
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A checkpoint that pruning rounded to codes, packed, and the tokens that transformers gives for its dense form."""
+
+    packed: Path
+    cases: list[Case]
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Codes]:
+    """In int8 and int4; untied head. vLLM says once in a process what a shape and sparsity run as: two sparsities."""
+    found = {}
+    text = CalibrationOptions(data="stdlib", sequences=4, length=96)
+    kinds: dict[Literal["int8", "int4"], float] = {"int8": 0.5, "int4": 0.6}
+    for kind, sparsity in kinds.items():
+        folder = tmp_path_factory.mktemp(kind)
+        options = PruneOptions(sparsity=sparsity, method="sparsegpt", quantize=kind, calibration=text)
+        prune(str(reference_model("tiny")), folder / "dense", options, RunOptions(device="cpu"))
+        export_checkpoint(folder / "dense", "vllm", folder / "packed")
+        found[kind] = Codes(folder / "packed", clearest(folder / "dense"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def broken(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The packed folder with one bit of a mask turned, and the name of its linear."""
+    folder = shutil.copytree(folders[1], tmp_path_factory.mktemp("broken") / "packed")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("weight_mask"))
+    tensors[name][0, 0] ^= 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder, name.removesuffix(".weight_mask")
+
+
+@pytest.fixture(scope="module")
+def offline(
+    runtime: Environment,
+    folders: tuple[Path, Path],
+    prompts: list[list[int]],
+    codes: dict[str, Codes],
+    broken: tuple[Path, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Run]:
+    """What one process of vLLM makes of several folders: the engine runs in it."""
+    jobs: dict[str, Job] = {wish: (folders[1], prompts, 1, wish) for wish in ("packed", "dense")}
+    for kind, one in codes.items():
+        jobs[kind] = (one.packed, [case.prompt for case in one.cases], 1, "packed")
+    jobs["broken"] = (broken[0], CANDIDATES[:1], 1, "packed")
+    place = tmp_path_factory.mktemp("offline")
+    runs = run_offline(runtime, list(jobs.values()), place, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    return dict(zip(jobs, runs, strict=True))
 
 
 def test_check(runtime: Environment) -> None:
@@ -138,17 +224,10 @@ def test_check(runtime: Environment) -> None:
 
 
 @pytest.mark.parametrize("wish", ["packed", "dense"])
-def test_offline(
-    runtime: Environment,
-    folders: tuple[Path, Path],
-    prompts: list[list[int]],
-    expected: list[list[int]],
-    tmp_path: Path,
-    wish: str,
-) -> None:
-    done = run_offline(runtime, folders[1], prompts, tmp_path, SPARSEDEPLOY_CPU=wish)
-    assert tokens_of(done) == expected
-    assert f"runs {wish} (SPARSEDEPLOY_CPU says so)" in done.stdout + done.stderr
+def test_offline(offline: dict[str, Run], expected: list[list[int]], wish: str) -> None:
+    run = offline[wish]
+    assert run.tokens == expected, run.said[-4000:]
+    assert f"runs {wish} (SPARSEDEPLOY_CPU says so)" in run.said
 
 
 def test_by_its_name_on_a_hub(
@@ -158,28 +237,42 @@ def test_by_its_name_on_a_hub(
     expected: list[list[int]],
     tmp_path: Path,
 ) -> None:
-    """vLLM fetches the packed folder itself."""
+    """vLLM fetches the packed folder itself; the engine has a process of its own.
+
+    A folder of another version is refused before that process is started.
+    """
+    newer = shutil.copytree(folders[1], tmp_path / "newer")
+    config = json.loads((newer / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 2
+    (newer / "config.json").write_text(json.dumps(config))
     with running_hub() as hub:
         hub.repos["me/packed"] = {path.name: path.read_bytes() for path in folders[1].iterdir() if path.is_file()}
         hub.commits["me/packed"] = ["0" * 40]
         changes = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-        done = run_offline(runtime, "me/packed", prompts, tmp_path, HF_TOKEN=TOKEN, **changes)
-        assert tokens_of(done) == expected
-        assert "runs packed" in done.stdout + done.stderr
+        jobs: list[Job] = [(newer, CANDIDATES[:1], 1, "packed"), ("me/packed", prompts, 1, "packed")]
+        refused, run = run_offline(runtime, jobs, tmp_path, HF_TOKEN=TOKEN, **changes)
+        assert run.tokens == expected, run.said[-4000:]
+        assert "runs packed" in run.said
+        assert "EngineCore" in run.said
         assert any("model.safetensors" in request for request in hub.asked)
+    assert refused.tokens is None
+    assert "packed format version 2, this version of sparsedeploy reads 1" in refused.said
+    assert "EngineCore" not in refused.said
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_codes(runtime: Environment, tmp_path: Path, kind: Literal["int8", "int4"]) -> None:
-    """Weights that pruning rounded run as their codes; the clearest tokens bear 8-bit activations. Untied head."""
-    text = CalibrationOptions(data="stdlib", sequences=4, length=96)
-    options = PruneOptions(sparsity=0.5, method="sparsegpt", quantize=kind, calibration=text)
-    prune(str(reference_model("tiny")), tmp_path / "dense", options, RunOptions(device="cpu"))
-    export_checkpoint(tmp_path / "dense", "vllm", tmp_path / "packed")
-    best = clearest(tmp_path / "dense")
-    done = run_offline(runtime, tmp_path / "packed", [case.prompt for case in best], tmp_path)
-    assert tokens_of(done) == [case.tokens for case in best]
-    assert "runs packed" in done.stdout + done.stderr
+def test_codes(offline: dict[str, Run], codes: dict[str, Codes], kind: str) -> None:
+    """Weights that pruning rounded run as their codes; the clearest tokens bear 8-bit activations."""
+    run = offline[kind]
+    assert run.tokens == [case.tokens for case in codes[kind].cases], run.said[-4000:]
+    assert "runs packed" in run.said
+
+
+def test_damage_is_refused_before_a_kernel_runs(offline: dict[str, Run], broken: tuple[Path, str]) -> None:
+    run = offline["broken"]
+    assert run.tokens is None
+    assert broken[1].rpartition(".")[0] in run.said
+    assert "weight_offsets has" in run.said
 
 
 def test_two_ranks(
@@ -189,24 +282,22 @@ def test_two_ranks(
     expected: list[list[int]],
     tmp_path: Path,
 ) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        pytest.skip("needs two cores")
-    done = run_offline(runtime, folders[1], prompts, tmp_path, 2, VLLM_CPU_OMP_THREADS_BIND=f"{cores[0]}|{cores[1]}")
-    assert tokens_of(done) == expected
-
-
-def test_ranks_that_cannot_cut_the_weights_are_refused(runtime: Environment, tmp_path: Path) -> None:
-    """Half of 200 columns is not whole bytes of mask bits."""
+    """The same tokens; weights that cannot be cut are refused: half of 200 columns is not whole bytes of mask bits."""
     sizes = {"hidden_size": 128, "intermediate_size": 200, "num_attention_heads": 2, "num_key_value_heads": 2}
     save_sparse_model(tmp_path / "dense", "llama", torch.float32, **sizes)
     export_checkpoint(tmp_path / "dense", "vllm", tmp_path / "packed")
-    core = min(os.sched_getaffinity(0))
-    done = run_offline(
-        runtime, tmp_path / "packed", CANDIDATES[:1], tmp_path, 2, VLLM_CPU_OMP_THREADS_BIND=f"{core}|{core}"
-    )
-    assert done.returncode != 0
-    assert "2 ranks would get 100 of 200 columns each" in done.stdout + done.stderr
+    cores = sorted(os.sched_getaffinity(0))
+    binding = f"{cores[0]}|{cores[-1]}"
+    jobs: list[Job] = [(tmp_path / "packed", CANDIDATES[:1], 2, "packed")]
+    if len(cores) > 1:
+        jobs.insert(0, (folders[1], prompts, 2, "packed"))
+    changes = {"VLLM_CPU_OMP_THREADS_BIND": binding, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    *whole, refused = run_offline(runtime, jobs, tmp_path, **changes)
+    assert refused.tokens is None
+    assert "2 ranks would get 100 of 200 columns each" in refused.said
+    if not whole:
+        pytest.skip("needs two cores")
+    assert whole[0].tokens == expected, whole[0].said[-4000:]
 
 
 def test_worker(
@@ -270,35 +361,3 @@ def wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
         except OSError:
             time.sleep(1)
     raise AssertionError(f"the server did not answer: {log.read_text()[-4000:]}")
-
-
-def test_damage_is_refused_before_a_kernel_runs(
-    runtime: Environment, folders: tuple[Path, Path], tmp_path: Path
-) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in folders[1].iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(broken / "model.safetensors")
-    name = next(name for name in tensors if name.endswith("weight_mask"))
-    tensors[name][0, 0] ^= 1
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    done = run_offline(runtime, broken, CANDIDATES[:1], tmp_path)
-    assert done.returncode != 0
-    assert f"{name.removesuffix('.weight_mask').rpartition('.')[0]}" in done.stdout + done.stderr
-    assert "weight_offsets has" in done.stdout + done.stderr
-
-
-def test_another_version_is_refused_by_the_starting_process(
-    runtime: Environment, folders: tuple[Path, Path], tmp_path: Path
-) -> None:
-    newer = tmp_path / "newer"
-    newer.mkdir()
-    for path in folders[1].iterdir():
-        (newer / path.name).write_bytes(path.read_bytes())
-    config = json.loads((newer / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
-    (newer / "config.json").write_text(json.dumps(config))
-    done = run_offline(runtime, newer, CANDIDATES[:1], tmp_path)
-    assert done.returncode != 0
-    assert "packed format version 2, this version of sparsedeploy reads 1" in done.stderr
