@@ -106,7 +106,6 @@ def _head_is_pruned(folder: Path) -> bool:
 
 def _describe_checkpoint(folder: Path) -> Artifact:
     # Heavy, and not needed for an exported folder.
-
     from sparsedeploy.models.fingerprint import model_sha256
     from sparsedeploy.models.loading import build_empty, load_config
     from sparsedeploy.models.stored_names import read_linear, stored_slices
@@ -114,6 +113,8 @@ def _describe_checkpoint(folder: Path) -> Artifact:
     from sparsedeploy.models.tensor_files import TensorFiles
 
     config = load_config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{folder} is packed and its {ARTIFACT_FILE} is missing", "Copy the whole folder again.")
     model = build_empty(folder, config, trust_remote_code=False)
     files = TensorFiles(folder)
     weights = zeros = 0

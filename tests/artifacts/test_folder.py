@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsedeploy.artifacts.folder import open_checkpoint
+from sparsedeploy.artifacts.description import ARTIFACT_FILE
+from sparsedeploy.artifacts.folder import describe_folder, open_checkpoint
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.low_rank import LowRank, save_adapter
 from sparsedeploy.targets.registry import export_checkpoint
+from tests.formats.test_transformers import save_sparse_model
 from tests.small_models import random_model, save_model
 
 UP = "model.layers.0.mlp.up_proj"
@@ -51,3 +53,11 @@ def test_an_adapter_is_for_targets_that_ask_for_it(folder: Path, tmp_path: Path)
     with pytest.raises(UserError, match="adapter that is not merged"):
         export_checkpoint(folder, "vllm", tmp_path / "out")
     assert open_checkpoint(folder, adapters=True).folder == folder
+
+
+def test_packed_weights_without_their_description_are_refused(tmp_path: Path) -> None:
+    save_sparse_model(tmp_path / "dense", "llama", torch.float32)
+    export_checkpoint(tmp_path / "dense", "vllm", tmp_path / "packed")
+    (tmp_path / "packed" / ARTIFACT_FILE).unlink()
+    with pytest.raises(UserError, match=r"is packed and its artifact\.json is missing\. Copy the whole folder again"):
+        describe_folder(tmp_path / "packed")
