@@ -6,14 +6,18 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from sparsedeploy import progress
 from sparsedeploy.runtimes.machine import this_machine
 
 _REPEATS = 9
-_CACHE_MULTIPLE = 8
+# Where caches are large, passes take long: after so many seconds the fewest are enough.
+_SECONDS, _FEWEST = 1.0, 3
+_CACHE_MULTIPLE = 4  # STREAM's rule for each array (J. McCalpin, "STREAM: sustainable memory bandwidth")
 _SMALLEST = 256 << 20
 _DEFAULT_CACHE = 32 << 20
 
@@ -41,11 +45,19 @@ class Bandwidth:
         return max(*self.read, *self.copy)
 
 
+@lru_cache
+def machine_bandwidth(threads: int) -> Bandwidth:
+    """:func:`measure_bandwidth`, once in a process: it takes seconds, and the machine stays the same."""
+    progress.note(f"measure memory bandwidth with {threads} thread{'s' if threads > 1 else ''}")
+    return measure_bandwidth(threads)
+
+
 def measure_bandwidth(threads: int, array_bytes: int | None = None, repeats: int = _REPEATS) -> Bandwidth:
     """Time passes over an array with ``threads`` threads, each on its own part.
 
     Args:
-        array_bytes: by default 8 times the last-level cache, at least 256 MiB.
+        array_bytes: by default 4 times the last-level cache, at least 256 MiB.
+        repeats: at most; a second is enough for each kind of pass.
     """
     size = array_bytes or max(_SMALLEST, _CACHE_MULTIPLE * (this_machine().last_level_cache_bytes or _DEFAULT_CACHE))
     source = np.ones(size // 4, dtype=np.float32)
@@ -62,11 +74,13 @@ def measure_bandwidth(threads: int, array_bytes: int | None = None, repeats: int
     with ThreadPoolExecutor(threads) as pool:
 
         def rates(work: Callable[[tuple[np.ndarray, np.ndarray]], Any], traffic: int) -> list[float]:
-            found = []
-            for _ in range(repeats + 1):
+            list(pool.map(work, parts))  # starts the threads
+            found: list[float] = []
+            began = time.perf_counter()
+            while len(found) < repeats and (len(found) < _FEWEST or time.perf_counter() - began < _SECONDS):
                 started = time.perf_counter()
                 list(pool.map(work, parts))
                 found.append(traffic / (time.perf_counter() - started) / 1e9)
-            return found[1:]  # the first pass also starts the threads
+            return found
 
         return Bandwidth(threads, source.nbytes, rates(read, source.nbytes), rates(copy, 2 * source.nbytes))

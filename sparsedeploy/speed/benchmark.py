@@ -34,7 +34,7 @@ from sparsedeploy.runtimes.engine import (
 )
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.machine import Machine, this_machine
-from sparsedeploy.speed.bandwidth import Bandwidth, measure_bandwidth
+from sparsedeploy.speed.bandwidth import Bandwidth, machine_bandwidth
 from sparsedeploy.speed.candidates import Candidate, load_contenders
 from sparsedeploy.speed.layer_profile import Profile, profile_deployment
 from sparsedeploy.speed.options import BenchmarkOptions
@@ -158,8 +158,7 @@ def benchmark(artifacts: Sequence[str | Path], options: BenchmarkOptions) -> Ben
     samples: list[Sample] = []
     facts: dict[str, dict[str, Any]] = {}
     for count in options.cores:
-        progress.note(f"measure memory bandwidth with {count} thread{'s' if count > 1 else ''}")
-        bandwidth[count] = measure_bandwidth(count)
+        bandwidth[count] = machine_bandwidth(count)
         for length in lengths:
             for setting, outcomes in _measure(candidates, deployments, count, length, options, chunks, samples, facts):
                 rows.extend(
