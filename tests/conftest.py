@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 
 from sparsedeploy.runtimes.environments import Environment, install, require
@@ -17,3 +20,24 @@ def deepsparse_runtime() -> Environment:
         pytest.skip(reason)
     install("deepsparse")
     return require("deepsparse")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first, so that processes which share the tests end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """Engines get one core, in each test process another one.
+
+    An engine's threads wait for each other in loops, which takes most of the time where test processes share cores.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {cores[process % len(cores)]})
+    yield
+    os.sched_setaffinity(0, cores)

@@ -29,6 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [export_small(root / str(sparsity), "llama", sparsity).folder for sparsity in (0.0, 0.5, 0.8)]
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.usefixtures("deepsparse_runtime")
 def test_mixed_runtimes_settings_and_every_output(
@@ -91,6 +92,7 @@ def test_mixed_runtimes_settings_and_every_output(
     assert "--prompt-length 6,9 --batch 1,2 --decode-tokens 2" in repeat_command(result)
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.usefixtures("deepsparse_runtime")
 def test_one_that_fails_is_a_row_and_the_others_go_on(

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.cli.conftest import Outcome
 
 
+@pytest.mark.slow
 def test_it_fills_the_grid_and_picks(cli: Callable[..., Outcome], model: Path, text: Path, tmp_path: Path) -> None:
     path = tmp_path / "sweep.yaml"
     quality = {"data": str(text), "context": 32, "max_windows": 2}

@@ -56,7 +56,13 @@ def _why_not(block: Block) -> str | None:
     return block.skipped or (_missing(block.engine) if block.engine else None)
 
 
+def _quick(words: tuple[str, ...]) -> tuple[str, ...]:
+    """A benchmark with as few rounds as it takes: examples are run, not measured."""
+    return (*words, "--rounds", "2") if words[0] == "bench" and not {"--rounds", "--compare"} & {*words} else words
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_core")
 @pytest.mark.parametrize(("document", "found"), _ALL, ids=[found[0].document for _, found in _ALL])
 def test_examples_run(
     document: Path,
@@ -82,7 +88,7 @@ def test_examples_run(
     for block in runnable:
 
         def sparsedeploy(*words: str, at: Block = block) -> None:
-            outcome = cli(*words)
+            outcome = cli(*_quick(words))
             assert outcome.code == 0, f"{at.document}:{at.line}: {' '.join(words)}: {outcome.err}"
 
         run(block, sparsedeploy, vars(module))

@@ -32,6 +32,7 @@ def test_figures_are_embedded() -> None:
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_core")
 def test_cells_run(deepsparse_runtime: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By nbclient where it is installed, else one after another in this process."""
     server = Path(status("deepsparse").path) / "env"

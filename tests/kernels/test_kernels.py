@@ -241,6 +241,7 @@ def test_bad_arguments_are_refused(library: Library) -> None:
     assert library.c.sd_status_text(5).startswith(b"the blocks have no exact zero")
 
 
+@pytest.mark.slow
 def test_the_environment_chooses_the_instruction_set(library_path: Path) -> None:
     code = (
         "import ctypes, sys, torch; library = ctypes.CDLL(sys.argv[1]);"

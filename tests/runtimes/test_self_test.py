@@ -95,6 +95,7 @@ def packed(folder: Path) -> Path:
 SIZES = {"prompt_length": 80, "new_tokens": 8, "cores": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.usefixtures("deepsparse_runtime")
 def test_deepsparse_with_one_wrong_weight(verdicts: Path, tmp_path: Path) -> None:
@@ -127,6 +128,7 @@ def test_deepsparse_with_one_wrong_weight(verdicts: Path, tmp_path: Path) -> Non
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.usefixtures("deepsparse_runtime")
 def test_deepsparse_with_wrong_integers(verdicts: Path, tmp_path: Path) -> None:
@@ -152,6 +154,7 @@ def test_deepsparse_with_wrong_integers(verdicts: Path, tmp_path: Path) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_torch_with_one_wrong_weight_and_its_memory(verdicts: Path, torch_worker: Worker, tmp_path: Path) -> None:
     folder = packed(tmp_path)
     deployment = find_deployment(folder, "torch")

@@ -26,6 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [export_small(root / str(sparsity), "llama", sparsity).folder for sparsity in (0.0, 0.5, 0.8)]
 
 
+@pytest.mark.slow
 def test_result_holds_every_sample_and_follows_from_them(folders: list[Path]) -> None:
     dense, half, most = folders
     result = benchmark(
@@ -112,6 +113,7 @@ def test_one_that_crashes_in_the_middle(folders: list[Path], monkeypatch: pytest
     assert "llama-80" in benchmark_page(result.to_json())
 
 
+@pytest.mark.slow
 def test_profile_is_by_layer(folders: list[Path]) -> None:
     """The engine's times beside the zeros that were put into each layer."""
     result = benchmark(

@@ -139,5 +139,6 @@ if __name__ == "__main__":
     if which in ("tuning", "operator"):
         {"tuning": check_tuning, "operator": check_operator}[which](Path(argument))
     else:
-        {"bitmask": check_bitmask, "nm": check_nm, "codes": check_codes}[which](getattr(torch, argument))
+        for name in argument.split(","):
+            {"bitmask": check_bitmask, "nm": check_nm, "codes": check_codes}[which](getattr(torch, name))
     print("checked")

@@ -34,6 +34,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.llmcompressor
 @pytest.mark.parametrize("scheme", ["fp8-dynamic", "w8a8", "w4a16"])

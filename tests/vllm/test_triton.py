@@ -32,10 +32,10 @@ def run(program: Path, *arguments: str, interpret: bool) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["bitmask", "nm", "codes"])
-def test_interpreted_kernels(kernels: str, dtype: str) -> None:
-    assert "checked" in run(FOLDER / "interpreted.py", kernels, dtype, interpret=True)
+def test_interpreted_kernels(kernels: str) -> None:
+    assert "checked" in run(FOLDER / "interpreted.py", kernels, "float32,float16,bfloat16", interpret=True)
 
 
 @pytest.mark.parametrize("part", ["tuning", "operator"])

@@ -49,6 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_core")
 def test_interrupted_and_resumed(deepsparse_runtime: Environment, model: Path, tmp_path: Path, cli) -> None:  # noqa: F811
     """The first run is stopped after its first trial; the same command goes on and repeats nothing."""
     output = tmp_path / "out"
@@ -114,6 +115,7 @@ def test_interrupted_and_resumed(deepsparse_runtime: Environment, model: Path, t
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_core")
 def test_a_bound_that_nothing_meets(deepsparse_runtime: Environment, model: Path, tmp_path: Path, cli) -> None:  # noqa: F811
     outcome = cli("deploy", model, "--for", "deepsparse", "--within", "0.001%", "-o", tmp_path / "out", *_SEARCH)
     assert outcome.code == 2

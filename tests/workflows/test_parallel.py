@@ -15,6 +15,8 @@ from sparsedeploy.checkpoint.inspection import inspect_checkpoint
 from sparsedeploy.errors import UserError
 from sparsedeploy.processes import Processes
 from sparsedeploy.pruning.layers import assign
+from sparsedeploy.workflows.options import PruneOptions, RunOptions
+from sparsedeploy.workflows.prune import prune
 from tests.small_models import random_model, save_model
 
 
@@ -32,6 +34,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", ["float32", "float64"])
 def test_two_processes_give_what_one_gives(accumulate: str, tmp_path: Path, text: Path) -> None:
     source = save_model(tmp_path / "dense")
@@ -53,6 +56,7 @@ def test_two_processes_give_what_one_gives(accumulate: str, tmp_path: Path, text
     assert different <= 1e-3 * sum(tensor.numel() for tensor in one.values())
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_from_all_processes_together(tmp_path: Path, text: Path) -> None:
     source = save_model(tmp_path / "dense")
     arguments = ("prune", source, "-s", 0.6, "--data", text, "-n", 1, "--calibration-length", 32, "--device", "cpu")
@@ -65,6 +69,7 @@ def test_bad_input_is_one_line_from_all_processes_together(tmp_path: Path, text:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -103,11 +108,12 @@ def test_sequences_are_split_without_loss() -> None:
         Processes(0, 3).shard(tokens[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["elsa", "sparse-lora"])
 def test_two_processes_train_as_one(method: str, tmp_path: Path, text: Path) -> None:
     """Three passes a step, so that one process has more of them than the other; the dense model is learnt from too."""
     source, pruned = save_model(tmp_path / "dense"), tmp_path / "pruned"
-    assert run(1, "prune", source, "-o", pruned, "-s", 0.6, "-m", "magnitude", "--device", "cpu").returncode == 0
+    prune(str(source), pruned, PruneOptions(sparsity=0.6, method="magnitude"), RunOptions(device="cpu"))
     options = ("--train-option", "accumulation=3", "--train-option", "batch_size=1", "--train-samples", 25)
     weights, reports = [], []
     for processes in (1, 2):
@@ -132,9 +138,10 @@ def test_two_processes_train_as_one(method: str, tmp_path: Path, text: Path) -> 
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_more_processes_than_passes_are_refused(tmp_path: Path, text: Path) -> None:
     source, pruned = save_model(tmp_path / "dense"), tmp_path / "pruned"
-    assert run(1, "prune", source, "-o", pruned, "-s", 0.6, "-m", "magnitude", "--device", "cpu").returncode == 0
+    prune(str(source), pruned, PruneOptions(sparsity=0.6, method="magnitude"), RunOptions(device="cpu"))
     outcome = run(
         2, "recover", pruned, "-o", tmp_path / "out", "-m", "elsa", "--train-data", text, "--device", "cpu",
         "--train-option", "accumulation=1",

@@ -107,6 +107,7 @@ def test_a_file_that_cannot_be_is_refused(changes: dict[str, Any], message: str,
         load_sweep(written(tmp_path, content(place, **changes)))
 
 
+@pytest.mark.slow
 def test_cells_are_filled_kept_and_reported(place: Path, tmp_path: Path) -> None:
     training = {"learning_rate": 1e-3, "accumulation": 1}
     values = content(
@@ -138,6 +139,7 @@ def test_cells_are_filled_kept_and_reported(place: Path, tmp_path: Path) -> None
         run_sweep(load_sweep(written(tmp_path, values)), out)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_loses_its_cell_only(place: Path, tmp_path: Path) -> None:
     """The first prune is killed as soon as it runs; its own recovery is left out, the other cell is filled."""
     values = content(
@@ -171,6 +173,7 @@ def test_a_process_that_is_killed_loses_its_cell_only(place: Path, tmp_path: Pat
     assert all(row["perplexity"] for row in report["cells"])
 
 
+@pytest.mark.slow
 def test_what_an_interrupted_cell_left_is_not_taken_for_another_request(place: Path, tmp_path: Path) -> None:
     """A sweep is stopped in the middle of a cell; then the file asks for something else under the same name."""
     out = tmp_path / "out"
@@ -191,6 +194,7 @@ def test_what_an_interrupted_cell_left_is_not_taken_for_another_request(place: P
         run_sweep(load_sweep(written(tmp_path, other)), out, load=CPU)
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_says_why_in_its_own_words(place: Path, tmp_path: Path) -> None:
     values = content(place, methods=["wanda"], calibration={"data": str(place / "nothing.txt")})
     with pytest.raises(UserError, match=r"1 of 2 cells failed; wanda-uniform-50: .*nothing\.txt"):
