@@ -11,13 +11,22 @@ from rich.table import Table
 
 from sparsedeploy.cli.common import DenseModelArgument, JsonOption, WorkFolderOption, console, print_json
 from sparsedeploy.cli.flags import Given, Section, takes
-from sparsedeploy.workflows.options import CalibrationOptions, DeployOptions, PreviewOptions
+from sparsedeploy.cli.recover import take_recovery
+from sparsedeploy.workflows.options import (
+    CalibrationOptions,
+    DataOptions,
+    DeployOptions,
+    PreviewOptions,
+    RecoverOptions,
+)
 
 
 @takes(
     Section("deploy", DeployOptions),
     Section("preview", PreviewOptions),
     Section("calibration", CalibrationOptions, "Calibration text"),
+    Section("recover", RecoverOptions, "Recovery", undecided=("method",)),
+    Section("train", DataOptions, "Recovery"),
 )
 def deploy_command(
     model: DenseModelArgument,
@@ -29,8 +38,8 @@ def deploy_command(
 
     Finds the highest sparsity whose perplexity stays within the bound, exports it in the fastest format that stays
     within it too, and measures it against the dense model. Methods and allocations are compared from one calibration;
-    what is chosen was pruned and measured at its rate. If it is interrupted, run the same command again to resume;
-    another target in the same folder reuses the search.
+    what is chosen was pruned and measured at its rate. With --recover, higher rates are trained as well. If it is
+    interrupted, run the same command again to resume; another target in the same folder reuses the search.
     """
     from sparsedeploy.workflows.deploy import deploy, plan
     from sparsedeploy.workflows.deploy_plan import shown_time
@@ -39,7 +48,14 @@ def deploy_command(
 
     calibration = given.build("calibration", CalibrationOptions)
     options = replace(given.build("deploy", DeployOptions), calibration=calibration)
-    if given.build("preview", PreviewOptions).dry_run:
+    preview = given.build("preview", PreviewOptions)
+    recovery, why = None, "there is no --recover"
+    if given.value("recover", "method") is not None:
+        recovery, method = take_recovery(given, calibration.seed)
+        why = f"{method.name} does not train"
+    given.refuse_unread({"recover": why, "train": why})
+    options = replace(options, recovery=recovery)
+    if preview.dry_run:
         steps = plan(prepare(model, output, options))
         if as_json:
             print_json(

@@ -11,14 +11,20 @@ from sparsedeploy.cli.common import JsonOption, OutputOption, console, print_jso
 from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.errors import UserError
 from sparsedeploy.registry import RECOVERIES, Method
-from sparsedeploy.workflows.options import CalibrationOptions, DataOptions, RecoverOptions, RecoverRunOptions
+from sparsedeploy.workflows.options import (
+    RECOVER_FLAGS,
+    CalibrationOptions,
+    DataOptions,
+    RecoverOptions,
+    RecoverRunOptions,
+)
 
 if TYPE_CHECKING:
     from sparsedeploy.checkpoint.manifest import Manifest
 
 # The checkpoint's own values stand where none is typed.
 _SECTIONS = (
-    Section("recover", RecoverOptions, flags={"method": ("--method", "-m")}),
+    Section("recover", RecoverOptions, flags=RECOVER_FLAGS),
     Section("train", DataOptions, "Training text", without=("seed",)),
     Section("calibration", CalibrationOptions, "Calibration text, in place of the checkpoint's", undecided=True),
     Section("run", RecoverRunOptions),

@@ -11,7 +11,7 @@ from sparsedeploy.recovery.low_rank_training import LoraOptions, summary, train_
 from sparsedeploy.registry import RECOVERIES
 
 
-@RECOVERIES.register("lora", LoraOptions, starts_from="pruned", trains=True, calibrates=False)
+@RECOVERIES.register("lora", LoraOptions, starts_from="pruned", trains=True, calibrates=False, merged=False)
 def lora(job: RecoveryJob, options: LoraOptions) -> Recovered:
     """Train plain LoRA adapters and keep them apart, since merging would make the model dense again."""
     adapters, masks, report = train_on_pruned(job, options, masked=False)

@@ -79,7 +79,7 @@ class Split:
     residual: float
 
 
-@RECOVERIES.register("sparselo", SparseLoOptions, starts_from="dense", trains=False, calibrates=True)
+@RECOVERIES.register("sparselo", SparseLoOptions, starts_from="dense", trains=False, calibrates=True, merged=False)
 def sparselo(job: RecoveryJob, options: SparseLoOptions) -> Recovered:
     """Sparse plus low rank: what pruning removes is kept as a product of two thin matrices, without training."""
     plan = _plan(job, options)

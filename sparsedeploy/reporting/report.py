@@ -104,7 +104,7 @@ def _trials_section(report: Mapping[str, Any]) -> Markup:
     lines: dict[str, list[tuple[float, float]]] = {}
     for one in trials:
         if one["perplexity"] is not None:
-            lines.setdefault(f"{one['method']}, {one['allocation']}", []).append((one["rate"], one["perplexity"]))
+            lines.setdefault(_how(one), []).append((one["rate"], one["perplexity"]))
     series = [Series(name, sorted(points)) for name, points in lines.items()]
     rates = [one["rate"] for one in trials]
     series.append(Series("bound", [(min(rates), bound), (max(rates), bound)]))
@@ -113,7 +113,7 @@ def _trials_section(report: Mapping[str, Any]) -> Markup:
     )
     rows = [
         (
-            f"{one['method']}, {one['allocation']}",
+            _how(one),
             f"{one['rate']:.0%}",
             one["reason"] or f"{one['perplexity']:.3f}",
             "yes" if one["perplexity"] is not None and one["perplexity"] <= bound else "no",
@@ -121,13 +121,17 @@ def _trials_section(report: Mapping[str, Any]) -> Markup:
         )
         for one in trials
     ]
-    headers = ("method and allocation", "sparsity", "perplexity", "within the bound", "time")
+    headers = ("method, allocation, recovery", "sparsity", "perplexity", "within the bound", "time")
     return section(
         "Rates that were tried",
         figure(chart, f"Perplexity on held-out text in PyTorch; the bound is {bound:.3f}."),
         table(headers, rows),
         *_compared(report.get("compared", [])),
     )
+
+
+def _how(trial: Mapping[str, Any]) -> str:
+    return ", ".join(filter(None, [trial["method"], trial["allocation"], trial.get("recovery")]))
 
 
 def _compared(compared: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:

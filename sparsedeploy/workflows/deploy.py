@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,12 @@ from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.workflows.deploy_compare import compare_pairs, make_plans, pairs_of, plan_path, tried_perplexity
 from sparsedeploy.workflows.deploy_plan import Step, Work, measured_speed
 from sparsedeploy.workflows.deploy_report import Outcome, format_options, report_of, result_of
-from sparsedeploy.workflows.deploy_request import STATE, Prepared, State, prepare
+from sparsedeploy.workflows.deploy_request import STATE, Prepared, State, prepare, trial_of
 from sparsedeploy.workflows.deploy_search import Space, Trial, chosen, nearest, next_trial
-from sparsedeploy.workflows.options import DeployOptions, PruneOptions, RunOptions
+from sparsedeploy.workflows.options import DeployOptions, PruneOptions, RecoverRunOptions, RunOptions
 from sparsedeploy.workflows.plan import resolve_allocation
 from sparsedeploy.workflows.prune import prune
+from sparsedeploy.workflows.recover import recover_checkpoint
 
 
 def deploy(
@@ -60,7 +61,9 @@ def deploy(
     """
     prepared = prepare(source, output, options)
     try:
-        with locked(output, (prepared.folder, prepared.options.calibration.data, prepared.held_out)):
+        read: list[str | Path] = [prepared.folder, prepared.options.calibration.data, prepared.held_out]
+        read += [options.recovery.data.data] if options.recovery and options.recovery.data else []
+        with locked(output, read):
             return _run(prepared, command)
     except BaseException as error:
         if (output / STATE).exists() and not isinstance(error, UserError):
@@ -96,8 +99,15 @@ def plan(prepared: Prepared) -> list[Step]:
     if space.searching:
         what = f"the best method at {middle} with {', '.join(trial.allocation for trial in rivals)}"
         steps.append(Step("try", what, len(rivals) * slowest, len(state.trials) >= len(rivals)))
-    done = bool(state.trials) and next_trial(space, pairs_of(state.compared), state.results) is None
-    steps.append(Step("try", f"the best pair at up to {space.halvings} of {ladder}", space.halvings * slowest, done))
+    over = [
+        bool(state.trials) and next_trial(each, pairs_of(state.compared), state.results) is None
+        for each in (replace(space, recovery=None), space)
+    ]
+    steps.append(Step("try", f"the best pair at up to {space.halvings} of {ladder}", space.halvings * slowest, over[0]))
+    if options.recovery is not None and options.recovery.data is not None:
+        tokens = options.recovery.data.samples * options.recovery.data.max_length
+        what = f"{space.recovery} at the rates above, until one is outside of the bound: two of them"
+        steps.append(Step("recover", what, 2 * (slowest + work.training_seconds(tokens, speed)), over[1]))
     for name in prepared.aim.formats:
         seconds = 2 * work.export_seconds()
         steps.append(Step("export", f"{name}, and its perplexity in the engine", seconds, name in state.formats))
@@ -127,7 +137,7 @@ def _run(prepared: Prepared, command: str) -> dict[str, Any]:
         best = _search(prepared, state, space)
     checkpoint = _pruned(prepared, best)
     _describe(prepared, checkpoint, state)
-    with _step(f"4/5  export {best.rate:.0%} ({best.method}, {best.allocation})"):
+    with _step(f"4/5  export {best.rate:.0%} ({best.how})"):
         for name, how in aim.formats.items():
             known = state.formats.get(name)
             if known is None or (known["perplexity"] is not None and not (output / known["folder"]).is_dir()):
@@ -169,8 +179,8 @@ def _search(prepared: Prepared, state: State, space: Space) -> Trial:
         try:
             model = load_model(_pruned(prepared, trial), dtype=torch.float32, device=resolve_device("auto"))
             found, reason = tried_perplexity(model, prepared.windows)
-        except UserError as error:  # a rate that an allocation cannot meet
-            if "cannot be met" not in error.message:
+        except UserError as error:  # a rate that an allocation cannot meet, or a training that diverges
+            if not any(words in error.message for words in ("cannot be met", "the state after step")):
                 raise
             reason = error.message
         row = {**asdict(trial), "perplexity": found, "reason": reason, "seconds": time.perf_counter() - started}
@@ -181,10 +191,10 @@ def _search(prepared: Prepared, state: State, space: Space) -> Trial:
     best = chosen(space, pairs_of(state.compared), state.results)
     if best is None:
         close = nearest(state.results)
-        value = next(one for one in state.trials if Trial(one["rate"], one["method"], one["allocation"]) == close)
+        value = next(one for one in state.trials if trial_of(one) == close)
         raise UserError(
             f"no rate from {space.rates[0]:.0%} to {space.rates[-1]:.0%} stays within {prepared.options.within}; the "
-            f"nearest is {close.rate:.0%} with {close.method}, {close.allocation}: {_told(value, state.dense)}",
+            f"nearest is {close.rate:.0%} with {close.how}: {_told(value, state.dense)}",
             "Allow more (--within), or try lower rates: --rate 0.2.",
         )
     if best.rate == space.rates[-1]:
@@ -195,7 +205,13 @@ def _search(prepared: Prepared, state: State, space: Space) -> Trial:
 def _pruned(prepared: Prepared, trial: Trial) -> Path:
     """The checkpoint of a trial, made where it is not there."""
     folder = prepared.output / "checkpoints" / trial.name
-    if not folder.is_dir():
+    if folder.is_dir():
+        return folder
+    if trial.recovery is not None:
+        assert prepared.options.recovery is not None
+        pruned = _pruned(prepared, replace(trial, recovery=None))
+        recover_checkpoint(pruned, folder, prepared.options.recovery, RecoverRunOptions(dtype="float32", resume=True))
+    else:
         path = plan_path(prepared, trial.allocation, trial.rate)
         how = (
             {"plan": SparsityPlan.load(path)}
@@ -275,7 +291,8 @@ def _space(options: DeployOptions, limit: float) -> Space:
     searching = [
         name for name in allocations if resolve_allocation(PruneOptions(sparsity=0.5, allocation=name)).searches
     ]
-    return Space(sorted(set(options.rates)), _once(options.methods), allocations, limit, searching)
+    recovery = options.recovery.method if options.recovery else None
+    return Space(sorted(set(options.rates)), _once(options.methods), allocations, limit, searching, recovery)
 
 
 def _once(names: Iterable[str]) -> list[str]:

@@ -117,6 +117,10 @@ class Work:
         operations = passes * 2.0 * self.weights * self.calibration + self._gathering(method)
         return (operations + self._solving(method) + self._judging()) / speed
 
+    def training_seconds(self, tokens: int, speed: float) -> float:
+        """A rough time of training: forwards and backwards, three times the operations of a forward pass."""
+        return 3 * 2.0 * (self.weights + self.others) * tokens / speed
+
     def comparison_seconds(self, methods: Sequence[str], speed: float) -> float:
         """A rough time of two passes over the dense model, one for plans and one for all ``methods``, and of what each
         of these makes of it.

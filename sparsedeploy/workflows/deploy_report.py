@@ -132,6 +132,7 @@ def report_of(outcome: Outcome, result: dict[str, Any], command: str) -> dict[st
             "commands": {"eval": steps["eval dense"]},
         }
     ]
+    made = {name: steps[name] for name in ("prune", "recover") if name in steps}
     for name, one in outcome.within.items():
         folder = prepared.output / one["folder"]
         sparsity = load_artifact(folder).sparsity
@@ -148,7 +149,7 @@ def report_of(outcome: Outcome, result: dict[str, Any], command: str) -> dict[st
                 "quality": {**state.dense, **{key: one[key] for key in ("perplexity", "windows", "context")}},
                 "checkpoint": str(checkpoint),
                 "artifact": str(folder),
-                "commands": {"prune": steps["prune"], "export": _export_line(prepared, checkpoint, folder, name)},
+                "commands": {**made, "export": _export_line(prepared, checkpoint, folder, name)},
             }
         )
     prompts = prompts_of(prepared.windows)
@@ -168,7 +169,7 @@ def report_of(outcome: Outcome, result: dict[str, Any], command: str) -> dict[st
         "compared": state.compared,
         "trials": state.trials,
         "models": models,
-        "commands": [steps[name] for name in ("prune", "eval dense", "eval")]
+        "commands": [*made.values(), *(steps[name] for name in ("eval dense", "eval"))]
         + [model["commands"]["export"] for model in models[1:]],
         "benchmark": measured,
     }
@@ -190,12 +191,21 @@ def _commands(prepared: Prepared, best: Trial, result: dict[str, Any]) -> dict[s
     asked = PruneOptions(sparsity=best.rate, method=best.method, allocation=best.allocation)
     if load_manifest(checkpoint).calibration is not None:
         asked = replace(asked, calibration=prepared.options.calibration)
-    judge = [prepared.judge, LoadOptions(dtype="float32")]
-    return {
-        "prune": command_line("prune", prepared.source, asked, output=checkpoint),
+    alike = LoadOptions(dtype="float32")
+    judge = [prepared.judge, alike]
+    pruned = checkpoint.with_name(replace(best, recovery=None).name)
+    steps = {
+        "prune": command_line("prune", prepared.source, asked, output=pruned),
         "eval": command_line("eval", checkpoint, *judge),
         "eval dense": command_line("eval", prepared.source, *judge),
     }
+    if best.recovery is not None:
+        recovery = prepared.options.recovery
+        assert recovery is not None
+        assert recovery.data is not None
+        recovery = replace(recovery, data=replace(recovery.data, seed=0))  # it is the recovery's
+        steps["recover"] = command_line("recover", pruned, recovery, alike, output=checkpoint)
+    return steps
 
 
 def _export_line(prepared: Prepared, checkpoint: Path, folder: Path, name: str) -> str:

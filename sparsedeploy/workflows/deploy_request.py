@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,20 +19,20 @@ from sparsedeploy.folders import write_json
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import load_config, resolve_model
 from sparsedeploy.models.tokenizer import load_tokenizer
-from sparsedeploy.options import described
+from sparsedeploy.options import described, one_of
 from sparsedeploy.paths import expand
 from sparsedeploy.plan import check_sparsity
 from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.quality.perplexity import text_windows
 from sparsedeploy.reading import read_object
-from sparsedeploy.registry import ALLOCATORS, PRUNERS
+from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES
 from sparsedeploy.speed.comparison import parse_part
 from sparsedeploy.speed.options import SpeedOptions
 from sparsedeploy.version import __version__
 from sparsedeploy.workflows.aims import Aim
 from sparsedeploy.workflows.deploy_plan import choose_aim
 from sparsedeploy.workflows.deploy_search import Trial
-from sparsedeploy.workflows.options import DeployOptions
+from sparsedeploy.workflows.options import DeployOptions, RecoverOptions
 
 STATE = "deploy.json"
 _FORMAT = 1
@@ -48,6 +49,7 @@ class Prepared:
         held_out: the text that quality is judged on; ``context`` and ``windows`` its windows.
         within: the growth of perplexity that is allowed, as a part.
         request: what decides the search; the state file must agree with it.
+        training: what decides the training; None without a recovery.
         measuring: what decides the benchmark.
     """
 
@@ -60,6 +62,7 @@ class Prepared:
     context: int
     within: float
     request: dict[str, Any]
+    training: dict[str, Any] | None
     measuring: dict[str, Any]
 
     @property
@@ -107,6 +110,8 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
     for text in (data, held_out):
         if not is_named(text) and not expand(text).exists():
             raise UserError(f"no text at '{text}'", "Name a file, a folder, stdlib, c4 or datasets:NAME.")
+    if options.recovery is not None:
+        _check_recovery(options.recovery, held_out)
     aim = choose_aim(options.target)
     folder = resolve_model(source)
     config = load_config(folder)
@@ -117,9 +122,33 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
         "options": {name: _plain(getattr(options, name)) for name in _SEARCH},
         "calibration": _plain(options.calibration),
     }
-    _check_output(output, request)
+    training = None if options.recovery is None else _plain(options.recovery)
+    _check_output(output, request, training)
     measuring = {item.name: getattr(options, item.name) for item in described(SpeedOptions) if item.facts.recorded}
-    return Prepared(source, folder, output, aim, options, held_out, context, within, request, measuring)
+    return Prepared(source, folder, output, aim, options, held_out, context, within, request, training, measuring)
+
+
+def _check_recovery(recovery: RecoverOptions, held_out: str) -> None:
+    """Refuse what does not train a pruned checkpoint into another, and a text that quality is judged on.
+
+    Raises:
+        UserError: see :func:`deploy`.
+    """
+    method = RECOVERIES.get(recovery.method)
+    if not (method.traits["trains"] and method.traits["starts_from"] == "pruned" and method.traits.get("merged", True)):
+        able = [
+            one.name
+            for one in map(RECOVERIES.get, RECOVERIES.names())
+            if one.traits["trains"] and one.traits["starts_from"] == "pruned" and one.traits.get("merged", True)
+        ]
+        raise UserError(f"{method.name} does not train what was pruned and merge it", f"Use {one_of(able)}.")
+    if recovery.data is None:
+        raise UserError(f"{method.name} trains and no training text was given", "Add --train-data.")
+    text = recovery.data.data
+    if not is_named(text) and not expand(text).exists():
+        raise UserError(f"no text at '{text}'", "Name a file, a folder, stdlib, c4 or datasets:NAME.")
+    if _same(text, held_out):
+        raise UserError(f"quality is judged on {held_out}", "Train on another text: --train-data.")
 
 
 def parse_bound(text: str) -> float:
@@ -139,16 +168,20 @@ class State:
         formats: of this target: name -> folder, perplexity in the engine, and why there is none. What failed in an
             earlier run is tried again.
         result: of this target; None until everything was measured as it is asked for now.
+
+    A recovery may be added to a finished search: what follows from its answer is then done again.
     """
 
     def __init__(self, prepared: Prepared) -> None:
         self._path = prepared.output / STATE
         values = read_object(self._path, fix="Name a new folder.") if self._path.exists() else {}
         self._request, self._target, self._measuring = prepared.request, prepared.aim.name, prepared.measuring
+        self._training = prepared.training
         self.dense: dict[str, Any] | None = values.get("dense")
         self.compared: list[dict[str, Any]] = values.get("compared", [])
         self.trials: list[dict[str, Any]] = values.get("trials", [])
-        self._targets: dict[str, dict[str, Any]] = values.get("targets", {})
+        added = values.get("training") != prepared.training
+        self._targets: dict[str, dict[str, Any]] = {} if added else values.get("targets", {})
         known = self._targets.get(self._target, {})
         formats: dict[str, dict[str, Any]] = known.get("formats", {})
         self.formats = {name: row for name, row in formats.items() if row["reason"] is None}
@@ -157,21 +190,22 @@ class State:
     @property
     def results(self) -> dict[Trial, float]:
         """Trial -> its perplexity; infinity where there is none."""
-        return {
-            Trial(one["rate"], one["method"], one["allocation"]): math.inf
-            if one["perplexity"] is None
-            else one["perplexity"]
-            for one in self.trials
-        }
+        return {trial_of(one): math.inf if one["perplexity"] is None else one["perplexity"] for one in self.trials}
 
     def save(self) -> None:
         here = {"measuring": self._measuring, "formats": self.formats, "result": self.result}
         self._targets = {**self._targets, self._target: here}
         values = {"dense": self.dense, "compared": self.compared, "trials": self.trials, "targets": self._targets}
-        write_json(self._path, {"format": _FORMAT, "request": self._request, **values})
+        asked = {"request": self._request, "training": self._training}
+        write_json(self._path, {"format": _FORMAT, **asked, **values})
 
 
-def _check_output(output: Path, request: dict[str, Any]) -> None:
+def trial_of(row: Mapping[str, Any]) -> Trial:
+    """The trial that a row is the result of."""
+    return Trial(row["rate"], row["method"], row["allocation"], row.get("recovery"))
+
+
+def _check_output(output: Path, request: dict[str, Any], training: dict[str, Any] | None) -> None:
     """Refuse a folder with other content, or with a deployment of another request."""
     if not output.exists():
         return
@@ -182,12 +216,16 @@ def _check_output(output: Path, request: dict[str, Any]) -> None:
         if any(output.iterdir()):
             raise UserError(f"output {output} holds other files", "Name a new folder.")
         return
-    known = read_object(path, fix="Name a new folder.").get("request")
+    stored = read_object(path, fix="Name a new folder.")
+    known = stored.get("request")
     known = known if isinstance(known, dict) else {}
+    if stored.get("training") is not None:
+        request, known = {**request, "recovery": training}, {**known, "recovery": stored["training"]}
     if known != request:
         keys = [key for key in request if known.get(key) != request[key]]
-        if keys == ["options"] and isinstance(known.get("options"), dict):
-            keys = [k for k, value in request["options"].items() if known["options"].get(k) != value] or keys
+        if "options" in keys and isinstance(known.get("options"), dict):
+            names = [k for k, value in request["options"].items() if known["options"].get(k) != value]
+            keys = [*(names or ["options"]), *(key for key in keys if key != "options")]
         raise UserError(
             f"{output} holds a deployment that was asked for differently ({', '.join(keys)})",
             "Give the same options to go on with it, or name a new folder: -o FOLDER.",

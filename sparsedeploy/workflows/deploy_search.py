@@ -3,7 +3,8 @@
 At the middle rate of the ladder all methods and allocations were compared from one calibration. With the best pair the
 ladder is halved until the highest rate within the bound is known. What the comparison says of the middle rate decides
 on which side to begin; a bound of the answer is only what was pruned. Allocations that search by pruning are pruned at
-the middle rate with the best method, beside the best pair.
+the middle rate with the best method, beside the best pair. With a recovery, the rates above the answer are pruned and
+trained one after the other, until one is outside of the bound.
 """
 
 from __future__ import annotations
@@ -18,16 +19,26 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Trial:
-    """What is pruned and measured."""
+    """What is pruned and measured.
+
+    Attributes:
+        recovery: the method that trains what was pruned; None for none.
+    """
 
     rate: float
     method: str
     allocation: str
+    recovery: str | None = None
 
     @property
     def name(self) -> str:
         """As a folder's name."""
-        return f"{self.method}-{self.allocation}-{100 * self.rate:g}"
+        return "-".join([self.method, self.allocation, f"{100 * self.rate:g}", *filter(None, [self.recovery])])
+
+    @property
+    def how(self) -> str:
+        """For people, without the rate."""
+        return ", ".join(filter(None, [self.method, self.allocation, self.recovery]))
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class Space:
         rates: ascending.
         limit: the highest perplexity that is within the bound.
         searching: those of the allocations that prune to make a plan.
+        recovery: what trains the rates above the highest one that is within the bound without training.
     """
 
     rates: Sequence[float]
@@ -45,6 +57,7 @@ class Space:
     allocations: Sequence[str]
     limit: float
     searching: Sequence[str] = ()
+    recovery: str | None = None
 
     @property
     def spread(self) -> list[str]:
@@ -83,7 +96,7 @@ def next_trial(space: Space, compared: Mapping[Pair, float], results: Mapping[Tr
             if trial not in results:
                 return trial
     pair = best_pair(space, compared, results)
-    known = {trial.rate: value for trial, value in results.items() if (trial.method, trial.allocation) == pair}
+    known = {trial.rate: value for trial, value in results.items() if trial == Trial(trial.rate, *pair)}
     guessed = {space.middle: compared[pair]} if pair in compared else {}
     low, high = _bracket(space, {**guessed, **known})
     if high - low > 1:
@@ -91,12 +104,18 @@ def next_trial(space: Space, compared: Mapping[Pair, float], results: Mapping[Tr
     for at in (low, high):  # what was only guessed
         if 0 <= at < len(space.rates) and space.rates[at] not in known:
             return Trial(space.rates[at], *pair)
+    for rate in space.rates[low + 1 :] if space.recovery else ():
+        trial = Trial(rate, *pair, space.recovery)
+        if trial not in results:
+            return trial
+        if results[trial] > space.limit:
+            break
     return None
 
 
 def best_pair(space: Space, compared: Mapping[Pair, float], results: Mapping[Trial, float]) -> Pair:
     """The method and allocation with the lowest perplexity at the middle rate."""
-    pruned = [trial for trial in results if trial.rate == space.middle]
+    pruned = [trial for trial in results if trial.rate == space.middle and trial.recovery is None]
     if not (space.searching and pruned):
         return _best_compared(space, compared)
     best = min(pruned, key=lambda trial: results[trial])

@@ -158,6 +158,10 @@ class RecoverOptions(Options):
     )
 
 
+# What the command that only recovers calls its options; elsewhere they have their own flags.
+RECOVER_FLAGS = {"method": ("--method", "-m")}
+
+
 @dataclass(frozen=True)
 class ImportOptions(Options):
     """How a file becomes a folder."""
@@ -200,6 +204,7 @@ class DeployOptions(SpeedOptions):
     Attributes:
         within: growth of perplexity that is allowed, ``5%`` or ``0.05``.
         held_out: the text to judge on; None takes the test split of the calibration text's set.
+        recovery: also train at the rates above the highest one that is within the bound without training.
     """
 
     target: str = option(
@@ -222,6 +227,7 @@ class DeployOptions(SpeedOptions):
     windows: int = like(TextOptions, "max_windows", 32, flag="--windows")
     context: int | None = like(EvalOptions, "context", unset="min(512, positions)")
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    recovery: RecoverOptions | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ _SEARCH = [
         "--rate",
         "0.5",
         "--rate",
-        "0.7",
+        "0.9",
         "--method",
         "magnitude,wanda",
         "--allocation",
@@ -108,9 +108,28 @@ def test_interrupted_and_resumed(deepsparse_runtime: Environment, model: Path, t
     result = after["targets"]["deepsparse"]["result"]
     # Everything is done: the next time says so at once and measures nothing.
     assert json.loads(cli(*words, "--json").out) == result
+    # A recovery is added: the search is kept, and the rate above its answer trained.
+    text = tmp_path / "train.txt"
+    text.write_text(Path(shutil.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    more = ["--recover", "sparse-lora", "--train-data", str(text), "--train-samples", "24", "--train-length", "64"]
+    more += ["--train-option", "learning_rate=1e-3", "--recover-option", "dropout=0"]
+    assert "recover" in cli(*words, *more, "--dry-run").out
+    outcome = cli(*words, *more)
+    assert outcome.code == 0, outcome.err
+    again = json.loads(state.read_text())
+    assert again["trials"][: len(after["trials"])] == after["trials"]
+    (trained,) = again["trials"][len(after["trials"]) :]
+    (plain,) = [row for row in after["trials"] if row["rate"] == trained["rate"]]
+    assert trained["recovery"] == "sparse-lora"
+    assert trained["perplexity"] < plain["perplexity"]
+    chosen = again["targets"]["deepsparse"]["result"]["chosen"]
+    assert inspect_checkpoint(Path(chosen["checkpoint"])).problems == []
+    told = json.loads((output / "report-deepsparse.json").read_text())["commands"]
+    assert any(line.startswith("sparsedeploy recover ") for line in told) == (chosen["recovery"] == "sparse-lora")
+    assert "was asked for differently (recovery)" in cli(*words).err
     other = cli(*words, "--windows", "5")
     assert other.code == 2
-    assert "was asked for differently (windows)" in other.err
+    assert "was asked for differently (windows, recovery)" in other.err
 
 
 @pytest.mark.engine
@@ -119,7 +138,7 @@ def test_interrupted_and_resumed(deepsparse_runtime: Environment, model: Path, t
 def test_a_bound_that_nothing_meets(deepsparse_runtime: Environment, model: Path, tmp_path: Path, cli) -> None:  # noqa: F811
     outcome = cli("deploy", model, "--for", "deepsparse", "--within", "0.001%", "-o", tmp_path / "out", *_SEARCH)
     assert outcome.code == 2
-    assert "no rate from 30% to 70% stays within 0.001%; the nearest is 30% with" in outcome.err
+    assert "no rate from 30% to 90% stays within 0.001%; the nearest is 30% with" in outcome.err
     assert "Allow more (--within)" in outcome.err
     assert outcome.err.splitlines()[-1].startswith("error: ")
 
@@ -134,7 +153,7 @@ def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path, cli) -> None:  # 
     words = ("deploy", model, "-o", tmp_path / "out", *_SEARCH, "--dry-run", "--for", "onnxruntime")
     outcome = cli(*words)
     assert (outcome.code, outcome.changed) == (0, []), outcome.err
-    for word in ("magnitude, wanda with uniform at 50%", "the best pair at up to 2 of 30%, 50%, 70%"):
+    for word in ("magnitude, wanda with uniform at 50%", "the best pair at up to 2 of 30%, 50%, 90%"):
         assert word in outcome.out
     steps = json.loads(cli(*words, "--json").out)
     assert [step["step"] for step in steps] == ["runtime", "dense", "compare", "try", "export", "bench"]

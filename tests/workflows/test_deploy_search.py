@@ -70,6 +70,33 @@ def test_order_and_resumption() -> None:
         assert next_trial(space, compared, dict(list(results.items())[:cut])) == list(results)[cut]
 
 
+@given(
+    limit=st.integers(0, 60),
+    offset=st.integers(0, 40),
+    gain=st.integers(0, 30),
+    searching=st.booleans(),
+    count=st.integers(1, 6),
+)
+def test_a_recovery_goes_on_from_the_answer(limit: int, offset: int, gain: int, searching: bool, count: int) -> None:
+    """Trained are the rates above the plain answer, one by one, until the first that is outside of the bound."""
+    space = Space(RATES[:count], ["a"], ["u"], float(limit), ["u"] if searching else [], "r")
+
+    def perplexity(trial: Trial) -> float:
+        return float(offset + 5 * RATES.index(trial.rate) - (gain if trial.recovery else 0))
+
+    results = run(space, perplexity)
+    plain = [rate for rate in space.rates if perplexity(Trial(rate, "a", "u")) <= limit]
+    trained = [trial.rate for trial in results if trial.recovery]
+    within = [rate for rate in space.rates if perplexity(Trial(rate, "a", "u", "r")) <= limit]
+    above = [rate for rate in space.rates if rate not in plain]
+    assert trained == above[: len([rate for rate in above if rate in within]) + 1]
+    best = chosen(space, {}, results)
+    assert (best.rate if best else None) == (max([*plain, *within]) if [*plain, *within] else None)
+    assert not any(trial.recovery for trial in list(results)[: len(results) - len(trained)]), "training comes last"
+    without = Space(space.rates, ["a"], ["u"], space.limit, space.searching)
+    assert run(without, perplexity) == {trial: value for trial, value in results.items() if trial.recovery is None}
+
+
 def test_an_estimate_saves_the_middle_rate() -> None:
     space = Space(RATES, ["wanda", "alps"], ["uniform"], 12.0)
     compared = {("wanda", "uniform"): 13.0, ("alps", "uniform"): 11.0}
