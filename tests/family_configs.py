@@ -59,6 +59,13 @@ _SIZES: dict[str, Any] = {
     "attention_window_size": WINDOW,
     "attention_chunk_size": WINDOW,
     "window_size": WINDOW,
+    # Attention to the best keys or blocks of keys only, and scales that grow with the position.
+    "index_topk": WINDOW,
+    "index_block_size": WINDOW,
+    "index_topk_blocks": 2,
+    "keep_window_size": WINDOW,
+    "local_attention": 2 * WINDOW,
+    "floor_scale": 4 * WINDOW,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
@@ -101,6 +108,8 @@ _SIZES: dict[str, Any] = {
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _MIXED = [_SLIDING, _FULL, _SLIDING, _SLIDING, _FULL]
 _MLA = {"num_key_value_heads": 4}
+# Whose choice of keys each layer takes: its own, or that of the layer before it.
+_SHARED = ["full", "shared", "full", "shared", "shared"]
 # Of what sees or hears; the language model is what is looked at.
 _TOWER: dict[str, Any] = {
     "depth": 1,
@@ -222,7 +231,11 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         "rope_theta": 1e4,
     },
-    "deepseek_v4": {"mlp_layer_types": ["moe"] * LAYERS, **_MLA},
+    "deepseek_v4": {
+        "mlp_layer_types": ["moe"] * LAYERS,
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 2 * WINDOW},
+        **_MLA,
+    },
     "diffusion_gemma": {"vision_config": "gemma4_vision"},
     "dots1": {"n_shared_experts": 1},
     "emu3": {"vocabulary_map": _IMAGE_TOKENS},
@@ -271,7 +284,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "swa_head_dim": 8,
         "d_rel": 4,
         "rel_extent": 16,
-        "layer_types": None,
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid_sliding", "hybrid"],
         "mlp_layer_types": None,
     },
     "kimi_linear": {"num_key_value_heads": 4, "linear_head_dim": 8, "linear_num_heads": 4, "num_experts_per_token": 2},
@@ -280,6 +293,10 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", _FULL, "conv", "conv", _FULL]},
     "paddleocr_vl_text": {"rope_parameters": _SECTIONS},
     "mistral4": {**_MLA, "head_dim": 16},
+    "glm_moe_dsa": {**_MLA, "indexer_types": _SHARED},
+    "hy_v4": {"indexer_types": _SHARED},
+    "minimax": {"block_size": WINDOW},
+    "minimax_m3_vl_text": {"layer_types": [_FULL, *["minimax_m3_sparse"] * 3, _FULL]},
     "muse_glimmer": {"out_hidden_size": 64, "projector_hidden_size": 32},
     "moshi": {"num_codebooks": 2},
     **{name: {"enable_audio_output": False} for name in ("qwen2_5_omni", "qwen3_omni_moe")},
@@ -390,6 +407,8 @@ def _shrunk(kind: Any) -> Any:
         values["layer_types"] = _MIXED
     if "mrope_section" in (known.get("rope_parameters") or {}):
         values["rope_parameters"] = {**known["rope_parameters"], "mrope_section": [2, 1, 1]}
+    if "original_max_position_embeddings" in (known.get("rope_parameters") or {}):
+        values["rope_parameters"] = {**known["rope_parameters"], "original_max_position_embeddings": 8 * WINDOW}
     if "mlp_layer_types" in known:
         values["mlp_layer_types"] = ["dense"] + ["sparse"] * 4
     return kind(**{**values, **changes})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import Cache
 
 from sparsedeploy.calibration.activations import free_bytes
+from sparsedeploy.calibration.nested import disturbed, equal, leaves_of, mapped
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.computing import model_errors
 from sparsedeploy.models.layers import LayerSource
@@ -47,6 +48,10 @@ class LayerArguments:
             return layer(*self.positional, hidden_states=hidden, **self.named)
         return layer(hidden, *self.positional, **self.named)
 
+    def with_named(self, values: Mapping[str, Any]) -> LayerArguments:
+        """The same with other values of named arguments."""
+        return dataclasses.replace(self, named={**self.named, **values}) if values else self
+
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
@@ -56,12 +61,15 @@ class Probe:
         results: what a layer of each class returned for one sequence: a tensor, or a tuple or list that begins with it.
         dtype: of the hidden states between the layers; ``entering`` of those that enter the first one.
         batched: whether the first axis of the hidden states counts sequences.
+        handed: of each layer, the named arguments that are further parts of what the layer before it returned (such as
+            the keys that attention was restricted to, which the next layers share), and their places there.
     """
 
     results: dict[type, Any]
     dtype: torch.dtype
     entering: torch.dtype
     batched: bool
+    handed: tuple[dict[str, int], ...]
 
 
 def hidden_of(result: Any) -> torch.Tensor:
@@ -85,7 +93,7 @@ def probe(source: LayerSource, tokens: torch.Tensor) -> Probe:
 
     Raises:
         UserError: a model that does not run its layers once each, in order, each on what the one before it returned and
-            on arguments that are independent of that.
+            on arguments that are parts of that or independent of it.
     """
     results: dict[type, Any] = {}
 
@@ -100,7 +108,7 @@ def probe(source: LayerSource, tokens: torch.Tensor) -> Probe:
         return _like(results[type(source.stack.layers[at])], hidden.clone())
 
     def disturb(at: int, hidden: torch.Tensor, arguments: LayerArguments) -> Any:
-        return _like(_disturbed(results[type(source.stack.layers[at])]), hidden * 1.25 + 0.5)
+        return _like(disturbed(results[type(source.stack.layers[at])]), hidden * 1.25 + 0.5)
 
     with model_errors(source.model):
         hidden, _ = _pass(source, tokens, learn)
@@ -115,9 +123,11 @@ def probe(source: LayerSource, tokens: torch.Tensor) -> Probe:
             "be measured",
             _UNMEASURED,
         )
-    _, disturbed = _pass(source, tokens, disturb)
-    for at, (one, other) in enumerate(zip(plain, disturbed, strict=True)):
-        if (argument := _differs(type(source.stack.layers[at]), one, other)) is not None:
+    handed = _handed(source, plain, results)
+    _, others = _pass(source, tokens, disturb)
+    for at, (one, other) in enumerate(zip(plain, others, strict=True)):
+        pair = [each.with_named(dict.fromkeys(handed[at])) for each in (one, other)]
+        if (argument := _differs(type(source.stack.layers[at]), *pair)) is not None:
             raise UserError(
                 f"{source.stack.layer_name(at)} takes more than hidden states from the layers before it ({argument}), "
                 "so its inputs cannot be measured",
@@ -126,7 +136,20 @@ def probe(source: LayerSource, tokens: torch.Tensor) -> Probe:
     dtype = hidden.dtype
     for result in results.values():
         dtype = torch.promote_types(dtype, hidden_of(result).dtype)
-    return Probe(results, dtype, hidden.dtype, hidden.shape[0] == len(tokens))
+    return Probe(results, dtype, hidden.dtype, hidden.shape[0] == len(tokens), handed)
+
+
+def _handed(
+    source: LayerSource, captured: list[LayerArguments], results: Mapping[type, Any]
+) -> tuple[dict[str, int], ...]:
+    """See :class:`Probe`; what is handed on is known by being the same object."""
+    found: list[dict[str, int]] = [{}]
+    for layer, arguments in zip(source.stack.layers, captured[1:], strict=False):
+        result = results[type(layer)]
+        parts = list(result) if isinstance(result, tuple | list) else []
+        places = {id(part): at for at, part in enumerate(parts) if at and isinstance(part, torch.Tensor)}
+        found.append({name: places[id(value)] for name, value in arguments.named.items() if id(value) in places})
+    return tuple(found)
 
 
 class Arguments:
@@ -186,7 +209,7 @@ class Arguments:
                 self._first.append(tensor)
                 return tensor
             before = self._first[position] if position < len(self._first) else None
-            if before is not None and _equal(before, tensor):
+            if before is not None and equal(before, tensor):
                 return before
             own[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
@@ -199,9 +222,28 @@ class Arguments:
             return done[id(tensor)]
 
         return [
-            LayerArguments(_mapped(layer.positional, once, memo), _mapped(layer.named, once, memo), layer.by_name)
+            LayerArguments(mapped(layer.positional, once, memo), mapped(layer.named, once, memo), layer.by_name)
             for layer in captured
         ]
+
+
+def check_handed(parts: Iterable[torch.Tensor], sequences: int, batch: int, device: torch.device) -> None:
+    """Refuse early what layers hand on to the next ones and memory does not hold for all sequences, twice.
+
+    Args:
+        parts: of one batch of ``batch`` sequences.
+
+    Raises:
+        UserError: too much.
+    """
+    each = sum(part.nbytes for part in parts) / batch
+    free = free_bytes(device)
+    if 2 * each * sequences > free:
+        raise UserError(
+            f"what the layers of this model hand on beside hidden states takes {2 * each * sequences / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free",
+            f"Use at most --samples {max(1, int(free / (2 * each)))}, or a shorter --calibration-length.",
+        )
 
 
 def enter_head(source: LayerSource, tokens: torch.Tensor, hidden: torch.Tensor, known: Probe) -> torch.Tensor:
@@ -284,7 +326,7 @@ def _pass(
                     _UNMEASURED,
                 )
             hidden, arguments = _split(args, kwargs, stack.layer_name(at))
-            if returned is not None and not (returned is hidden or _equal(returned, hidden)):
+            if returned is not None and not (returned is hidden or equal(returned, hidden)):
                 raise UserError(
                     f"the model changes what {stack.layer_name(at - 1)} returns before {stack.layer_name(at)} takes it",
                     _FIX,
@@ -337,36 +379,6 @@ def _like(result: Any, hidden: torch.Tensor) -> Any:
     return hidden
 
 
-def _disturbed(result: Any) -> Any:
-    def change(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor * 1.25 + 0.5 if tensor.is_floating_point() else tensor
-
-    return _mapped(result, change, {})
-
-
-def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor], memo: dict[int, Any]) -> Any:
-    """A copy of nested containers with their tensors changed; what occurs twice stays one object."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if id(value) in memo:
-        return memo[id(value)][0]
-    result = value
-    if isinstance(value, dict):
-        result = memo.setdefault(id(value), (value.copy(), value))[0]
-        for key, item in value.items():
-            result[key] = _mapped(item, change, memo)
-    elif isinstance(value, list):
-        result = memo.setdefault(id(value), ([], value))[0]
-        result.extend(_mapped(item, change, memo) for item in value)
-    elif isinstance(value, tuple):
-        parts = [_mapped(item, change, memo) for item in value]
-        result = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _mapped(getattr(value, f.name), change, memo) for f in dataclasses.fields(value) if f.init}
-        result = dataclasses.replace(value, **fields)
-    return result
-
-
 def _differs(layer: type, one: LayerArguments, other: LayerArguments) -> str | None:
     """The name of the first argument that two passes gave different values; None where all are equal."""
     names = [*inspect.signature(layer.forward).parameters][1 if one.by_name else 2 :]  # type: ignore[attr-defined]
@@ -374,27 +386,4 @@ def _differs(layer: type, one: LayerArguments, other: LayerArguments) -> str | N
     pairs = [dict(zip(names, each.positional, strict=False)) | each.named for each in (one, other)]
     if pairs[0].keys() != pairs[1].keys():
         return min(pairs[0].keys() ^ pairs[1].keys())
-    return next((key for key in pairs[0] if not _equal(_frozen(pairs[0][key]), _frozen(pairs[1][key]))), None)
-
-
-def _frozen(argument: Any) -> list[Any]:
-    """All leaves of an argument that have a value to compare."""
-    leaves: list[Any] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        leaves.append(tensor)
-        return tensor
-
-    _mapped(argument, note, {})
-    return [*leaves, argument] if isinstance(argument, bool | int | float | str) else leaves
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        if one is other:
-            return True
-        same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
-        return same and torch.equal(one.nan_to_num(), other.nan_to_num())  # NaN is found where it arrives
-    return bool(one == other)
+    return next((key for key in pairs[0] if not equal(leaves_of(pairs[0][key]), leaves_of(pairs[1][key]))), None)

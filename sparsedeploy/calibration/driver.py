@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsedeploy import progress
 from sparsedeploy.calibration.activations import Keep, choose_batch_size, new_buffer
-from sparsedeploy.calibration.arguments import Arguments, StopForward, enter_head, hidden_of, probe
+from sparsedeploy.calibration.arguments import Arguments, StopForward, check_handed, enter_head, hidden_of, probe
 from sparsedeploy.calibration.statistics import InputStatistics, Kind
 from sparsedeploy.errors import UserError
 from sparsedeploy.memory import return_freed_memory
@@ -190,6 +190,10 @@ class LayerDriver:
         if not known.batched:
             self.batch_size = 1
         arguments = Arguments(self.source, known)
+        # By batch, what the layer before handed on and what this one does: place in what it returned -> tensor.
+        self._at = -1
+        self._received: dict[int, dict[int, torch.Tensor]] = {}
+        self._returned: dict[int, dict[int, torch.Tensor]] = {}
         hidden: torch.Tensor | None = None
         starts = range(0, len(self.tokens), self.batch_size)
         for batch, start in enumerate(starts):
@@ -204,12 +208,21 @@ class LayerDriver:
     def _run(
         self, index: int, layer: nn.Module, hidden: torch.Tensor, arguments: Arguments, outputs: torch.Tensor | None
     ) -> None:
-        """Run a layer over all sequences, batch by batch; ``outputs`` may be ``hidden`` itself."""
+        """Run a layer over all sequences, batch by batch; ``outputs`` may be ``hidden`` itself.
+
+        Raises:
+            UserError: what it hands on to the next layer beside hidden states does not fit in memory.
+        """
+        if index != self._at:
+            self._at, self._received, self._returned = index, self._returned, {}
+        takes = self._known.handed[index]
+        gives = set(self._known.handed[index + 1].values()) if index + 1 < len(self.stack.layers) else set()
         for batch, start in enumerate(range(0, len(hidden), self.batch_size)):
             rows = hidden[start : start + self.batch_size].to(self.device, non_blocking=True)
             if index == 0:
                 rows = rows.to(self._entering)
             taken = arguments[batch][index]
+            taken = taken.with_named({name: self._received[batch][place] for name, place in takes.items()})
             try:
                 result = taken.call(layer, rows if self._batched else rows[0])
             except StopForward:
@@ -217,6 +230,10 @@ class LayerDriver:
             if outputs is not None:
                 left = hidden_of(result)
                 outputs[start : start + self.batch_size] = left if self._batched else left[None]
+                if gives:
+                    self._returned[batch] = {place: result[place] for place in gives}
+                if gives and batch == 0:
+                    check_handed(self._returned[batch].values(), len(hidden), self.batch_size, self.device)
 
     def _head(self, kind: Kind, hidden: torch.Tensor) -> LayerContext:
         """The output head and its inputs, which the model makes of ``hidden``, what leaves the last layer.

@@ -11,7 +11,7 @@ from sparsedeploy.models.config_check import positions
 
 # A check runs so many tokens at most.
 LONGEST_CHECK = 8200
-_WINDOW = re.compile(r"window|attention_chunk_size|floor_scale")
+_WINDOW = re.compile(r"window|local_attention|attention_chunk_size|floor_scale|index_topk$|indexer_budget")
 _NOT_A_LENGTH = re.compile(r"layers|pattern|num_|use_|block_indices")
 # Their rotary frequencies are those of the longest text seen so far: what a cache holds from before is another
 # function of its tokens, so no graph with a cache gives what the model gives for the whole text at once.
@@ -19,7 +19,7 @@ _ROPE_BY_LENGTH = ("dynamic", "longrope", "su")
 
 
 def switches(config: Any) -> dict[str, int]:
-    """Field of the configuration -> tokens after which an attention window or chunk takes effect.
+    """Field of the configuration -> tokens after which an attention window, chunk or scale takes effect.
 
     Args:
         config: of the decoder, see ``get_text_config``.
@@ -34,6 +34,11 @@ def switches(config: Any) -> dict[str, int]:
         if name == "attention_chunk_size" and kinds and not any("chunked" in kind for kind in kinds):
             continue
         found[name] = value
+    # Queries that are scaled by their position, as in Llama 4; it stands among the rotary settings.
+    for entry in _rope_settings(config):
+        original = entry.get("original_max_position_embeddings")
+        if entry.get("llama_4_scaling_beta") and isinstance(original, int):
+            found["llama_4_scaling_beta"] = original
     return found
 
 
@@ -90,12 +95,9 @@ def check_length(name: str, config: Any, limit: int | None) -> int:
 
 def _rope_by_length(config: Any) -> list[tuple[str, int]]:
     """The rotary scalings whose frequencies follow the length, and the tokens after which they change."""
-    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # One entry for each layer type, or one for all.
-    entries = [value for value in settings.values() if isinstance(value, dict)] or [settings]
     own = positions(config) or 0
     found = []
-    for entry in entries:
+    for entry in _rope_settings(config):
         kind = entry.get("rope_type") or entry.get("type")
         if kind not in _ROPE_BY_LENGTH:
             continue
@@ -104,3 +106,9 @@ def _rope_by_length(config: Any) -> list[tuple[str, int]]:
         )
         found.append((kind, own if kind == "dynamic" else int(original or own)))
     return found
+
+
+def _rope_settings(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings: one entry for each layer type, or one for all."""
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [value for value in settings.values() if isinstance(value, dict)] or [settings]

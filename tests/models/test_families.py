@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from sparsedeploy.calibration.arguments import probe
 from sparsedeploy.checkpoint.inspection import inspect_checkpoint
 from sparsedeploy.errors import UserError
-from sparsedeploy.models.layers import StreamedLayers
+from sparsedeploy.models.layers import ResidentLayers, StreamedLayers
 from sparsedeploy.models.loading import auto_class, load_config, load_model
 from sparsedeploy.workflows.options import PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
-from tests.families import families, multimodal, product_masks, saved_family
+from tests.families import calibration_tokens, families, multimodal, product_masks, saved_family
 from tests.family_configs import small_config
 from tests.family_outcomes import outcomes
 from tests.family_table import NOT_MEASURED, PAGE, load_table, page
@@ -88,7 +89,7 @@ def test_a_model_of_two_stacks_is_refused_by_magnitude_too(tmp_path: Path) -> No
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", ["zaya", "mllama", "trocr", "reformer"])
+@pytest.mark.parametrize("family", ["zaya", "mllama", "trocr"])
 def test_the_remedy_of_what_cannot_be_measured_works(family: str, tmp_path: Path) -> None:
     folder = saved_family(family, tmp_path / "model")
     with pytest.raises(UserError, match="cannot be measured") as caught:
@@ -96,6 +97,16 @@ def test_the_remedy_of_what_cannot_be_measured_works(family: str, tmp_path: Path
     assert "--method magnitude" in str(caught.value.fix)
     prune(str(folder), tmp_path / "out", PruneOptions(sparsity=0.5, method="magnitude"), RunOptions(device="cpu"))
     assert inspect_checkpoint(tmp_path / "out").problems == []
+
+
+@pytest.mark.parametrize("family", ["hy_v4", "glm_moe_dsa", "reformer"])
+def test_what_layers_hand_on_beside_hidden_states(family: str, tmp_path: Path) -> None:
+    """Choices of keys that the next layers share, the second stream of a reversible layer: of the batch, as pruned."""
+    folder = saved_family(family, tmp_path / "model")
+    model = load_model(folder, dtype=torch.float32)
+    assert any(probe(ResidentLayers(model), calibration_tokens()[:1]).handed)
+    one, four = product_masks(folder, batch_size=1), product_masks(folder, batch_size=4)
+    assert all(torch.equal(one[name], four[name]) for name in one)
 
 
 def test_stacked_experts_are_pruned_where_they_are_stored(tmp_path: Path) -> None:

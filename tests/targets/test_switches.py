@@ -16,6 +16,7 @@ from sparsedeploy.targets.kv_graph import KVCacheGraph
 from sparsedeploy.targets.onnx_file import write_onnx
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.targets.switches import check_length, switches
+from tests.family_configs import small_config
 from tests.small_models import byte_tokenizer, config_of
 from tests.targets.graphs import GraphRunner, open_graph, random_tokens
 
@@ -119,6 +120,19 @@ def test_a_switch_too_far_for_a_check_is_refused_with_a_remedy() -> None:
     assert check_length("Mistral", config, 20_000) == 74
     config.sliding_window = 4096
     assert check_length("Mistral", config, 40_000) == 4104
+
+
+def test_queries_that_are_scaled_by_their_position(tmp_path: Path) -> None:
+    """Ministral 3: the scale grows by steps of 64 tokens, which the check crosses; one too far is refused."""
+    config = small_config("ministral3")
+    assert switches(config)["llama_4_scaling_beta"] == SWITCH
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    reference = reference_logits(model)
+    assert reference.tokens.shape[1] > SWITCH
+    config.rope_parameters["original_max_position_embeddings"] = 16384
+    with pytest.raises(UserError, match=r"beyond 16384 tokens \(llama_4_scaling_beta\), .*max_positions=16384"):
+        check_length("Ministral 3", config, 40_000)
 
 
 def test_fields_that_are_lengths() -> None:
