@@ -29,6 +29,7 @@ from sparsedeploy.models.layers import LayerSource
 from sparsedeploy.models.linear_views import PrunableLinear
 from sparsedeploy.plan import ModuleTarget
 from sparsedeploy.pruning.layers import prune_linear
+from sparsedeploy.reading import read_object
 from sparsedeploy.registry import PRUNERS
 
 HEADER = "levels.json"
@@ -58,11 +59,8 @@ class LevelDatabase:
                 raise UserError(f"{self.folder} is not a level database", "Name another folder, or an empty one.")
             write_json(path, asked)
             return
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            different = [key for key in sorted({*asked, *stored}) if stored.get(key) != asked.get(key)]
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-            raise UserError(f"{path} is not a level database's header ({error})", "Name another folder.") from error
+        stored = read_object(path, fix="Name another folder for the level database.")
+        different = [key for key in sorted({*asked, *stored}) if stored.get(key) != asked.get(key)]
         if different:
             raise UserError(
                 f"the level database {self.folder} is for another run: {', '.join(different)} differ",

@@ -43,6 +43,7 @@ from sparsedeploy.workflows.commands import command_line
 from sparsedeploy.workflows.options import DemoOptions, PruneOptions, RunOptions
 from sparsedeploy.workflows.packaged_models import PACKAGED, packaged_model
 from sparsedeploy.workflows.prune import prune
+from sparsedeploy.workflows.state_file import read_state, write_state
 
 # DeepSparse is installed by the demo; llama.cpp is built from source, for longer than a demo may take.
 _INSTALLED, _USED_IF_INSTALLED = "deepsparse", ("llamacpp",)
@@ -274,14 +275,14 @@ def _quality(folder: Path, path: Path, tasks: TaskOptions, size: _Size) -> dict[
     }
     if path.is_file():
         try:
-            stored = read_object(path, fix="Remove it.")
+            stored = read_state(path, fix="Remove it.")
         except UserError:
             stored = {}
         if stored.get("request") == request:
             return dict(stored["quality"])
     progress.note(f"     {path.stem}")
     found = evaluate(folder, _eval_options(folder, tasks, size))
-    write_json(path, {"request": request, "quality": found})
+    write_state(path, {"request": request, "quality": found})
     return found
 
 

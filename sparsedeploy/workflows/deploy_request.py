@@ -15,7 +15,6 @@ from sparsedeploy.calibration.documents import is_named
 from sparsedeploy.calibration.samples import CalibrationSet, default_length
 from sparsedeploy.calibration.text import calibration_set
 from sparsedeploy.errors import UserError
-from sparsedeploy.folders import write_json
 from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import load_config, resolve_model
 from sparsedeploy.models.tokenizer import load_tokenizer
@@ -24,7 +23,6 @@ from sparsedeploy.paths import expand
 from sparsedeploy.plan import check_sparsity
 from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.quality.perplexity import text_windows
-from sparsedeploy.reading import read_object
 from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES
 from sparsedeploy.speed.comparison import parse_part
 from sparsedeploy.speed.options import SpeedOptions
@@ -33,6 +31,7 @@ from sparsedeploy.workflows.aims import Aim
 from sparsedeploy.workflows.deploy_plan import choose_aim
 from sparsedeploy.workflows.deploy_search import Trial
 from sparsedeploy.workflows.options import DeployOptions, RecoverOptions
+from sparsedeploy.workflows.state_file import read_state, write_state
 
 STATE = "deploy.json"
 _FORMAT = 1
@@ -160,6 +159,9 @@ def parse_bound(text: str) -> float:
     return parse_part("bound", text, "Give the growth of perplexity that is allowed, such as 5% or 0.05.")
 
 
+_NEW_FOLDER = "Name a new folder."
+
+
 class State:
     """What is known, in a file that is written anew after each step.
 
@@ -174,7 +176,7 @@ class State:
 
     def __init__(self, prepared: Prepared) -> None:
         self._path = prepared.output / STATE
-        values = read_object(self._path, fix="Name a new folder.") if self._path.exists() else {}
+        values = read_state(self._path, fix=_NEW_FOLDER) if self._path.exists() else {}
         self._request, self._target, self._measuring = prepared.request, prepared.aim.name, prepared.measuring
         self._training = prepared.training
         self.dense: dict[str, Any] | None = values.get("dense")
@@ -197,7 +199,7 @@ class State:
         self._targets = {**self._targets, self._target: here}
         values = {"dense": self.dense, "compared": self.compared, "trials": self.trials, "targets": self._targets}
         asked = {"request": self._request, "training": self._training}
-        write_json(self._path, {"format": _FORMAT, **asked, **values})
+        write_state(self._path, {"format": _FORMAT, **asked, **values})
 
 
 def trial_of(row: Mapping[str, Any]) -> Trial:
@@ -216,9 +218,8 @@ def _check_output(output: Path, request: dict[str, Any], training: dict[str, Any
         if any(output.iterdir()):
             raise UserError(f"output {output} holds other files", "Name a new folder.")
         return
-    stored = read_object(path, fix="Name a new folder.")
-    known = stored.get("request")
-    known = known if isinstance(known, dict) else {}
+    stored = read_state(path, fix=_NEW_FOLDER)
+    known: dict[str, Any] = stored["request"]
     if stored.get("training") is not None:
         request, known = {**request, "recovery": training}, {**known, "recovery": stored["training"]}
     if known != request:

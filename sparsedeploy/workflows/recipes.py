@@ -70,7 +70,8 @@ def read_yaml(path: Path, kind: str, fix: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).replace('in "<unicode string>",', "at").split())[:200]
+        long = "a number has thousands of digits" if "digits" in str(error) else ""
+        reason = long or " ".join(str(error).replace('in "<unicode string>",', "at").split())[:200]
         raise UserError(f"{kind} {path} is not YAML ({reason})", fix) from error
 
 

@@ -30,6 +30,7 @@ from sparsedeploy.plan import NM, MixedNM, ModuleShape, ModuleTarget, SparsityPl
 from sparsedeploy.pruning.layers import prune_model
 from sparsedeploy.pruning.levels import FORMAT, LevelDatabase, Wanted, add_levels
 from sparsedeploy.quality.divergence import dense_predictions, divergence, divergence_gradients
+from sparsedeploy.reading import parse_object, read_bytes
 from sparsedeploy.registry import ALLOCATORS
 from sparsedeploy.resources import cache_home
 
@@ -289,7 +290,7 @@ def _search(
         "options": {key: getattr(options, key) for key in ("offspring", "guided", "seed")},
     }
     path = folder / f"search-{_digest(asked)}.jsonl"
-    resumed = _last_generation(path)
+    resumed = _last_generation(path, levels)
 
     def fitness(vector: Levels, which: range) -> float:
         return score([levels[unit][at] for unit, at in enumerate(vector)], which)
@@ -325,15 +326,29 @@ def _around(table: Sequence[ModuleTarget], at: int) -> tuple[ModuleTarget | None
     return (table[at - 1] if at else None, table[at + 1] if at + 1 < len(table) else None)
 
 
-def _last_generation(path: Path) -> Generation | None:
-    """The last whole line of a search's file; text after the last newline is a line that a kill cut short."""
+def _last_generation(path: Path, levels: Sequence[Targets]) -> Generation | None:
+    """The last whole line of a search's file; text after the last newline is a line that a kill cut short.
+
+    Raises:
+        UserError: a file that was edited or is damaged.
+    """
     if not path.exists():
         return None
-    text = path.read_text(encoding="utf-8")
-    whole, _, cut = text.rpartition("\n")
+    fix = "Delete it; the search then starts again."
+    whole, _, cut = read_bytes(path, fix=fix).rpartition(b"\n")
     if cut:
-        os.truncate(path, len(text.encode()) - len(cut.encode()))
-    return Generation.from_dict(json.loads(whole.rpartition("\n")[2])) if whole else None
+        os.truncate(path, path.stat().st_size - len(cut))
+    if not whole:
+        return None
+    value = parse_object(whole.rpartition(b"\n")[2], str(path), fix=fix)
+    found: Any = value.get("levels")
+    fitness = value.get("fitness")
+    counts = (value.get("generation"), value.get("since_better"))
+    fits = isinstance(found, list) and len(found) == len(levels)
+    fits = fits and all(type(at) is int and 0 <= at < len(table) for at, table in zip(found, levels, strict=True))
+    if not fits or not all(type(one) is int and one >= 0 for one in counts) or not isinstance(fitness, (int, float)):
+        raise UserError(f"{path} was edited, or is of another search", fix)
+    return Generation.from_dict(value)
 
 
 def _exact(found: Sequence[ModuleTarget], sparsity: float, pattern: NM | MixedNM | None) -> Targets:

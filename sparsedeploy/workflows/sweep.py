@@ -39,9 +39,11 @@ from sparsedeploy.registry import RECOVERIES
 from sparsedeploy.reporting.sweep import html_page, markdown_table, marked
 from sparsedeploy.runtimes.process_group import GuardedProcess
 from sparsedeploy.workflows.options import RecoverOptions
+from sparsedeploy.workflows.state_file import read_state, write_state
 from sparsedeploy.workflows.sweep_file import DENSE, Cell, Sweep
 
 RESULT, REPORT = "cell.json", "sweep"
+_DELETE = "Delete it and run the same sweep again."
 _CHECKPOINT, _QUALITY, _LOG = "checkpoint", "quality.json", "log.txt"
 # Not `-m`, which would import from the folder that the sweep was started in (so would `-c`, by an empty entry).
 _START = "import sys; sys.path[:] = filter(None, sys.path); from sparsedeploy.__main__ import main; main()"
@@ -120,10 +122,10 @@ class Work:
         path = Path(self.folder) / RESULT
         if not path.exists():
             return False
-        stored = read_object(path, fix="Delete it and run the sweep again.")
-        if stored.get("request") != json.loads(json.dumps(self.request)):
+        stored = read_state(path, fix=_DELETE)
+        if stored["request"] != json.loads(json.dumps(self.request)):
             raise UserError(f"{self.folder} is a cell of another sweep", "Choose another --output, or delete the cell.")
-        return stored.get("error") is None
+        return stored["error"] is None
 
 
 def _work(sweep: Sweep, cell: Cell, output: Path, sha256: str, arguments: Sequence[str], jobs: int) -> Work:
@@ -246,7 +248,7 @@ def _record(work: Work, error: str | None, seconds: float) -> None:
         if not diverged:
             result["perplexity"] = read_object(folder / _QUALITY, fix="Delete it.")["perplexity"]
     commands = [shlex.join(["sparsedeploy", *arguments]) for _, arguments in work.commands]
-    write_json(
+    write_state(
         folder / RESULT,
         {
             "request": work.request,
@@ -293,7 +295,7 @@ def collect(sweep: Sweep, output: Path, command: str) -> dict[str, Any]:
         path = output / cell.name / RESULT
         stored: dict[str, Any] = {"error": "not run", "perplexity": None}
         if path.exists():
-            stored = read_object(path, fix="Delete it.")
+            stored = read_state(path, fix=_DELETE)
         zeros, size = stored.get("zeros", 0), stored.get("size", 0)
         prune = recipes[cell.base or cell.name].get("prune", {})
         rows.append(

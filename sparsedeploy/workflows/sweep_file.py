@@ -6,6 +6,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from sparsedeploy.conversion import build_options, shown
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.loading import resolve_model
 from sparsedeploy.options import Options, described, option
-from sparsedeploy.paths import expand
+from sparsedeploy.paths import check_regular, expand
 from sparsedeploy.plan import parse_pattern
 from sparsedeploy.quality.evaluate import named_texts
 from sparsedeploy.quality.options import EvalOptions, TextOptions
+from sparsedeploy.registry import RECOVERIES
 from sparsedeploy.workflows.recipes import parse_recipe, read_yaml
 
 DENSE = "dense"
@@ -94,11 +96,14 @@ def load_sweep(path: Path) -> Sweep:
     if not options.model or not isinstance(options.eval, Mapping) or not options.eval.get("data"):
         raise UserError(f"sweep {path} names no model or no text to evaluate on", "Add model: and eval: {data: TEXT}.")
     texts = {name: text for name in ("calibration", "train") if (text := getattr(options, name))}
-    train = parse_recipe({"prune": {}, **texts}, path.name).sections.get("train", {})
+    sections = parse_recipe({"prune": {}, **texts}, path.name).sections
+    train = sections.get("train", {})
     quality = _quality(options.eval, f"sweep {path}: eval")
     for text in named_texts(quality.text.data).values():
-        if not is_named(text) and not expand(text).exists():
-            raise UserError(f"sweep {path}: no text at '{text}' to evaluate on", "Name a file, a folder, stdlib or c4.")
+        _check_text(text, f"sweep {path}", "evaluate on")
+    for name, purpose in (("calibration", "calibrate on"), ("train", "train on")):
+        if text := sections.get(name, {}).get("data"):
+            _check_text(text, f"sweep {path}", purpose)
     cells = tuple(_cells(options, path.name))
     for cell in cells:
         if not _FOLDER.fullmatch(cell.name):
@@ -106,9 +111,17 @@ def load_sweep(path: Path) -> Sweep:
                 f"sweep {path}: {shown(cell.name)} cannot be a folder's name",
                 "Give the entry a line name: of at most 60 letters, digits, dots and dashes.",
             )
-    if twice := [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]:
+    # Some file systems take A and a for one name.
+    if twice := [name for name, count in Counter(cell.name.lower() for cell in cells).items() if count > 1]:
         raise UserError(f"sweep {path} names the cell {twice[0]} twice", "Give each entry a line name: of its own.")
     return Sweep(options.model, resolve_model(options.model), cells, train, quality)
+
+
+def _check_text(text: str, where: str, purpose: str) -> None:
+    """Refuse a text that is not there before anything is computed."""
+    check_regular(expand(text))
+    if not is_named(text) and not expand(text).exists():
+        raise UserError(f"{where}: no text at '{text}' to {purpose}", "Name a file, a folder, stdlib or c4.")
 
 
 def _quality(values: Mapping[str, Any], where: str) -> EvalOptions:
@@ -128,11 +141,8 @@ def _cells(options: SweepOptions, where: str) -> Iterator[Cell]:
     yield Cell(DENSE)
     recoveries = [_entry(each, "method") for each in options.recoveries if each != "none"]
     seen: set[str] = set()
-    for rate, method, allocation in itertools.product(options.rates, options.methods, options.allocations):
-        if isinstance(rate, bool) or not isinstance(rate, (int, float, str)):
-            raise UserError(
-                f"sweep {where}: a rate is {shown(rate)}", "Give numbers and patterns, such as [0.5, '2:4']."
-            )
+    rates = [_rate(each, where) for each in options.rates]
+    for rate, method, allocation in itertools.product(rates, options.methods, options.allocations):
         if not isinstance(rate, str) and not 0 <= rate < 1:
             raise UserError(
                 f"sweep {where}: the rate {shown(rate)} is outside [0, 1)",
@@ -159,6 +169,10 @@ def _cells(options: SweepOptions, where: str) -> Iterator[Cell]:
             recover = dict(each)
             name = _name(recover, "method")
             parse_recipe({"recover": recover}, where)
+            if RECOVERIES.get(recover["method"]).traits["trains"] and not (options.train or {}).get("data"):
+                raise UserError(
+                    f"sweep {where}: {recover['method']} trains and there is no text", "Add train: {data: TEXT}."
+                )
             yield Cell(f"{base}-{name}", {}, recover, base)
 
 
@@ -177,6 +191,17 @@ def _name(entry: dict[str, Any], key: str) -> str:
     if not isinstance(name, str):
         raise UserError(f"a sweep's entry has the name {shown(name)}", "Write the name as text.")
     return name
+
+
+def _rate(value: Any, where: str) -> float | str:
+    """A sparsity, in quotes or not, or a pattern."""
+    if isinstance(value, str):
+        value = value.strip()
+        with suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or (isinstance(value, str) and ":" in value)):
+        raise UserError(f"sweep {where}: a rate is {shown(value)}", "Give numbers and patterns, such as [0.5, '2:4'].")
+    return value
 
 
 def _rate_name(rate: Any) -> str:

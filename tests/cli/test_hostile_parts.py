@@ -154,6 +154,19 @@ def test_a_cell_of_a_sweep_stays_in_its_folder(line: str, spec: dict[str, Any], 
         ({"methods": [None]}, "a sweep's entry is none"),
         ({"model": 3}, "model is 3. Name a model folder"),
         ({"eval": {"data": "nowhere.txt"}}, "no text at 'nowhere.txt' to evaluate on"),
+        ({"eval": {"data": "/dev/zero"}}, "/dev/zero is a device"),
+        ({"calibration": {"data": "nowhere.txt"}}, "no text at 'nowhere.txt' to calibrate on"),
+        ({"train": {"data": "nowhere.txt"}}, "no text at 'nowhere.txt' to train on"),
+        ({"recoveries": ["lora"]}, "lora trains and there is no text"),
+        ({"rates": ["half"]}, "a rate is 'half'. Give numbers and patterns"),
+        ({"rates": ["50%"]}, "a rate is '50%'. Give numbers and patterns"),
+        ({"rates": ["nan"]}, "the rate nan is outside [0, 1)"),
+        ({"rates": [0.5, 0.5]}, "names the cell magnitude-uniform-50 twice"),
+        ({"rates": [0.5, "0.50"]}, "names the cell magnitude-uniform-50 twice"),
+        (
+            {"methods": ["magnitude", {"method": "wanda", "name": "Magnitude"}]},
+            "names the cell magnitude-uniform-50 twice",
+        ),
     ],
 )
 def test_a_sweep_is_checked_before_its_first_cell(
@@ -164,6 +177,36 @@ def test_a_sweep_is_checked_before_its_first_cell(
     with pytest.raises(UserError) as caught:
         load_sweep(tmp_path / "sweep.yaml")
     assert message in str(caught.value)
+
+
+SWEEPS = {
+    "aliases": "rates: &a [0.5]\nmethods: *a\n",
+    "a bomb": "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n",
+    "a key twice": "rates: [0.5]\nrates: [0.6]\n",
+    "a key twice, nested": "rates: [0.5]\nmethods: [{method: magnitude, method: wanda}]\n",
+    "tabs": "rates:\n\t- 0.5\n",
+    "digits": f"rates: [{'9' * 6000}]\n",
+    "code": "rates: !!python/object/apply:os.system [id]\n",
+    "two documents": "rates: [0.5]\n---\nrates: [0.6]\n",
+    "levels": f"rates: {'[' * 200}{']' * 200}\n",
+    "a zero byte": "rates: [0.5]\0\n",
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_yaml_that_is_not_read(name: str, spec: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({key: spec[key] for key in ("model", "eval")}) + SWEEPS[name])
+    with pytest.raises(UserError, match="is not YAML") as caught:
+        load_sweep(path)
+    assert len(str(caught.value)) < 500
+    assert "sys." not in str(caught.value)
+
+
+def test_rates_in_quotes_are_numbers(spec: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**spec, "rates": ["0.5", " 2:4 ", 0.625]}))
+    names = [cell.name for cell in load_sweep(tmp_path / "sweep.yaml").cells]
+    assert names == ["dense", "magnitude-uniform-50", "magnitude-uniform-2of4", "magnitude-uniform-62.5"]
 
 
 def test_lines_of_a_sweep(spec: dict[str, Any], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """``auto`` and ``evolve`` on a small model: never worse than any allocation on the selection text, exact, resumable."""
 
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -158,6 +159,23 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(model: nn.Module, tmp_p
     assert again.targets == whole.targets
     assert missing.read_bytes() == stored
     assert [json.loads(line)["generation"] for line in record.read_text().splitlines()] == list(range(7))
+
+
+def test_an_edited_search_is_not_resumed(model: nn.Module, tmp_path: Path) -> None:
+    search(model, "evolve", tmp_path / "db", generations=2, offspring=4, patience=0)
+    (record,) = (tmp_path / "db").glob("search-*.jsonl")
+    sound = record.read_bytes()
+    before, last, _ = sound.rsplit(b"\n", 2)
+    for key, value in itertools.product(json.loads(last), (None, "x", [], [0], {}, -1, [10**6])):
+        record.write_bytes(b"\n".join([before, json.dumps({**json.loads(last), key: value}).encode(), b""]))
+        if key == "fitness" and value == -1:
+            continue
+        with pytest.raises(UserError, match=r"was edited, or is of another search\. Delete it"):
+            search(model, "evolve", tmp_path / "db", generations=3, offspring=4, patience=0)
+    for damage in (b"null\n", b"\xff\n", b"[" * 5000 + b"\n", b"{}\n"):
+        record.write_bytes(damage)
+        with pytest.raises(UserError, match="Delete it"):
+            search(model, "evolve", tmp_path / "db", generations=3, offspring=4, patience=0)
 
 
 def test_a_database_of_another_run_and_a_broken_file_are_refused(model: nn.Module, tmp_path: Path) -> None:
