@@ -11,6 +11,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
+_LARGEST_ALIGNMENT = 1 << 20
 _SOUND = "Download it again."
 
 
@@ -77,7 +79,10 @@ def read_gguf(path: Path) -> GGUFFile:
                 header = _parse(path, _Reader(content))
             except _DamagedError as error:
                 raise UserError(f"{path} is damaged: {error}", _SOUND) from error
-    if int(header.metadata.get("split.count", 0)) > 1:
+    parts = header.metadata.get("split.count", 0)
+    if not isinstance(parts, int):
+        raise UserError(f"{path} is damaged: its split.count is not a number", _SOUND)
+    if parts > 1:
         raise UserError(f"{path} is one part of several", "Merge them first: llama-gguf-split --merge.")
     if not header.tensors:
         raise UserError(f"{path} holds no tensors", "Give the file of a whole model.")
@@ -88,6 +93,10 @@ def read_gguf(path: Path) -> GGUFFile:
     for tensor in header.tensors:
         if (end := tensor.start + tensor.size) > length:
             raise UserError(f"{path} is truncated: {tensor.name} ends at byte {end:,}, the file has {length:,}", _SOUND)
+    placed = sorted(header.tensors, key=lambda tensor: tensor.start)
+    for one, two in pairwise(placed):
+        if one.start + one.size > two.start:
+            raise UserError(f"{path} is damaged: {one.name} and {two.name} share bytes", _SOUND)
     return header
 
 
@@ -144,14 +153,18 @@ def _parse(path: Path, reader: _Reader) -> GGUFFile:
     metadata = {}
     for _ in range(value_count):
         key = reader.text()
+        if key in metadata:
+            raise _DamagedError(f"it has two values of {key}")
         metadata[key] = reader.value(reader.number("I"))
     if not isinstance(metadata.get("general.architecture"), str):
         raise _DamagedError("it does not name its architecture")
     alignment = metadata.get("general.alignment", _ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise _DamagedError(f"an alignment of {alignment}")
+    if type(alignment) is not int or not 1 <= alignment <= _LARGEST_ALIGNMENT or alignment & (alignment - 1):
+        raise _DamagedError(f"an alignment of {str(alignment)[:40]}")
     entries = list(_entries(reader, tensor_count))
     start = -(-reader.at // alignment) * alignment
+    if any(offset % alignment for *_, offset in entries):
+        raise _DamagedError(f"a tensor does not start at a multiple of {alignment} bytes")
     tensors = tuple(_tensor(path, start, *entry) for entry in entries)
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise _DamagedError("it has two tensors of one name")

@@ -23,7 +23,7 @@ from sparsedeploy.workflows import import_model
 from sparsedeploy.workflows.import_model import import_gguf
 from sparsedeploy.workflows.options import ImportOptions, PruneOptions
 from sparsedeploy.workflows.prune import prune
-from tests.cli.mutations import unless_refused
+from tests.cli.mutations import OTHERS, unless_refused
 
 gguf = pytest.importorskip("gguf")
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "class A:\n    pass\n" * 20]
@@ -214,6 +214,59 @@ def test_damaged_headers(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path
             read_gguf(source)
         except UserError:
             continue
+
+
+def test_noise_in_the_header(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
+    """Whatever the bytes say, it is refused in one line, or what is imported can be loaded."""
+    source = write(tmp_path / "model.gguf", model, tokenizer)
+    whole = source.read_bytes()
+    end = whole.index(b"blk.1.ffn_up.weight") + 60
+    generator = np.random.default_rng(1 + OTHERS)
+    for at in generator.integers(4, end, 40):
+        noisy = bytearray(whole)
+        noisy[at] = generator.integers(256)
+        source.write_bytes(noisy)
+        if unless_refused(lambda: import_gguf(source, tmp_path / "out", overwrite=True)) is not None:
+            load_model(tmp_path / "out", dtype=torch.float32)
+
+
+def test_tensors_that_share_bytes_or_lie_elsewhere(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
+    source = write(tmp_path / "model.gguf", model, tokenizer)
+    whole = source.read_bytes()
+    name = b"blk.0.attn_q.weight"
+    at = whole.index(name) + len(name) + 4 + 2 * 8 + 4  # dimensions and type before it
+    offset = struct.unpack("<Q", whole[at : at + 8])[0]
+    for moved, match in (
+        (0, "share bytes"),
+        (offset + 32, "share bytes"),
+        (offset + 1, "does not start at a multiple of 32"),
+        (1 << 40, "is truncated"),
+        (1 << 63, "is truncated"),
+    ):
+        source.write_bytes(whole[:at] + struct.pack("<Q", moved) + whole[at + 8 :])
+        refused(source, tmp_path, match)
+    other = b"blk.0.attn_v.weight"
+    source.write_bytes(whole.replace(name, other, 1))
+    refused(source, tmp_path, "two tensors of one name")
+
+
+@pytest.mark.parametrize("value", ["many", [1], 2.5])
+def test_a_count_of_parts_that_is_none(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, value: Any) -> None:
+    def add(writer: Any, _: Any) -> None:
+        {str: writer.add_string, list: writer.add_array, float: writer.add_float32}[type(value)]("split.count", value)
+
+    refused(write(tmp_path / "model.gguf", model, tokenizer, change=add), tmp_path, "split.count is not a number")
+
+
+@pytest.mark.parametrize("alignment", [0, 3, 1 << 31])
+def test_alignments_that_cannot_be(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, alignment: int) -> None:
+    source = write(
+        tmp_path / "model.gguf",
+        model,
+        tokenizer,
+        change=lambda writer, _: writer.add_uint32("general.alignment", alignment),
+    )
+    refused(source, tmp_path, f"an alignment of {alignment}")
 
 
 @pytest.mark.parametrize(
