@@ -14,13 +14,15 @@ from typer.core import TyperCommand
 from sparsedeploy.cli.examples import EXAMPLES
 from sparsedeploy.errors import UserError
 from sparsedeploy.options import Described
-from sparsedeploy.paths import check_file_output, check_output, check_regular, expand, shown
+from sparsedeploy.paths import check_apart, check_file_output, check_output, check_outside, check_regular, expand, shown
 from sparsedeploy.processes import refuse_several
 
 # The parameter that names what is written, beside options that write files, and the arguments that are not paths.
 _OUTPUT = "output"
 _PLAIN = ("prompt", "repo", "name")
-# The commands whose --output is a folder; the workflows keep that one to themselves (folders.claim).
+# The commands whose --output is a folder; the workflows keep that one to themselves (folders.claim). Some work on in a
+# folder that is there, which may hold what they read.
+_WORK_IN_FOLDERS = ("sweep", "demo", "deploy")
 _MAKE_FOLDERS = ("prune", "recover", "sweep", "export", "demo", "deploy", "import")
 # The commands that several processes can share; what they cannot share of it, the workflows refuse.
 _SHARED = ("prune", "recover")
@@ -79,6 +81,8 @@ def check_paths(command: str, ctx: typer.Context) -> None:
         seen.add(place)
         if name == _OUTPUT and command in _MAKE_FOLDERS:
             check_output(output)
+            check = check_outside if command in _WORK_IN_FOLDERS else check_apart
+            check(output, inputs)
         else:
             check_file_output(output, inputs)
 
@@ -100,8 +104,9 @@ def _kinds(item: Described) -> tuple[Any, ...]:
 
 
 def _inputs(ctx: typer.Context, parameter: str) -> Iterator[str]:
-    """Every path on this machine that a parameter names."""
-    names = _reads(ctx, parameter)
+    """Every path on this machine that was typed for a parameter."""
+    source = ctx.get_parameter_source(parameter)
+    names = _reads(ctx, parameter) if source is None or source.name != "DEFAULT" else False
     value = ctx.params[parameter]
     for item in value if isinstance(value, (list, tuple)) else [value]:
         if not isinstance(item, (str, Path)):

@@ -45,7 +45,8 @@ def export_checkpoint(
             )
         options = {**(options or {}), "quantize": quantize}
     chosen = method.make_options(options)
-    read = (checkpoint, *(value for value in (options or {}).values() if isinstance(value, str)))
+    paths = {item.name for item in described(method.options) if item.facts.reads}
+    read = (checkpoint, *(value for name, value in (options or {}).items() if name in paths and isinstance(value, str)))
     with claim(output, overwrite=overwrite, inputs=read):
         artifact: Artifact = method.function(ExportJob(checkpoint, output, trust_remote_code, overwrite), chosen)
         write_artifact_card(output, artifact, resolve_model(checkpoint), str(checkpoint))

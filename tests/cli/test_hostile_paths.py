@@ -167,6 +167,28 @@ def test_a_word_that_is_also_a_folder(cli: Cli, model: Path, text: Path, word: s
     assert outcome.code == 0, outcome.err
 
 
+def test_a_value_that_is_also_a_folder(cli: Cli, model: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(model.parent)
+    Path("64").mkdir()
+    outcome = cli("export", model, "--target", "deepsparse", "--target-option", "max_positions=64", "-o", "64/out")
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize(
+    "options", [("--plan", "out/plan.json"), ("-s", 0.5, "-a", "auto", "--allocation-option", "text=out/text.txt")]
+)
+def test_a_folder_that_holds_what_is_read_is_not_replaced(
+    cli: Cli, model: Path, text: Path, options: tuple[object, ...], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(model.parent)
+    assert prune(cli, model, text, "-s", 0.5).code == 0
+    assert cli("allocate", model, "-s", 0.5, "-o", "plan.json").code == 0
+    shutil.move("plan.json", "out/plan.json")
+    shutil.copyfile(text, "out/text.txt")
+    outcome = cli("prune", model, "-o", "out", "-m", "magnitude", *options, "--overwrite")
+    refused(outcome, "output out holds the input out/", model.parent)
+
+
 @pytest.mark.parametrize("there", [False, True], ids=["new", "existing"])
 def test_a_result_is_not_written_into_what_is_read(cli: Cli, model: Path, text: Path, there: bool) -> None:
     """The first run says what the second would say; what lies in a text's folder would be read as text."""
