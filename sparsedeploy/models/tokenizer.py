@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def load_tokenizer(folder: Path, *, vocabulary: int | None = None, trust_remote_
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=not trust_remote_code
         )
-        tokenizer("a", verbose=False)["input_ids"]  # its settings are used here, not before
+        # Its settings are used here, not before; what it adds to every text is among the tokens.
+        added = tokenizer("a", verbose=False)["input_ids"]
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UserError(
@@ -48,6 +50,7 @@ def load_tokenizer(folder: Path, *, vocabulary: int | None = None, trust_remote_
         vocabulary = vocabulary_size(read_object(folder / "config.json", fix=SOUND_COPY))
     if vocabulary is not None:
         _check_vocabulary(tokenizer, vocabulary, folder)
+        check_tokens(added, vocabulary, "a")
     return tokenizer
 
 
@@ -67,15 +70,20 @@ def token_ids(tokenizer: Any, texts: Any, **settings: Any) -> Any:
         raise UserError(f"the tokenizer fails on the text ({type(error).__name__}: {reason})", _FIX) from error
 
 
-def check_tokens(tokens: torch.Tensor, vocabulary: int, data: str) -> None:
+def check_tokens(tokens: torch.Tensor | Sequence[int], vocabulary: int, data: str) -> None:
     """Refuse token ids beyond the embedding before the model sees them.
+
+    Args:
+        data: what the text is, for errors.
 
     Raises:
         UserError: naming the largest.
     """
-    if tokens.numel() and int(tokens.max()) >= vocabulary:
+    every = torch.as_tensor(tokens)
+    largest = int(every.max()) if every.numel() else -1
+    if largest >= vocabulary:
         raise UserError(
-            f"the tokenizer turns the text of '{data}' into token {int(tokens.max())}, the model has {vocabulary}", _FIX
+            f"the tokenizer turns the text of '{data}' into token {largest}, the model has {vocabulary}", _FIX
         )
 
 

@@ -29,7 +29,7 @@ def sample_generations(
     length = max(map(len, prompts))
     with load(deployment, prompt_length=length, new_tokens=NEW_TOKENS, cores=cores) as model:
         for prompt in prompts:
-            text = TextTools(tokenizer, [])
+            text = TextTools(tokenizer, [], len(tokenizer))
             made: list[int] = []
             pieces = []
             for token in model.generate(prompt, NEW_TOKENS, 0.0, 0, []):

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sparsedeploy.artifacts.description import Artifact
-from sparsedeploy.artifacts.folder import describe_folder
+from sparsedeploy.artifacts.folder import CHECKPOINT, describe_folder
 from sparsedeploy.errors import UserError
 from sparsedeploy.runtimes.environments import Environment, require
 from sparsedeploy.runtimes.machine import usable_cores
@@ -242,9 +242,12 @@ def runtime_for(artifact: Artifact, folder: Path, runtime: str | None) -> Runtim
     if not specification.targets:
         raise UserError(f"runtime {runtime} runs no exported models", "Leave --runtime out, or name another.")
     if artifact.target not in specification.targets:
+        plain = CHECKPOINT in specification.targets
         raise UserError(
             f"{folder} was exported for {artifact.target}, runtime {runtime} runs {', '.join(specification.targets)}",
-            f"Export the checkpoint with --target {specification.targets[0]}.",
+            "Name the checkpoint's own folder."
+            if plain
+            else f"Export the checkpoint with --target {specification.targets[0]}.",
         )
     return specification
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsedeploy.artifacts.description import load_artifact
+from sparsedeploy.errors import UserError
 from sparsedeploy.reading import read_object
 
 # What a tokenizer puts where the bytes of a character are not complete yet.
@@ -18,18 +19,27 @@ class TextTools:
 
     Attributes:
         stop: ids of the tokens that end a text.
+        vocabulary: rows of the model's embedding.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[int], vocabulary: int) -> None:
         self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
         self.stop = list(stop)
         self._printed = 0
 
     def encode(self, prompt: str) -> list[int]:
-        """Tokens of a prompt, with the special tokens that the tokenizer adds."""
-        from sparsedeploy.models.tokenizer import token_ids  # heavy, like transformers
+        """Tokens of a prompt, with the special tokens that the tokenizer adds.
 
-        tokens: list[int] = token_ids(self.tokenizer, prompt)
+        Raises:
+            UserError: a prompt without tokens, or with one that the model has no row for.
+        """
+        from sparsedeploy.models.tokenizer import check_tokens, token_ids  # heavy, like transformers
+
+        tokens: list[int] = token_ids(self.tokenizer, prompt, verbose=False)
+        if not tokens:
+            raise UserError("the prompt holds no tokens", "Write some text to continue.")
+        check_tokens(tokens, self.vocabulary, "the prompt")
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -54,23 +64,34 @@ class TextTools:
 
 
 def load_text_tools(folder: Path) -> TextTools:
-    """The tokenizer in an artifact folder, and the stop tokens of its generation settings.
+    """The tokenizer in an artifact folder, and the stop tokens of its generation settings, else its own.
 
     Raises:
-        UserError: not an artifact, or it holds no tokenizer.
+        UserError: not an artifact, it holds no tokenizer, or its generation settings are damaged.
     """
-    from transformers import GenerationConfig
-
     # Heavy, like transformers.
     from sparsedeploy.models.tokenizer import load_tokenizer
 
     artifact = load_artifact(folder)
-    tokenizer = load_tokenizer(Path(folder), vocabulary=artifact.shapes.vocab)
-    if (Path(folder) / "generation_config.json").exists():
-        read_object(Path(folder) / "generation_config.json", fix="Export the checkpoint again.")
-    stop = None
-    if (Path(folder) / "generation_config.json").is_file():
-        stop = GenerationConfig.from_pretrained(str(folder), local_files_only=True).eos_token_id
-    if stop is None:
-        stop = tokenizer.eos_token_id
-    return TextTools(tokenizer, [] if stop is None else [stop] if isinstance(stop, int) else stop)
+    vocabulary = artifact.shapes.vocab
+    tokenizer = load_tokenizer(Path(folder), vocabulary=vocabulary)
+    stop = _stop_tokens(Path(folder) / "generation_config.json")
+    if not stop and tokenizer.eos_token_id is not None:
+        stop = [tokenizer.eos_token_id]
+    return TextTools(tokenizer, stop, vocabulary)
+
+
+def _stop_tokens(path: Path) -> list[int]:
+    """Those that the generation settings name; empty where there are none.
+
+    Raises:
+        UserError: a file that cannot be read, or something else in their place.
+    """
+    if not path.exists():
+        return []
+    fix = "Export the checkpoint again."
+    named = read_object(path, fix=fix).get("eos_token_id")
+    found = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(type(one) is int for one in found):
+        raise UserError(f"{path}: 'eos_token_id' is not a token, nor a list of them", fix)
+    return found

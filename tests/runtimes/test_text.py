@@ -13,7 +13,7 @@ from tests.small_models import byte_tokenizer
 
 
 def test_pieces_join_to_the_text_and_no_character_is_cut() -> None:
-    tools = TextTools(byte_tokenizer(), [])
+    tools = TextTools(byte_tokenizer(), [], 259)
     text = "naïve – 文"
     tokens = tools.encode(text)
     pieces = [tools.next_piece(tokens[: count + 1]) for count in range(len(tokens))]
@@ -23,7 +23,7 @@ def test_pieces_join_to_the_text_and_no_character_is_cut() -> None:
 
 
 def test_incomplete_character_at_the_end_is_not_lost() -> None:
-    tools = TextTools(byte_tokenizer(), [])
+    tools = TextTools(byte_tokenizer(), [], 259)
     tokens = tools.encode("a文")[:-1]
     pieces = [tools.next_piece(tokens[: count + 1]) for count in range(len(tokens))]
     assert pieces == ["a", "", ""]
@@ -44,3 +44,20 @@ def test_artifact_without_a_tokenizer(tmp_path: Path) -> None:
         load_text_tools(folder)
     with pytest.raises(UserError, match=r"is not an exported artifact"):
         load_text_tools(tmp_path)
+
+
+@pytest.mark.parametrize("eos", ['"5"', "true", "1.5", "[5, null]", "[[5]]", "{}"])
+def test_stop_tokens_that_are_none(eos: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", describe(vocab=300))
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
+    with pytest.raises(UserError, match=r"'eos_token_id' is not a token, nor a list of them\. Export"):
+        load_text_tools(folder)
+
+
+def test_prompts_that_no_model_takes() -> None:
+    """Nothing, and a token that the model has no row for."""
+    with pytest.raises(UserError, match=r"the prompt holds no tokens\. Write some text"):
+        TextTools(byte_tokenizer(), [], 259).encode("")
+    with pytest.raises(UserError, match=r"turns the text of 'the prompt' into token 257, the model has 257"):
+        TextTools(byte_tokenizer(), [], 257).encode("a</s>")
