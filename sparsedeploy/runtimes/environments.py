@@ -6,8 +6,10 @@ last, ``complete.json``: without it, or with another hash of the pinned requirem
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +71,6 @@ class Status:
             pinned requirements have changed since).
         python: version of the environment's Python.
         versions: distribution -> version, of those worth showing.
-        bytes: size on disk.
         runnable: whether this machine can run it; ``reason`` says why not.
     """
 
@@ -80,12 +81,16 @@ class Status:
     python: str | None
     versions: dict[str, str]
     path: str
-    bytes: int
     runnable: bool
     reason: str | None
 
+    @property
+    def bytes(self) -> int:
+        """Size on disk, counted when asked for, which takes a moment; 0 where it is this Python's own environment."""
+        return 0 if self.path == sys.prefix else _size(Path(self.path))
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "bytes": self.bytes}
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,6 @@ def status(name: str) -> Status:
             python=platform.python_version(),
             versions={name: metadata.version(name) for name in runtime.versions},
             path=sys.prefix,
-            bytes=0,
             runnable=reason is None,
             reason=reason,
         )
@@ -143,7 +147,6 @@ def status(name: str) -> Status:
         python=marker.get("python"),
         versions=marker.get("versions", {}),
         path=str(home),
-        bytes=_size(home),
         runnable=reason is None,
         reason=reason,
     )
@@ -279,9 +282,10 @@ def _state(runtime: Runtime, home: Path, marker: dict[str, Any]) -> str:
 def _size(folder: Path) -> int:
     """Bytes that a folder takes on disk (links are not followed)."""
     total = 0
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            total += path.stat().st_size
+    for place, _, names in os.walk(folder):
+        for name in names:
+            about = os.lstat(os.path.join(place, name))
+            total += about.st_size if stat.S_ISREG(about.st_mode) else 0
     return total
 
 

@@ -61,7 +61,7 @@ def measure_bandwidth(threads: int, array_bytes: int | None = None, repeats: int
     """
     size = array_bytes or max(_SMALLEST, _CACHE_MULTIPLE * (this_machine().last_level_cache_bytes or _DEFAULT_CACHE))
     source = np.ones(size // 4, dtype=np.float32)
-    target = np.zeros_like(source)
+    target = np.empty_like(source)
     parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
 
     # numpy lets other threads run during both.
@@ -74,7 +74,7 @@ def measure_bandwidth(threads: int, array_bytes: int | None = None, repeats: int
     with ThreadPoolExecutor(threads) as pool:
 
         def rates(work: Callable[[tuple[np.ndarray, np.ndarray]], Any], traffic: int) -> list[float]:
-            list(pool.map(work, parts))  # starts the threads
+            list(pool.map(work, parts))  # starts the threads, and the system hands out the memory
             found: list[float] = []
             began = time.perf_counter()
             while len(found) < repeats and (len(found) < _FEWEST or time.perf_counter() - began < _SECONDS):
