@@ -242,12 +242,10 @@ def runtime_for(artifact: Artifact, folder: Path, runtime: str | None) -> Runtim
     if not specification.targets:
         raise UserError(f"runtime {runtime} runs no exported models", "Leave --runtime out, or name another.")
     if artifact.target not in specification.targets:
-        plain = CHECKPOINT in specification.targets
+        able = [target for target in specification.targets if target != CHECKPOINT]
         raise UserError(
             f"{folder} was exported for {artifact.target}, runtime {runtime} runs {', '.join(specification.targets)}",
-            "Name the checkpoint's own folder."
-            if plain
-            else f"Export the checkpoint with --target {specification.targets[0]}.",
+            f"Export the checkpoint with --target {able[0]}.",
         )
     return specification
 

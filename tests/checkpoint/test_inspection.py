@@ -132,6 +132,17 @@ def test_config_shapes_and_missing_tensors(folders: Path, tmp_path: Path, cli) -
     assert values["equal"] is False
 
 
+def test_numbers_that_are_not_finite_are_text(folders: Path, tmp_path: Path, cli) -> None:  # noqa: F811
+    other = save_model(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    odd = {**config, "x": float("nan"), "y": {"z": [float("inf")]}}
+    (other / "config.json").write_text(json.dumps(odd))
+    outcome = cli("inspect", folders / "dense", "--against", other, "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["config"]["x"] == [None, "nan"]
+    assert compare_folders(other, other).equal
+
+
 def test_pictures_of_masks(folders: Path, tmp_path: Path, cli) -> None:  # noqa: F811
     for name in ("m.svg", "m.png"):
         assert cli("inspect", folders / "nm", "--mask", tmp_path / name, "--module", "0.mlp.up_proj").code == 0

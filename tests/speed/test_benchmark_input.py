@@ -103,7 +103,7 @@ def test_each_folder_names_its_own_runtime(dense: Path, sparse: Path) -> None:
         ("dense", "deepsparse", dense),
         ("sparse", "deepsparse", sparse),
     ]
-    with pytest.raises(UserError, match=r"was exported for deepsparse, runtime torch runs checkpoint"):
+    with pytest.raises(UserError, match=r"was exported for deepsparse, runtime torch runs checkpoint.*--target vllm"):
         load_contenders([f"torch={sparse}"], dense, None)
     with pytest.raises(UserError, match=r"given twice"):
         load_contenders([f"deepsparse={dense}"], dense, None)
