@@ -32,10 +32,14 @@ class TextTools:
         """Tokens of a prompt, with the special tokens that the tokenizer adds.
 
         Raises:
-            UserError: a prompt without tokens, or with one that the model has no row for.
+            UserError: a prompt that is not UTF-8 or has no tokens, or one that the model has no row for.
         """
         from sparsedeploy.models.tokenizer import check_tokens, token_ids  # heavy, like transformers
 
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no characters
+            raise UserError("the prompt is not UTF-8 text", "Set the terminal to UTF-8.") from None
         tokens: list[int] = token_ids(self.tokenizer, prompt, verbose=False)
         if not tokens:
             raise UserError("the prompt holds no tokens", "Write some text to continue.")

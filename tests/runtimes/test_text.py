@@ -59,5 +59,7 @@ def test_prompts_that_no_model_takes() -> None:
     """Nothing, and a token that the model has no row for."""
     with pytest.raises(UserError, match=r"the prompt holds no tokens\. Write some text"):
         TextTools(byte_tokenizer(), [], 259).encode("")
+    with pytest.raises(UserError, match=r"the prompt is not UTF-8 text\. Set"):
+        TextTools(byte_tokenizer(), [], 259).encode("a\udcffb")
     with pytest.raises(UserError, match=r"turns the text of 'the prompt' into token 257, the model has 257"):
         TextTools(byte_tokenizer(), [], 257).encode("a</s>")
