@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ _PLAIN = ("prompt", "repo", "name")
 # folder that is there, which may hold what they read.
 _WORK_IN_FOLDERS = ("sweep", "demo", "deploy")
 _MAKE_FOLDERS = ("prune", "recover", "sweep", "export", "demo", "deploy", "import")
+# An option with nothing behind its equals sign.
+_EMPTY = re.compile(r"--[\w-]+=")
 # The commands that several processes can share; what they cannot share of it, the workflows refuse.
 _SHARED = ("prune", "recover")
 
@@ -43,6 +46,22 @@ class Command(TyperCommand):
         for line in EXAMPLES.get(" ".join(names), ()):
             print(line)
         super().format_help(ctx, formatter)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Refuse empty arguments, such as those of an unset variable: an empty path would be the working folder.
+
+        Raises:
+            UserError: naming the option, where it has one.
+        """
+        options = args[: args.index("--")] if "--" in args else args
+        for at, item in enumerate(args if not ctx.resilient_parsing else ()):
+            flag = item[:-1] if at < len(options) and _EMPTY.fullmatch(item) else None
+            if item and flag is None:
+                continue
+            before = args[at - 1] if 0 < at < len(options) and args[at - 1].startswith("-") else None
+            what = flag or before or "an argument"
+            raise UserError(f"{what} is empty", "Give a value, or leave it out. Is a shell variable unset?")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Check, then run.

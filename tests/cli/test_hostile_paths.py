@@ -227,6 +227,36 @@ def test_one_file_for_two_outputs(
     refused(cli(*command), "is given for two outputs", model.parent)
 
 
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        (("push", "", "me/x"), "an argument"),
+        (("push", "pruned", ""), "an argument"),
+        (("prune", "", "-o", "out", "-s", "0.5"), "an argument"),
+        (("prune", ".", "-o", "", "-s", "0.5"), "-o"),
+        (("inspect", ""), "an argument"),
+        (("inspect", ".", "--against", ""), "--against"),
+        (("eval", ".", "--data="), "--data"),
+        (("bench", "", "--baseline", "."), "an argument"),
+        (("serve", ".", "--host", ""), "--host"),
+        (("serve", ".", "--host="), "--host"),
+        (("generate", ".", ""), "an argument"),
+        (("generate", ".", "--", ""), "an argument"),
+    ],
+)
+def test_an_empty_argument_is_not_the_working_folder(
+    cli: Cli, model: Path, command: tuple[str, ...], what: str, monkeypatch: Any
+) -> None:
+    """Not even in a folder that would do, and no server on all addresses."""
+    assert cli("prune", model, "-o", model.parent / "pruned", "-s", 0.5, "-m", "magnitude").code == 0
+    monkeypatch.chdir(model.parent / "pruned")
+    refused(cli(*command), f"{what} is empty", model.parent)
+
+
+def test_a_prompt_may_look_like_an_option(cli: Cli, model: Path) -> None:
+    assert "has no artifact.json" in cli("generate", model, "--", "--x=").err
+
+
 def test_a_word_may_start_with_a_tilde(cli: Cli, model: Path, text: Path) -> None:
     outcome = cli("eval", model, "-d", text, "--data-field", "~nobody", "--context", 32)
     assert outcome.code == 0, outcome.err
