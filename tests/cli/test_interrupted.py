@@ -20,6 +20,8 @@ Cli = Callable[..., Outcome]
 pytestmark = pytest.mark.slow
 
 _LIMITED = """
+from sparsedeploy.startup import quick_start
+quick_start()
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 del sys.argv[1]
@@ -27,6 +29,8 @@ from sparsedeploy.cli.main import main
 main()
 """
 _STOPPED = """
+from sparsedeploy.startup import quick_start
+quick_start()
 import os, signal
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started us with it ignored
 from sparsedeploy.recovery.state import RunState

@@ -92,6 +92,8 @@ def command(*arguments: object) -> list[str]:
 
 
 _STOPPED = """
+from sparsedeploy.startup import quick_start
+quick_start()
 import os, signal
 from sparsedeploy.checkpoint import journal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with it ignored

@@ -186,6 +186,7 @@ def test_torch_with_one_wrong_weight_and_its_memory(verdicts: Path, torch_worker
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [None, "int8", "int4"])
 @pytest.mark.usefixtures("verdicts")
 def test_packed_weights_with_one_wrong_column(torch_worker: Worker, tmp_path: Path, values: str | None) -> None:
@@ -227,6 +228,7 @@ def test_packed_weights_with_one_wrong_column(torch_worker: Worker, tmp_path: Pa
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("verdicts")
 def test_artifact_of_an_earlier_version_is_told_once(
     torch_worker: Worker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -241,6 +243,7 @@ def test_artifact_of_an_earlier_version_is_told_once(
         progress.show(False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("verdicts")
 def test_damaged_answer(torch_worker: Worker, tmp_path: Path) -> None:
     folder = packed(tmp_path)

@@ -84,6 +84,7 @@ def test_result_holds_every_sample_and_follows_from_them(folders: list[Path]) ->
     assert any("3 rounds are too few" in note for note in result.notes)
 
 
+@pytest.mark.slow
 def test_one_that_crashes_in_the_middle(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process is killed between two rounds, as the system would when memory runs out."""
     measure = WorkerModel.measure
