@@ -101,7 +101,7 @@ KINDS: dict[str, tuple[Damage, bool | None]] = {
     "one number for two tokens": (whole(lambda read: read["model"]["vocab"].update(zz=5)), None),
     "a number below zero": (whole(lambda read: read["model"]["vocab"].update(zz=-5)), False),
     "a number beyond 32 bits": (whole(lambda read: read["model"]["vocab"].update(zz=2**40)), False),
-    "a number far beyond": (whole(lambda read: read["model"]["vocab"].update(zz=10**9)), False),
+    "a number far beyond": (whole(lambda read: read["model"]["vocab"].update(zz=10**7)), False),
     "no vocabulary": (model_of(vocab={}), None),
     "a vocabulary with holes": (whole(lambda read: read["model"]["vocab"].pop("e")), None),
     "a list as vocabulary": (model_of(vocab=["a"]), False),
