@@ -122,7 +122,8 @@ def test_files_replace_results_only(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lies in the input"):
         check_file_output(tmp_path / "config.json", [tmp_path])
     check_file_output(tmp_path / "config.json", [tmp_path / "notes.txt"])
-    check_file_output(tmp_path / "new.anything", [tmp_path])
+    with pytest.raises(UserError, match="lies in the input"):
+        check_file_output(tmp_path / "new.anything", [tmp_path])
 
 
 def test_paths_in_messages_are_short_and_printable() -> None:

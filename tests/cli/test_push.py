@@ -360,7 +360,6 @@ def test_edited_results(cli: Cli, folders: Path, tmp_path: Path, text: Path) -> 
 
 
 NAMES = (
-    "",
     "../x",
     "a/../b",
     "a b/c",

@@ -196,8 +196,8 @@ def test_what_an_interrupted_cell_left_is_not_taken_for_another_request(place: P
 
 @pytest.mark.slow
 def test_a_cell_that_fails_says_why_in_its_own_words(place: Path, tmp_path: Path) -> None:
-    values = content(place, methods=["wanda"], calibration={"data": str(place / "nothing.txt")})
-    with pytest.raises(UserError, match=r"1 of 2 cells failed; wanda-uniform-50: .*nothing\.txt"):
+    values = content(place, rates=["3:7"])
+    with pytest.raises(UserError, match=r"1 of 2 cells failed; magnitude-uniform-3of7: .*7"):
         run_sweep(load_sweep(written(tmp_path, values)), tmp_path / "out")
 
 
