@@ -13,6 +13,7 @@ at once. Finished samples are kept, so the run may be cut into pieces. Dense fil
 files, and dense ones as *ours, no zeros*, with the backend for sparse weights. Further engines take an exported folder
 or a checkpoint; ``torch`` runs compiled code, ``torch-eager`` does not. With ``--shape``, ``prepare`` also writes
 packed folders for vLLM: ``run FOLDER "vllm:dense=FOLDER/scratch/random" "vllm:70% int8=FOLDER/scratch/vllm-70%-int8"``.
+OpenVINO reads what was exported for ONNX Runtime: ``run FOLDER openvino:int8=ARTIFACT --peer-python ENV/bin/python``.
 ``quality`` takes the perplexity by llama-perplexity, of pruned files with and without the backend.
 
 Writes benchmarks/results/end_to_end.json, .md and .svg. FOLDER's name is the model's in the tables.
@@ -36,6 +37,7 @@ import numpy as np
 import psutil
 
 from sparsedeploy.artifacts.folder import describe_folder
+from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.folders import write_json, write_text
 from sparsedeploy.reporting.charts import Disc, scatter_chart, svg_file
 from sparsedeploy.runtimes.engine import open_model
@@ -43,6 +45,9 @@ from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.runtimes.llamacpp import build_of, offer
 from sparsedeploy.runtimes.machine import usable_cores
+from sparsedeploy.targets.registry import export_checkpoint
+from sparsedeploy.workflows.options import PruneOptions
+from sparsedeploy.workflows.prune import prune
 
 RESULTS = Path(__file__).resolve().parent / "results" / "end_to_end"
 DENSE_TYPES = ("F16", "Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")
@@ -69,6 +74,7 @@ def main() -> None:
     measured = commands.add_parser("run")
     measured.add_argument("folder", type=Path)
     measured.add_argument("others", nargs="*", help="ENGINE:NAME=FOLDER, such as torch:dense=MODEL")
+    measured.add_argument("--peer-python", help="Python of an environment with openvino and nncf")
     measured.add_argument("--rounds", type=int, default=3)
     measured.add_argument("--new-tokens", type=int, default=64)
     measured.add_argument("--batches", type=int, nargs="+", default=[1, 8])
@@ -172,39 +178,15 @@ def random_model(tokenizer: Path, folder: Path) -> Path:
 
 
 def pack_folders(model: Path, scratch: Path, rate: float = 0.7) -> None:
-    """The model packed as ``export --target vllm`` does it, without the smallest weights of every row."""
-    import torch
-    from packed_linear import pack_values
-    from safetensors.torch import load_file, save_file
-
-    from sparsedeploy.formats import packed as packing
-    from sparsedeploy.formats.config import PackedConfig
-
-    tensors = load_file(model / "model.safetensors")
-    inside = [name for name, tensor in tensors.items() if ".layers." in name and tensor.dim() == 2]
-    for name in inside:
-        weight = tensors[name]
-        limit = weight.abs().float().kthvalue(int(rate * weight.shape[1]) + 1, dim=1, keepdim=True).values
-        tensors[name] = torch.where(weight.abs() >= limit, weight, torch.zeros((), dtype=weight.dtype))
-    for kind, bits in (("bf16", 0), ("int8", 8), ("int4", 4)):
-        folder = scratch / f"vllm-{rate:.0%}-{kind}"
-        if (folder / "config.json").is_file():
-            continue
-        folder.mkdir(exist_ok=True)
-        data, modules = {name: tensor for name, tensor in tensors.items() if name not in inside}, {}
-        for name in inside:
-            packed = pack_values(tensors[name], f"{rate:.0%}", bits)
-            module = name.removesuffix(".weight")
-            modules[module] = packing.describe(packed)
-            data |= {f"{module}.{part}": tensor.contiguous() for part, tensor in packed.tensors().items()}
-        save_file(data, folder / "model.safetensors", metadata={"format": "pt"})
-        for file in model.iterdir():
-            if file.suffix in (".json", ".jinja"):
-                shutil.copyfile(file, folder / file.name)
-        config = json.loads((model / "config.json").read_text())
-        write_json(
-            folder / "config.json", {**config, "quantization_config": PackedConfig(modules, ("lm_head",)).to_dict()}
-        )
+    """Artifacts for vLLM of the model without its smallest weights, their values in bfloat16, int8 and int4."""
+    text = CalibrationOptions(data="stdlib", sequences=2, length=64)  # for the order of rounding alone
+    for kind in ("bf16", "int8", "int4"):
+        pruned, folder = scratch / f"pruned-{kind}", scratch / f"vllm-{rate:.0%}-{kind}"
+        if not folder.is_dir():
+            options = PruneOptions(rate, "magnitude", calibration=text, quantize=None if kind == "bf16" else kind)
+            prune(str(model), pruned, options)
+            export_checkpoint(pruned, "vllm", folder)
+            shutil.rmtree(pruned)
 
 
 def prune_file(path: Path, rate: str) -> None:
@@ -252,7 +234,12 @@ def run_cells(arguments: argparse.Namespace, results: dict[str, Any], model: dic
             if len(entry["runs"]) > number or time.monotonic() - started > 60 * arguments.minutes:
                 continue
             how = (arguments.new_tokens, arguments.batches)
-            sample = llamacpp(file, engine == "ours", *how) if file.suffix == ".gguf" else other(engine, file, *how)
+            if file.suffix == ".gguf":
+                sample = llamacpp(file, engine == "ours", *how)
+            elif engine == "openvino":
+                sample = openvino(arguments.peer_python, weights, file, *how)
+            else:
+                sample = other(engine, file, *how)
             entry["runs"].append(sample)
             print(title, {key: round(value, 2) for key, value in sample.items()}, flush=True)
             write_json(path, results)
@@ -285,6 +272,15 @@ def llamacpp(file: Path, backend: bool, new_tokens: int, batches: list[int]) -> 
             return worker.call("measure", model=model, prompt=prompt, decode_tokens=count, batch=batch)
 
         return {**sample, **timings(measure, new_tokens, batches), "megabytes": resident()}
+
+
+def openvino(python: str, precision: str, folder: Path, new_tokens: int, batches: list[int]) -> dict[str, float]:
+    """One process of OpenVINO on an ONNX artifact, its weights compressed to ``float32``, ``int8`` or ``int4``."""
+    script = Path(__file__).parent / "peers" / "openvino_decode.py"
+    command = [python, script, folder, precision, PROMPT, new_tokens, *batches]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    sample: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return sample
 
 
 def other(engine: str, folder: Path, new_tokens: int, batches: list[int]) -> dict[str, float]:
