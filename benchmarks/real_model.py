@@ -93,9 +93,9 @@ RECOVERIES = {
     "alps-atp-sparse-lora": Recovery("ALPS, atp + Sparse LoRA", "sparse-lora", "alps", allocation="atp"),
     "sparsegpt-sparse-lora-90": Recovery("SparseGPT + Sparse LoRA, 90 %", "sparse-lora", "sparsegpt", sparsity=0.9),
     "elsa-90": Recovery("ELSA from ALPS, 90 %, learning rate 3e-4", "elsa", "alps", sparsity=0.9, learning_rate=3e-4),
-    "elsa-90-1e-3": Recovery("ELSA from ALPS, 90 %, learning rate 1e-3", "elsa", "alps", sparsity=0.9, learning_rate=1e-3),
-    "elsa-90-dlp": Recovery("ELSA from ALPS, dlp, 90 %", "elsa", "alps", allocation="dlp", sparsity=0.9, learning_rate=3e-4),
-    "alps-sparse-lora-90": Recovery("ALPS + Sparse LoRA, 90 %", "sparse-lora", "alps", sparsity=0.9),
+    "elsa-90-1e-3": Recovery(
+        "ELSA from ALPS, 90 %, learning rate 1e-3", "elsa", "alps", sparsity=0.9, learning_rate=1e-3
+    ),
     "alps-atp-sparse-lora-long": Recovery(
         "ALPS, atp + Sparse LoRA, five times the tokens", "sparse-lora", "alps", allocation="atp", train_sequences=1000
     ),
