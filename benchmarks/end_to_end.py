@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -180,10 +180,11 @@ def random_model(tokenizer: Path, folder: Path) -> Path:
 def pack_folders(model: Path, scratch: Path, rate: float = 0.7) -> None:
     """Artifacts for vLLM of the model without its smallest weights, their values in bfloat16, int8 and int4."""
     text = CalibrationOptions(data="stdlib", sequences=2, length=64)  # for the order of rounding alone
-    for kind in ("bf16", "int8", "int4"):
+    kinds: dict[str, Literal["int8", "int4"] | None] = {"bf16": None, "int8": "int8", "int4": "int4"}
+    for kind, codes in kinds.items():
         pruned, folder = scratch / f"pruned-{kind}", scratch / f"vllm-{rate:.0%}-{kind}"
         if not folder.is_dir():
-            options = PruneOptions(rate, "magnitude", calibration=text, quantize=None if kind == "bf16" else kind)
+            options = PruneOptions(rate, "magnitude", calibration=text, quantize=codes)
             prune(str(model), pruned, options)
             export_checkpoint(pruned, "vllm", folder)
             shutil.rmtree(pruned)

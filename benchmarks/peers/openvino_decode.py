@@ -64,7 +64,7 @@ def run(compiled: Any, prompt: int, new_tokens: int, batch: int) -> tuple[float,
 
 def main() -> None:
     folder, precision, prompt, new_tokens, *batches = sys.argv[1:]
-    found = {}
+    found: dict[str, float] = {}
     for batch in map(int, batches):
         started = time.perf_counter()
         compiled = load(Path(folder) / "model.onnx", precision, batch)
