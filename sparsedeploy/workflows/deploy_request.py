@@ -107,8 +107,7 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
             "Name another text that calibration does not see: --held-out FILE.",
         )
     for text in (data, held_out):
-        if not is_named(text) and not expand(text).exists():
-            raise UserError(f"no text at '{text}'", "Name a file, a folder, stdlib, c4 or datasets:NAME.")
+        _check_text(text)
     if options.recovery is not None:
         _check_recovery(options.recovery, held_out)
     aim = choose_aim(options.target)
@@ -127,6 +126,16 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
     return Prepared(source, folder, output, aim, options, held_out, context, within, request, training, measuring)
 
 
+def _check_text(text: str) -> None:
+    """Refuse a text that is neither named nor there.
+
+    Raises:
+        UserError: such a text.
+    """
+    if not is_named(text) and not expand(text).exists():
+        raise UserError(f"no text at '{text}'", "Name a file, a folder, stdlib, c4 or datasets:NAME.")
+
+
 def _check_recovery(recovery: RecoverOptions, held_out: str) -> None:
     """Refuse what does not train a pruned checkpoint into another, and a text that quality is judged on.
 
@@ -134,19 +143,17 @@ def _check_recovery(recovery: RecoverOptions, held_out: str) -> None:
         UserError: see :func:`deploy`.
     """
     method = RECOVERIES.get(recovery.method)
-    if not (method.traits["trains"] and method.traits["starts_from"] == "pruned" and method.traits.get("merged", True)):
-        able = [
-            one.name
-            for one in map(RECOVERIES.get, RECOVERIES.names())
-            if one.traits["trains"] and one.traits["starts_from"] == "pruned" and one.traits.get("merged", True)
-        ]
+    able = [
+        one.name
+        for one in map(RECOVERIES.get, RECOVERIES.names())
+        if one.traits["trains"] and one.traits["starts_from"] == "pruned" and one.traits.get("merged", True)
+    ]
+    if method.name not in able:
         raise UserError(f"{method.name} does not train what was pruned and merge it", f"Use {one_of(able)}.")
     if recovery.data is None:
         raise UserError(f"{method.name} trains and no training text was given", "Add --train-data.")
-    text = recovery.data.data
-    if not is_named(text) and not expand(text).exists():
-        raise UserError(f"no text at '{text}'", "Name a file, a folder, stdlib, c4 or datasets:NAME.")
-    if _same(text, held_out):
+    _check_text(recovery.data.data)
+    if _same(recovery.data.data, held_out):
         raise UserError(f"quality is judged on {held_out}", "Train on another text: --train-data.")
 
 
