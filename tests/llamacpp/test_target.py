@@ -169,7 +169,7 @@ def test_programs_of_the_build_take_the_backend(llama: Path, runtime: Environmen
 
 def test_server_answers_and_streams(llama: Path, runtime: Environment, tmp_path: Path) -> None:
     export_checkpoint(llama, "llamacpp", tmp_path / "out", {"quantize": "q8_0"})
-    with serve(tmp_path / "out", ServeOptions(port=8765, length=128), EngineOptions(cores=1)) as served:
+    with serve(tmp_path / "out", ServeOptions(port=0, length=128), EngineOptions(cores=1)) as served:
         body = {"model": "model", "prompt": "Once upon", "max_tokens": 8, "temperature": 0}
         whole = json.loads(post(served.url, body))["choices"][0]["text"]
         lines = post(served.url, {**body, "stream": True}).splitlines()
@@ -185,7 +185,7 @@ def test_server_computes_requests_at_once(llama: Path, runtime: Environment, tmp
     prompts = [f"{word} upon" for word in ("Once", "Here", "What", "Nine", "Both")]
     answers = []
     for parallel in (1, 3):
-        options = ServeOptions(port=8765, length=64, parallel=parallel)
+        options = ServeOptions(port=0, length=64, parallel=parallel)
         with (
             serve(tmp_path / "out", options, EngineOptions(cores=1)) as served,
             ThreadPoolExecutor(len(prompts)) as clients,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -29,14 +30,6 @@ PROMPT = "def main("
 NEW_TOKENS = 12
 
 
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free: int = probe.getsockname()[1]
-    return free
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return export_small(tmp_path_factory.mktemp("served"), "llama", 0.5)
@@ -58,11 +51,11 @@ def with_server(deepsparse_runtime: Environment) -> Environment:
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.usefixtures("with_server")
-def test_a_request_gets_the_text_of_transformers(llama: Exported, port: int) -> None:
+def test_a_request_gets_the_text_of_transformers(llama: Exported) -> None:
     ids = byte_tokenizer()(PROMPT, return_tensors="pt")["input_ids"]
     settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": 257, "pad_token_id": 258}
     expected = llama.model.generate(ids, **settings)[0, ids.shape[1] :]
-    with serve(llama.folder, ServeOptions(port=port, length=64), EngineOptions(cores=1)) as served:
+    with serve(llama.folder, ServeOptions(port=0, length=64), EngineOptions(cores=1)) as served:
         body = json.dumps({"sequences": PROMPT, "max_new_tokens": NEW_TOKENS, "do_sample": False}).encode()
         request = urllib.request.Request(served.url, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=120) as reply:
@@ -79,7 +72,7 @@ def test_a_request_gets_the_text_of_transformers(llama: Exported, port: int) -> 
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.usefixtures("with_server")
-def test_a_server_that_dies_shows_its_last_words(llama: Exported, port: int, tmp_path: Path) -> None:
+def test_a_server_that_dies_shows_its_last_words(llama: Exported, tmp_path: Path) -> None:
     folder = shutil.copytree(llama.folder, tmp_path / "broken")
     # The server alone reads it.
     (folder / "tokenizer.json").write_text("no tokenizer")
@@ -88,7 +81,7 @@ def test_a_server_that_dies_shows_its_last_words(llama: Exported, port: int, tmp
         pytest.raises(
             UserError, match=r"the deepsparse server ended with exit code 1 during its start: .*Error"
         ) as caught,
-        serve(folder, ServeOptions(port=port, length=64), EngineOptions(cores=1)),
+        serve(folder, ServeOptions(port=0, length=64), EngineOptions(cores=1)),
     ):
         pass
     log = Path(str(caught.value).rsplit("log: ", 1)[1].rstrip("."))
@@ -101,13 +94,14 @@ def test_a_server_that_dies_shows_its_last_words(llama: Exported, port: int, tmp
 @pytest.mark.usefixtures("with_server")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_signal_to_the_command_ends_the_engines_server_too(
-    llama: Exported, port: int, number: signal.Signals, code: int
+    llama: Exported, number: signal.Signals, code: int
 ) -> None:
-    command = [sys.executable, "-m", "sparsedeploy", "serve", str(llama.folder), "--port", str(port)]
+    command = [sys.executable, "-m", "sparsedeploy", "serve", str(llama.folder), "--port", "0"]
     options = ["--length", "64", "--cores", "1"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as cli:
         assert cli.stdout is not None
-        assert cli.stdout.readline().startswith("deepsparse is listening at")
+        listening = re.match(r"deepsparse is listening at http://127\.0\.0\.1:(\d+)/", cli.stdout.readline())
+        assert listening is not None
         started = psutil.Process(cli.pid).children(recursive=True)
         assert any("deepsparse/server.py" in " ".join(process.cmdline()) for process in started)
         cli.send_signal(number)
@@ -115,7 +109,7 @@ def test_a_signal_to_the_command_ends_the_engines_server_too(
     wait_until(lambda: all(has_ended(process) for process in started))
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", port))
+        probe.bind(("127.0.0.1", int(listening[1])))
 
 
 @pytest.mark.engine
@@ -134,28 +128,28 @@ def test_port_in_use(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("deepsparse_runtime")
-def test_an_engine_that_takes_one_request_at_a_time(tmp_path: Path, port: int) -> None:
+def test_an_engine_that_takes_one_request_at_a_time(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "artifact", describe())
     with (
         pytest.raises(UserError, match=r"deepsparse computes one request at a time.*Leave --parallel out"),
-        serve(folder, ServeOptions(port=port, length=32, parallel=2)),
+        serve(folder, ServeOptions(port=0, length=32, parallel=2)),
     ):
         pass
 
 
-def test_what_cannot_be_served(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path / "artifact", describe())
     with (
         pytest.raises(UserError, match="65 tokens does not fit the model's 64 positions"),
-        serve(folder, ServeOptions(port=port, length=65)),
+        serve(folder, ServeOptions(port=0, length=65)),
     ):
         pass
     monkeypatch.setenv("SPARSEDEPLOY_HOME", str(tmp_path / "home"))
     with (
         pytest.raises(UserError, match="runtime install deepsparse"),
-        serve(folder, ServeOptions(port=port, length=32)),
+        serve(folder, ServeOptions(port=0, length=32)),
     ):
         pass
     (tmp_path / "plain").mkdir()
-    with pytest.raises(UserError, match="not an exported artifact"), serve(tmp_path / "plain", ServeOptions(port=port)):
+    with pytest.raises(UserError, match="not an exported artifact"), serve(tmp_path / "plain", ServeOptions(port=0)):
         pass
