@@ -78,7 +78,7 @@ RECOVERIES = {
     "sparse-lora": Recovery("Wanda + Sparse LoRA", "sparse-lora", "wanda"),
     "alps-sparse-lora": Recovery("ALPS + Sparse LoRA", "sparse-lora", "alps"),
     "alps-sparse-lora-kl": Recovery("ALPS + Sparse LoRA, loss kl", "sparse-lora", "alps", loss="kl"),
-    "elsa": Recovery("ELSA from ALPS, learning rate 1e-4", "elsa", "alps", learning_rate=1e-4),
+    "elsa": Recovery("ELSA from ALPS, learning rate 1e-3", "elsa", "alps"),
     "losa": Recovery("Wanda + LoSA", "losa", "wanda"),
     "lora": Recovery("Wanda + LoRA, not merged", "lora", "wanda"),
     "sparselo": Recovery("Wanda + SparseLo, rank 32 on top", "sparselo", "wanda", {"rank": 32}),
@@ -95,6 +95,9 @@ RECOVERIES = {
     "elsa-90": Recovery("ELSA from ALPS, 90 %, learning rate 3e-4", "elsa", "alps", sparsity=0.9, learning_rate=3e-4),
     "elsa-90-1e-3": Recovery(
         "ELSA from ALPS, 90 %, learning rate 1e-3", "elsa", "alps", sparsity=0.9, learning_rate=1e-3
+    ),
+    "elsa-90-2e-3": Recovery(
+        "ELSA from ALPS, 90 %, learning rate 2e-3", "elsa", "alps", sparsity=0.9, learning_rate=2e-3
     ),
     "alps-atp-sparse-lora-long": Recovery(
         "ALPS, atp + Sparse LoRA, five times the tokens", "sparse-lora", "alps", allocation="atp", train_sequences=1000
