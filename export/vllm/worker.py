@@ -97,7 +97,7 @@ class Server:
         """Log-probabilities after every prompt token and after every following one, saved in ``folder``.
 
         Following tokens are decoded as long as they are the greedy ones, and read with the prompt from there on. Of a
-        large vocabulary only the likeliest are told, the others are minus infinity.
+        large vocabulary only the likeliest and the one that follows are told, the others are minus infinity.
         """
         every = [*prompt, *tokens]
         engine = self.models[model]
@@ -107,11 +107,17 @@ class Server:
         rows = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
         if tokens:
             (output,) = self._run(engine, prompt, len(tokens) + 1, logprobs=told)
-            rows[len(prompt) - 1] = output.outputs[0].logprobs[0]
+            decoded = output.outputs[0].logprobs
+
+            def replace(at: int, row: dict[int, Any]) -> None:
+                following = every[at + 1 : at + 2]
+                rows[at] = {**{token: rows[at][token] for token in following}, **row}
+
+            replace(len(prompt) - 1, decoded[0])
             for at, (found, token) in enumerate(zip(output.outputs[0].token_ids, tokens)):  # noqa: B905 - one more
                 if found != token:
                     break
-                rows[len(prompt) + at] = output.outputs[0].logprobs[at + 1]
+                replace(len(prompt) + at, decoded[at + 1])
         table = np.full((len(every), vocabulary), -np.inf, dtype=np.float32)
         for index, row in enumerate(rows):
             for token, entry in row.items():

@@ -69,7 +69,7 @@ def mixed_plan(
     mixed = mixed or MixedOptions()
     modules = [module for layer in layers for module in layer]
     sizes = unit_sizes(allocated, modules)
-    high = pattern.m if mixed.n_max is None else min(mixed.n_max, pattern.m)
+    low, high = mixed_bounds(mixed, pattern.m)
     if mixed.rule == "marginal":
         assert costs is not None
         spread = desired_counts(allocated.importance, sizes, 0.0, mixed.strength)
@@ -77,7 +77,7 @@ def mixed_plan(
             [_relative([costs[name] for name in unit.modules]) for unit in allocated.units],
             sizes,
             pattern.keep,
-            low=mixed.n_min,
+            low=low,
             high=high,
             weights=[math.exp(value) for value in spread],
         )
@@ -87,7 +87,7 @@ def mixed_plan(
         else:
             rates = meet_target([u.value for u in allocated.units], sizes, pattern.sparsity, rule=allocated.rule)
             wanted = [pattern.m * (1 - rate) for rate in rates]
-        counts = apportion(wanted, sizes, pattern.keep, low=mixed.n_min, high=high)
+        counts = apportion(wanted, sizes, pattern.keep, low=low, high=high)
     n_of = {name: n for unit, n in zip(allocated.units, counts, strict=True) for name in unit.modules}
     return SparsityPlan(
         sparsity=pattern.sparsity,
@@ -98,6 +98,11 @@ def mixed_plan(
         model_sha256=model_sha256,
         details={**(allocated.details or {}), "mixed": asdict(mixed), "kept": counts},
     )
+
+
+def mixed_bounds(mixed: MixedOptions, m: int) -> tuple[int, int]:
+    """The smallest and the largest N of every ``m``."""
+    return mixed.n_min, m if mixed.n_max is None else min(mixed.n_max, m)
 
 
 def desired_counts(importance: Sequence[float], sizes: Sequence[int], average: float, strength: float) -> list[float]:

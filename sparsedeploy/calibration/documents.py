@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.paths import expand
-from sparsedeploy.reading import kind_of, parse_json, parse_object, read_text
+from sparsedeploy.reading import kind_of, open_regular, parse_json, parse_object, read_text
 
 _FORMS = (
     "Give a text file, a folder of them, a .jsonl with a text field, stdlib, c4, or datasets:NAME[:CONFIG][:SPLIT]."
 )
 _ROW_FORMS = "Write one JSON object per line (in a .json file also a list of objects)."
 _TEXT_LIMIT = 1 << 32
+_CHUNK = 1 << 20
 _SPLITS = ("train", "validation", "test")
 _C4 = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 
@@ -52,15 +54,8 @@ def load_documents(data: str, *, field: str = "text", split: str = "train", flag
     """
     split = read_split(data, split)
     path = expand(data)
-    if path.is_dir():
-        documents = [
-            text
-            for file in sorted(path.rglob("*"))
-            if file.is_file() and not file.name.startswith(".")
-            for text in _read_file(file, field, flag)
-        ]
-    elif path.exists():
-        documents = _read_file(path, field, flag)
+    if path.exists():
+        documents = [text for file in _files(path) for text in _read_file(file, field, flag)]
     elif data == "stdlib":
         from sparsedeploy.reference.corpus import stdlib_documents
 
@@ -77,6 +72,31 @@ def load_documents(data: str, *, field: str = "text", split: str = "train", flag
     if not documents:
         raise UserError(f"'{data}' holds no text", _FORMS)
     return documents
+
+
+def content_sha256(data: str) -> str | None:
+    """SHA-256 of the files that :func:`load_documents` reads, in their order; None for a named set.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    path = expand(data)
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in _files(path):
+        with open_regular(file, fix=_FORMS) as opened:
+            while chunk := opened.read(_CHUNK):
+                digest.update(chunk)
+        digest.update(f"\0{file.name}\0".encode())
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or those of a folder."""
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
 
 
 def is_rows(data: str) -> bool:

@@ -109,6 +109,7 @@ def checkpoint_card(base: Base, manifest: Manifest, evaluations: Iterable[Mappin
         f"{plan.sparsity:.0%}; {plan.pattern}",
         "method": _with_options(manifest.method, manifest.options),
         "allocation": f"{_with_options(plan.allocation, plan.options)}; layers from {_layers(plan)}",
+        **_rounding(manifest),
         **_recovery(manifest),
         **_calibration(manifest),
         "computed in": manifest.dtype or "unknown",
@@ -306,6 +307,12 @@ def _calibration(manifest: Manifest) -> dict[str, str]:
         "calibration text": f"{shown_text(text.data)} ({text.split}), {text.sequences} sequences of {text.length} "
         f"tokens, seed {text.seed}"
     }
+
+
+def _rounding(manifest: Manifest) -> dict[str, str]:
+    if (grid := manifest.quantization) is None:
+        return {}
+    return {"rounded to": f"int{grid.bits}, {grid.group} columns to a scale"}
 
 
 def _recovery(manifest: Manifest) -> dict[str, str]:

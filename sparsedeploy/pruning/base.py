@@ -14,7 +14,8 @@ class Pruned:
 
     Attributes:
         mask: bool ``[rows, columns]``, True where kept; exactly ``target.zeros`` entries are False.
-        weight: ``[rows, columns]`` in the module's dtype, zero wherever the mask is False.
+        weight: ``[rows, columns]`` in the module's dtype, zero wherever the mask is False. One of codes is in float32,
+            whatever the module's: the type that it is stored in may hold more than the one that is computed in.
         loss: the pruner's own reconstruction error, when it has one.
         scales: float16 ``[rows, groups]`` of kept weights that are codes of a :class:`~sparsedeploy.grid.Grid`.
     """

@@ -99,13 +99,15 @@ def prune_layers(
                     else:
                         assert grid is not None and statistics is not None  # noqa: PT018
                         mask = masks[name].to(linear.weight.device)
+                        _check_mask(name, mask, linear.weight.data, targets[name])
                         found = rounded(Pruned(mask, linear.weight.data), None, statistics, targets[name], grid)
                     modules[name] = found
                     del statistics
                     _replace(linear, modules[name].weight, stored[name] if stored else None)
                 _release(layer.statistics, name)
             for name, linear in layer.linears.items():
-                pruned = modules[name] = _shared(modules.get(name), linear.weight, owners[name], processes)
+                kind = torch.float32 if grid is not None else linear.weight.dtype
+                pruned = modules[name] = _shared(modules.get(name), linear.weight, kind, owners[name], processes)
                 if pruned.mask.numel() - int(torch.count_nonzero(pruned.mask)) != targets[name].zeros:
                     raise RuntimeError(f"{method} pruned another number of weights of {name} than planned")
                 if owners[name] != processes.index:
@@ -166,6 +168,17 @@ def assign(layer: LayerContext, count: int) -> dict[str, int]:
     return owners
 
 
+def _check_mask(name: str, mask: torch.Tensor, weight: torch.Tensor, target: ModuleTarget) -> None:
+    """Refuse a stored mask that is not the weight's.
+
+    Raises:
+        UserError: another shape, another number of pruned weights than planned, or some that are not zero.
+    """
+    fits = mask.shape == weight.shape and int(torch.count_nonzero(~mask)) == target.zeros
+    if not fits or bool((weight[~mask] != 0).any()):
+        raise UserError(f"the mask of {name} is not that of its weight", "Prune the model again.")
+
+
 def _release(statistics: dict[str, InputStatistics], name: str) -> None:
     """Drop a linear's statistics; with the last linear of an input their memory is given back."""
     spent = statistics.pop(name, None)
@@ -180,13 +193,13 @@ def _replace(linear: PrunableLinear, weight: torch.Tensor, stored: torch.dtype |
     assign_weight(linear, weight.to(stored or weight.dtype).to(linear.weight.dtype))
 
 
-def _shared(pruned: Pruned | None, weight: torch.Tensor, owner: int, processes: Processes) -> Pruned:
-    """The owner's result, on every process."""
+def _shared(pruned: Pruned | None, weight: torch.Tensor, kind: torch.dtype, owner: int, processes: Processes) -> Pruned:
+    """The owner's result, of that type, on every process."""
     if processes.count == 1:
         assert pruned is not None
         return pruned
     mask = pruned.mask.to(torch.uint8) if pruned else torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    values = pruned.weight.contiguous() if pruned else torch.empty_like(weight)
+    values = pruned.weight.contiguous() if pruned else torch.empty_like(weight, dtype=kind)
     processes.broadcast(mask, owner)
     processes.broadcast(values, owner)
     scales = pruned.scales.cpu() if pruned and pruned.scales is not None else None
@@ -202,6 +215,7 @@ def prune_model(
     options: Any,
     batch_size: int | None = None,
     *,
+    accumulate: torch.dtype = torch.float32,
     reconstruct: bool = False,
     grid: Grid | None = None,
 ) -> dict[str, Pruned]:
@@ -209,7 +223,7 @@ def prune_model(
 
     Args:
         tokens: calibration sequences int64 ``[sequences, length]``; None for methods that need none.
-        reconstruct, grid: see :func:`prune_layers`.
+        accumulate, reconstruct, grid: see :func:`prune_layers`.
 
     Returns:
         By module name; masks are on the CPU, weights are those of the model.
@@ -219,8 +233,8 @@ def prune_model(
     """
     result: dict[str, Pruned] = {}
     source = ResidentLayers(model, plan.has_head)
-    extra: dict[str, Any] = {"batch_size": batch_size, "reconstruct": reconstruct, "grid": grid}
-    for layer in prune_layers(source, tokens, plan, method, options, **extra):
+    extra: dict[str, Any] = {"batch_size": batch_size, "accumulate": accumulate}
+    for layer in prune_layers(source, tokens, plan, method, options, reconstruct=reconstruct, grid=grid, **extra):
         result.update({name: replace(pruned, mask=pruned.mask.cpu()) for name, pruned in layer.modules.items()})
     return result
 

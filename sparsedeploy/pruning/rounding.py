@@ -31,7 +31,7 @@ def rounded(
         start = wanted if torch.equal(apply_mask(wanted, pruned.mask), pruned.weight) else pruned.weight
         swept = solve(start, factor, dead, target, max(BLOCK, grid.group), mask=pruned.mask, grid=grid)
         assert swept.scales is not None
-        pruned = Pruned(pruned.mask, swept.weight.to(pruned.weight.dtype), None, swept.scales)
+        pruned = Pruned(pruned.mask, swept.weight, None, swept.scales)
     if "damped" not in statistics.memo:
         statistics.memo["damped"] = factor @ factor.T
     wanted = wanted.to(factor.dtype, copy=True)
@@ -50,7 +50,7 @@ def adjusted(pruned: Pruned, wanted: torch.Tensor, hessian: torch.Tensor, grid: 
         hessian: ``[columns, columns]``, symmetric and positive definite.
 
     Returns:
-        With the error as its loss.
+        With the error as its loss; the weight is in the type of ``wanted``, in which a code times its scale is exact.
     """
     assert pruned.scales is not None
     columns = wanted.shape[1]
@@ -69,7 +69,7 @@ def adjusted(pruned: Pruned, wanted: torch.Tensor, hessian: torch.Tensor, grid: 
             torch.mul(codes, scales[index], out=new[span])
             slope.addmm_(hessian[:, span], new[span] - before)
     error = 0.5 * ((new - wanted.T) * slope).sum(dtype=torch.float64).item()
-    weight = apply_mask(new.T.to(pruned.weight.dtype).contiguous(), pruned.mask)
+    weight = apply_mask(new.T.contiguous(), pruned.mask)
     return Pruned(pruned.mask, weight, error, scales.T.to(torch.float16).contiguous())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from sparsedeploy import progress
@@ -33,8 +34,7 @@ def engine_perplexity(
     ):
         for at, window in enumerate(windows.tolist()):
             rows, _ = model.logits(window[:-1], window[-1:])
-            target = windows[at, 1:]
-            loss = float(torch.nn.functional.cross_entropy(torch.from_numpy(rows).double(), target))
+            loss = window_loss(rows, windows[at, 1:], deployment.runtime.log_probabilities)
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss of window {at} is not finite in {deployment.runtime.title}",
@@ -46,3 +46,16 @@ def engine_perplexity(
     if mean > 700:
         raise UserError(f"the mean loss {mean:.0f} overflows a perplexity: the model has diverged", "Prune less.")
     return Perplexity(math.exp(mean), mean, len(losses), context)
+
+
+def window_loss(rows: np.ndarray, target: torch.Tensor, log_probabilities: bool) -> float:
+    """Mean cross-entropy of the tokens ``target [T]``, infinite where one has no number.
+
+    Args:
+        rows: float32 ``[T, vocabulary]``: logits, or log-probabilities, of which some may be missing (minus infinity).
+            What is there of them does not sum to 1, so it is taken as it is.
+    """
+    values = torch.from_numpy(rows).double()
+    if log_probabilities:
+        return -float(values.gather(1, target[:, None]).mean())
+    return float(torch.nn.functional.cross_entropy(values, target))

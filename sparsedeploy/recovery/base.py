@@ -42,6 +42,7 @@ class RecoveryJob:
         allocation, allocation_options: what spreads sparsity over layers; None leaves it to the method.
         mixed: how mixed N:M patterns choose their N.
         calibration: text for statistics and reconstruction losses.
+        accumulate: the type that statistics are summed in.
         data: text to train on.
         loss: what training minimises.
         state: what ``--resume`` continues from.
@@ -62,6 +63,7 @@ class RecoveryJob:
     mixed: MixedOptions = field(default_factory=MixedOptions)
     calibration: CalibrationSet | None = None
     batch_size: int | None = None
+    accumulate: torch.dtype = torch.float32
     data: TrainingData | None = None
     loss: Loss = "ce"
     training: TrainingOptions = field(default_factory=TrainingOptions)

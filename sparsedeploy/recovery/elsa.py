@@ -143,8 +143,9 @@ class ElsaTraining(Trainee):
             if last or (step + 1) % self.options.interval == 0:
                 wanted = weight + dual
                 score = wanted.square()
-                if self.options.projection == "objective":
-                    score *= optimizer.state[weight]["exp_avg_sq"] + torch.finfo(torch.float32).tiny
+                moments = optimizer.state[weight].get("exp_avg_sq")  # none yet of an expert that no token reached
+                if self.options.projection == "objective" and moments is not None:
+                    score *= moments + torch.finfo(torch.float32).tiny
                 self.masks[name] = project(score, self.targets[name], self.options.scope)
                 sparse = apply_mask(wanted, self.masks[name])
                 copy.set(sparse, wanted - sparse)

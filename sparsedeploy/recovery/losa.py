@@ -126,7 +126,8 @@ class _Run:
         masks: dict[str, torch.Tensor] = {}
         self.losses = {}
         source = ResidentLayers(job.model)
-        for layer in prune_layers(source, tokens, plan, job.pruner, job.pruner_options, batch_size=job.batch_size):
+        measuring: dict[str, Any] = {"batch_size": job.batch_size, "accumulate": job.accumulate}
+        for layer in prune_layers(source, tokens, plan, job.pruner, job.pruner_options, **measuring):
             for name, module in layer.modules.items():
                 masks[name] = module.mask
                 if module.loss is not None:
@@ -208,6 +209,7 @@ class _Run:
                 allocator.measure,
                 name=self._allocation,
                 batch_size=self.job.batch_size,
+                accumulate=self.job.accumulate,
             )
         return allocator.allocate(measured, self.layers, sparsity)
 

@@ -92,9 +92,9 @@ def sparselo(job: RecoveryJob, options: SparseLoOptions) -> Recovered:
     walk = (
         iterate_weights(job.model)
         if needs == "none"
-        else LayerDriver(job.model, job.calibration_tokens(), batch_size=job.batch_size).iterate(
-            needs, changes_weights=True
-        )
+        else LayerDriver(
+            job.model, job.calibration_tokens(), batch_size=job.batch_size, accumulate=job.accumulate
+        ).iterate(needs, changes_weights=True)
     )
     with (
         torch.no_grad(),
@@ -223,6 +223,7 @@ def _plan(job: RecoveryJob, options: SparseLoOptions) -> SparsityPlan:
         mixed=job.mixed,
         model_sha256=job.model_sha256,
         batch_size=job.batch_size,
+        accumulate=job.accumulate,
     )
 
 

@@ -13,8 +13,9 @@ from sparsedeploy.reporting.page import commands_block, figure, note, page, pair
 Row = Mapping[str, Any]
 _HEADERS = ("cell", "sparsity", "perplexity", "to dense", "packed", "front", "ship", "time")
 _NOTE = (
-    "Packed: 16-bit values of the weights that are left and one bit for each that could have been pruned. Front: no "
-    "other cell is both smaller and better. Ship: nothing stands beside the weights, so every target takes it."
+    "Packed: 16-bit values of the weights that are left, or their codes and scales, and one bit for each that could "
+    "have been pruned. Front: no other cell is both smaller and better. Ship: nothing stands beside the weights, so "
+    "every target takes it."
 )
 
 

@@ -69,6 +69,7 @@ class Runtime:
         max_batch: sequences that it can run at once.
         fixed_shapes: whether a loaded model takes no longer prompt than it was loaded for, even where there is room.
         takes_dtype: whether it computes in a type of the user's choice, whatever the artifact was exported in.
+        log_probabilities: whether its worker's logits are log-probabilities, perhaps not of all tokens.
         server: its own HTTP server; None where it has none.
         profile: whether its worker answers ``profile``, the time of every operator.
         tools: commands of which one must be there to build it, and what to install else.
@@ -91,6 +92,7 @@ class Runtime:
     own_environment: bool = True
     profile: bool = False
     takes_dtype: bool = False
+    log_probabilities: bool = False
     server: Server | None = None
     fixed_shapes: bool = False
     tools: tuple[tuple[tuple[str, ...], str], ...] = ()
@@ -183,6 +185,7 @@ def _read(folder: Path) -> Runtime:
         max_batch=int(values.get("max_batch", 1)),
         profile=bool(values.get("profile", False)),
         takes_dtype=bool(values.get("takes_dtype", False)),
+        log_probabilities=bool(values.get("log_probabilities", False)),
         server=_server(values.get("server")),
         fixed_shapes=bool(values.get("fixed_shapes", False)),
         tools=tuple((tuple(tool["commands"]), tool["install"]) for tool in values.get("tools", ())),

@@ -293,7 +293,8 @@ def _eval_options(folder: Path, tasks: TaskOptions, size: _Size) -> EvalOptions:
 
 def _exported(checkpoint: Path, target: str, folder: Path) -> Path:
     try:
-        if load_artifact(folder).source.sha256 == model_sha256(checkpoint):
+        known = load_artifact(folder)
+        if (known.source.sha256, known.sparsedeploy) == (model_sha256(checkpoint), __version__):
             progress.note(f"     {target}/{folder.name} exists already")
             return folder
     except UserError:

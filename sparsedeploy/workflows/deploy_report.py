@@ -135,7 +135,8 @@ def report_of(outcome: Outcome, result: dict[str, Any], command: str) -> dict[st
     made = {name: steps[name] for name in ("prune", "recover") if name in steps}
     for name, one in outcome.within.items():
         folder = prepared.output / one["folder"]
-        sparsity = load_artifact(folder).sparsity
+        artifact = load_artifact(folder)
+        sparsity = artifact.sparsity
         models.append(
             {
                 "name": folder.name,
@@ -146,7 +147,7 @@ def report_of(outcome: Outcome, result: dict[str, Any], command: str) -> dict[st
                 "allocation": plan_values["allocation"],
                 "layer_sparsity": layer_sparsity(plan_values),
                 "modules": module_rows(manifest),
-                "quality": {**state.dense, **{key: one[key] for key in ("perplexity", "windows", "context")}},
+                "quality": _quality(state.dense, artifact.source.sha256, folder, one),
                 "checkpoint": str(checkpoint),
                 "artifact": str(folder),
                 "commands": {**made, "export": _export_line(prepared, checkpoint, folder, name)},
@@ -173,6 +174,14 @@ def report_of(outcome: Outcome, result: dict[str, Any], command: str) -> dict[st
         + [model["commands"]["export"] for model in models[1:]],
         "benchmark": measured,
     }
+
+
+def _quality(dense: Mapping[str, Any], sha256: str, folder: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured of an artifact in its engine, beside what the dense model's result says of the text."""
+    found = {name: measured[name] for name in ("perplexity", "cross_entropy", "windows", "context")}
+    texts = {name: {**text, **found} for name, text in dense["texts"].items()}
+    known = {name: dense[name] for name in ("data", "split", "tokens_sha256")}
+    return {"model": str(folder), "model_sha256": sha256, **known, **found, "texts": texts}
 
 
 def _samples(prepared: Prepared, folder: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:

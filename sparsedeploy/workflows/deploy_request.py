@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsedeploy.calibration.documents import is_named
+from sparsedeploy.calibration.documents import content_sha256, is_named
 from sparsedeploy.calibration.samples import CalibrationSet, default_length
 from sparsedeploy.calibration.text import calibration_set
 from sparsedeploy.errors import UserError
@@ -119,8 +119,11 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
         "sparsedeploy": __version__,
         "options": {name: _plain(getattr(options, name)) for name in _SEARCH},
         "calibration": _plain(options.calibration),
+        "contents of the texts": [content_sha256(text) for text in (data, held_out)],
     }
     training = None if options.recovery is None else _plain(options.recovery)
+    if training is not None and options.recovery is not None and options.recovery.data is not None:
+        training["contents"] = content_sha256(options.recovery.data.data)
     _check_output(output, request, training)
     measuring = {item.name: getattr(options, item.name) for item in described(SpeedOptions) if item.facts.recorded}
     return Prepared(source, folder, output, aim, options, held_out, context, within, request, training, measuring)

@@ -154,6 +154,7 @@ def prune(
             options.method,
             method_options,
             options.calibration.batch_size,
+            accumulate=options.calibration.accumulation,
             reconstruct=options.reconstruct,
         )
     finally:

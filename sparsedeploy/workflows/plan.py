@@ -17,6 +17,7 @@ from sparsedeploy.allocation import ALLOCATORS, MixedOptions, allocate, model_la
 from sparsedeploy.allocation.allocate import check_pattern, effective_needs
 from sparsedeploy.allocation.auto import SearchOptions
 from sparsedeploy.allocation.base import Search
+from sparsedeploy.calibration.documents import content_sha256
 from sparsedeploy.calibration.samples import CalibrationSet, default_length
 from sparsedeploy.calibration.text import calibration_set
 from sparsedeploy.checkpoint.manifest import CalibrationRecord
@@ -131,6 +132,7 @@ class Prepared:
     def request(self) -> dict[str, Any]:
         """What decides the pruned weights: a resumed run must ask for the same."""
         plan = self.options.plan
+        selected = getattr(self.choice.options, "text", None) if self.choice is not None else None
         return {
             "model_sha256": self.sha256,
             "plan": asdict(self.choice) if self.choice is not None else plan.to_dict() if plan else None,
@@ -140,6 +142,8 @@ class Prepared:
             "quantize": asdict(grid) if (grid := self.options.grid) else None,
             "lm_head": self.options.head,
             "calibration": asdict(described) if (described := self.described) else None,
+            "accumulate": self.options.calibration.accumulate,
+            "selection": content_sha256(selected) if selected else None,
         }
 
     def level_identity(self, model: nn.Module) -> dict[str, Any]:
@@ -338,6 +342,7 @@ def choose_plan(
                 options.method,
                 prepared.pruner_options,
                 batch_size,
+                accumulate=options.calibration.accumulation,
                 reconstruct=options.reconstruct,
                 grid=options.grid,
             )

@@ -91,7 +91,6 @@ def _prune(
         options.plan.check_modules([shape for layer in model_layers(layers) for shape in layer])
     request = {
         **prepared.request(),
-        "accumulate": options.calibration.accumulate,
         "dtype": str(layers.dtype),
         "device": layers.device.type,
         "processes": processes.count,

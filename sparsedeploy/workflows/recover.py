@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sparsedeploy import progress
 from sparsedeploy.allocation import MixedOptions
 from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.calibration.text import recorded_options
@@ -21,6 +22,7 @@ from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.layers import StreamedLayers
 from sparsedeploy.models.loading import load_asked, load_config, resolve_model
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
+from sparsedeploy.options import one_of
 from sparsedeploy.plan import parse_pattern
 from sparsedeploy.processes import local_device, process_group, refuse_several
 from sparsedeploy.pruning.layers import losses_of, prune_model
@@ -33,8 +35,9 @@ from sparsedeploy.workflows.options import (
     RunOptions,
     recovery_request,
     request_of,
+    rounding_of,
 )
-from sparsedeploy.workflows.plan import choose_plan, prepare
+from sparsedeploy.workflows.plan import choose_plan, prepare, resolve_allocation
 from sparsedeploy.workflows.recovery_run import RecoveryRun, device_of, dtype_of
 
 
@@ -115,6 +118,8 @@ def _from_checkpoint(
 ) -> Manifest:
     method, manifest = work.method, load_manifest(checkpoint)
     _refuse_head(manifest.plan.has_head)
+    if (grid := manifest.quantization) is not None:
+        progress.note(f"the weights leave their int{grid.bits} grid: round them again with prune --quantize")
     if (checkpoint / ADAPTER).is_dir():
         raise UserError(
             f"{checkpoint} has been recovered with adapters beside its weights",
@@ -147,7 +152,7 @@ def _dense_folder(checkpoint: Path, manifest: Manifest, dense: str | None, metho
         raise UserError(
             f"{method} reads the dense model, which is not at {name}", "Give its location: --dense."
         ) from error
-    if model_sha256(folder) != manifest.source.sha256:
+    if manifest.source.sha256 not in (None, model_sha256(folder)):  # None: a model in memory was pruned
         raise UserError(f"{name} is not the model that {checkpoint} was pruned from", "Give that one: --dense.")
     return folder
 
@@ -156,9 +161,17 @@ def _again(manifest: Manifest, method: Method[Any], other: Mapping[str, Any]) ->
     """The checkpoint's pruning, with calibration values of the caller's in place of its own.
 
     Raises:
-        UserError: text is needed and there is none.
+        UserError: text is needed and there is none, or a pruning that the method cannot do again.
     """
     prune = _same_pruning(manifest)
+    searched = "allocation" in method.traits and resolve_allocation(prune).searches
+    if prune.reconstruct or searched:
+        able = [one.name for one in RECOVERIES if one.traits["starts_from"] == "pruned"]
+        how = "with --reconstruct" if prune.reconstruct else f"by the search {prune.allocation}"
+        raise UserError(
+            f"{method.name} prunes the dense model by itself, and the checkpoint was pruned {how}",
+            f"Use a method that starts from the pruned weights: {one_of(able)}.",
+        )
     if method.traits["calibrates"] and manifest.calibration is None and "data" not in other:
         raise UserError(f"{manifest.method} read no calibration text and {method.name} needs some", "Add --data.")
     calibration = prune.calibration
@@ -205,14 +218,14 @@ def _from_dense(source: str, prune: PruneOptions, work: RecoveryRun) -> Manifest
         allocation=own_allocation or "uniform",
     )
     folder, choice, calibration = prepared.folder, prepared.choice, prepared.calibration
+    if own_allocation and (choice is None or choice.searches):
+        raise UserError(
+            f"{recover.method} chooses its rates at every step", "Leave out --plan, or a search for the allocation."
+        )
     if method.traits["starts_from"] == "dense" and (prune.reconstruct or (choice and choice.compares_levels)):
         raise UserError(
             f"{recover.method} does its own pruning",
             "Leave out --reconstruct and a searched allocation; pass the plan that a search found with --plan.",
-        )
-    if own_allocation and (choice is None or choice.searches):
-        raise UserError(
-            f"{recover.method} chooses its rates at every step", "Leave out --plan, or a search for the allocation."
         )
     data = work.training_data(folder, prepared.config)
     state = work.state(prepared.request(), data) if method.traits["trains"] else None
@@ -233,6 +246,7 @@ def _from_dense(source: str, prune: PruneOptions, work: RecoveryRun) -> Manifest
         mixed=choice.mixed if choice else MixedOptions(),
         calibration=calibration,
         batch_size=prune.calibration.batch_size,
+        accumulate=prune.calibration.accumulation,
         data=data,
         loss=recover.loss,
         training=work.training,
@@ -252,6 +266,7 @@ def _from_dense(source: str, prune: PruneOptions, work: RecoveryRun) -> Manifest
             prune.method,
             prepared.pruner_options,
             job.batch_size,
+            accumulate=job.accumulate,
             reconstruct=prune.reconstruct,
         )
         job.masks, losses = {name: module.mask for name, module in pruned.items()}, losses_of(pruned)
@@ -271,7 +286,7 @@ def _from_pruned(folder: Path, manifest: Manifest, work: RecoveryRun, dense: Pat
     config = load_config(folder, trust_remote_code=run.trust_remote_code)
     masks = load_masks(folder / MASKS, {target.name: target.columns for target in plan.targets})
     data = work.training_data(folder, config)
-    request = {"model_sha256": model_sha256(folder), "dense_sha256": manifest.source.sha256 if dense else None}
+    request = {"model_sha256": model_sha256(folder), "dense_sha256": model_sha256(dense) if dense else None}
     model = load_asked(folder, run)
     job = RecoveryJob(
         model=model,
@@ -292,6 +307,9 @@ def _from_pruned(folder: Path, manifest: Manifest, work: RecoveryRun, dense: Pat
     )
     check_masks(job.linears, masks, plan)
     job.state = work.state(request, data)
+    asked = manifest.request
+    if manifest.quantization is not None:  # the recovery undoes it
+        asked = {**asked, "prune": {**asked.get("prune", {}), **rounding_of(PruneOptions())}}
     work.processes.broadcast_object(None)  # nobody reads the state before the first process has checked it
     return work.finish(
         folder,
@@ -300,5 +318,6 @@ def _from_pruned(folder: Path, manifest: Manifest, work: RecoveryRun, dense: Pat
         source_name=manifest.source.name,
         pruning=(manifest.method, manifest.options),
         calibration=manifest.calibration,
-        request={**manifest.request, **recovery_request(recover)},
+        request={**asked, **recovery_request(recover)},
+        engine=replace(manifest.engine, surplus_zeros=0) if manifest.engine else None,
     )

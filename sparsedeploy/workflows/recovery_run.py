@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsedeploy.checkpoint.manifest import CalibrationRecord, Manifest, RecoveryRecord
+from sparsedeploy.checkpoint.manifest import CalibrationRecord, EngineRecord, Manifest, RecoveryRecord
 from sparsedeploy.checkpoint.writer import Provenance, write_checkpoint
 from sparsedeploy.conversion import build_options
 from sparsedeploy.errors import UserError
@@ -113,6 +113,7 @@ class RecoveryRun:
         pruning: tuple[str, dict[str, Any]],
         calibration: CalibrationRecord | None,
         request: dict[str, dict[str, Any]],
+        engine: EngineRecord | None = None,
     ) -> Manifest:
         """Run the method and write its checkpoint from the first process; the others get its manifest.
 
@@ -120,7 +121,7 @@ class RecoveryRun:
 
         Args:
             folder: of the model that the job began with; ``losses`` its pruning's, for a method without its own.
-            pruning: the pruner and its options.
+            pruning: the pruner and its options; ``engine`` the program that pruned, where it was not this one.
         """
         manifest = None
         kept: Callable[[], AbstractContextManager[None]] = job.state.kept if job.state is not None else nullcontext
@@ -140,7 +141,7 @@ class RecoveryRun:
                 manifest = write_checkpoint(
                     folder,
                     self.output,
-                    Provenance(source_name, recovered.plan, *pruning, calibration, request, record, dtype=dtype),
+                    Provenance(source_name, recovered.plan, *pruning, calibration, request, record, engine, dtype),
                     model=job.model,
                     masks=recovered.masks,
                     losses=recovered.losses or losses,

@@ -20,7 +20,7 @@ from sparsedeploy import progress
 from sparsedeploy.allocation.allocate import allocate_each
 from sparsedeploy.allocation.budget import integer_counts, meet_target, nm_target
 from sparsedeploy.allocation.evolve import EvolveOptions, Generation, Levels, Slopes, Space, evolve
-from sparsedeploy.allocation.mixed import MixedOptions
+from sparsedeploy.allocation.mixed import MixedOptions, mixed_bounds
 from sparsedeploy.errors import UserError
 from sparsedeploy.grid import Grid
 from sparsedeploy.models.layers import ResidentLayers
@@ -141,7 +141,7 @@ def search_plan(
     folder = expand(options.database) if options.database else _cache_folder(identity)
     database = LevelDatabase(folder, identity)
     targets = {name: plan.targets for name, plan in plans.items()}
-    space, levels = _levels(targets["uniform"], sparsity, pattern, options) if evolves else (None, [])
+    space, levels = _levels(targets["uniform"], sparsity, pattern, mixed, options) if evolves else (None, [])
 
     def add(wanted: Sequence[ModuleTarget]) -> None:
         levels = Wanted(database, wanted, method, method_options, reconstruct, grid)
@@ -166,7 +166,15 @@ def search_plan(
             whole = replace(plans["uniform"], targets=tuple(plan))
             with progress.hidden():
                 prune_model(
-                    candidate, tokens, whole, method, method_options, batch_size, reconstruct=reconstruct, grid=grid
+                    candidate,
+                    tokens,
+                    whole,
+                    method,
+                    method_options,
+                    batch_size,
+                    accumulate=accumulate,
+                    reconstruct=reconstruct,
+                    grid=grid,
                 )
             return divergence(candidate, dense)
 
@@ -237,17 +245,22 @@ def _plain(score: float) -> float | None:
 
 
 def _levels(
-    uniform: Targets, sparsity: float, pattern: NM | MixedNM | None, options: EvolveOptions
+    uniform: Targets,
+    sparsity: float,
+    pattern: NM | MixedNM | None,
+    mixed: MixedOptions | None,
+    options: EvolveOptions,
 ) -> tuple[Space, list[Targets]]:
     """The space of a search, and by module the targets of its levels."""
     if isinstance(pattern, MixedNM):
-        counts = range(pattern.m, 0, -1)
+        low, high = mixed_bounds(mixed or MixedOptions(), pattern.m)
+        counts = range(high, low - 1, -1)
         tables = [tuple(nm_target(_shape(target), NM(n, pattern.m)) for n in counts) for target in uniform]
     else:
-        low, high = max(sparsity - options.spread, 0.0), min(sparsity + options.spread, options.highest)
+        least, most = max(sparsity - options.spread, 0.0), min(sparsity + options.spread, options.highest)
         grid = [
             options.step * at
-            for at in range(math.ceil(low / options.step - 1e-9), math.floor(high / options.step + 1e-9) + 1)
+            for at in range(math.ceil(least / options.step - 1e-9), math.floor(most / options.step + 1e-9) + 1)
         ]
         counts_of = [sorted({round(rate * target.columns) for rate in grid}) for target in uniform]
         tables = [
@@ -256,7 +269,7 @@ def _levels(
         ]
         if not grid:
             raise UserError(
-                f"no rates of step {options.step:g} lie from {low:g} to {high:g}",
+                f"no rates of step {options.step:g} lie from {least:g} to {most:g}",
                 "Use a smaller allocation option step.",
             )
     kinds: dict[str, list[int]] = {}

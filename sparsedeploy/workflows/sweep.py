@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from sparsedeploy import progress
+from sparsedeploy.calibration.documents import content_sha256
 from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.conversion import plain_options, typed_words
 from sparsedeploy.errors import UserError
@@ -32,12 +33,14 @@ from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.low_rank import FOLDER as ADAPTER
 from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.models.tensor_files import TensorFiles
+from sparsedeploy.quality.evaluate import named_texts
 from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.reading import read_object
 from sparsedeploy.recovery.options import DataOptions
 from sparsedeploy.registry import RECOVERIES
 from sparsedeploy.reporting.sweep import html_page, markdown_table, marked
 from sparsedeploy.runtimes.process_group import GuardedProcess
+from sparsedeploy.version import __version__
 from sparsedeploy.workflows.options import RecoverOptions
 from sparsedeploy.workflows.state_file import read_state, write_state
 from sparsedeploy.workflows.sweep_file import DENSE, Cell, Sweep
@@ -47,6 +50,7 @@ _DELETE = "Delete it and run the same sweep again."
 _CHECKPOINT, _QUALITY, _LOG = "checkpoint", "quality.json", "log.txt"
 # Not `-m`, which would import from the folder that the sweep was started in (so would `-c`, by an empty entry).
 _START = "import sys; sys.path[:] = filter(None, sys.path); from sparsedeploy.__main__ import main; main()"
+_BITS = 16
 _DIVERGED = "the model has diverged"  # what eval says of it
 _RUNNING: set[GuardedProcess] = set()
 
@@ -73,12 +77,24 @@ def run_sweep(
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file", "Name a folder.")
     with locked(output, (sweep.folder, *sweep.quality.text.data)):
-        sha256, arguments = model_sha256(sweep.folder), typed_words(LoadOptions, asdict(load))
-        work = {cell.name: _work(sweep, cell, output, sha256, arguments, jobs) for cell in sweep.cells}
+        texts = {text for text in (sweep.calibration, sweep.train.get("data")) if text}
+        texts |= set(named_texts(sweep.quality.text.data).values())
+        known = {
+            "model_sha256": model_sha256(sweep.folder),
+            "texts": {text: content_sha256(text) for text in sorted(texts)},
+            "dtype": load.dtype,
+            "device": load.device.partition(":")[0],
+            "sparsedeploy": __version__,
+        }
+        arguments = typed_words(LoadOptions, asdict(load))
+        work = {cell.name: _work(sweep, cell, output, known, arguments, jobs) for cell in sweep.cells}
         finished = {name for name, item in work.items() if item.finished()}
         if finished:
             progress.note(f"{len(finished)} of {len(work)} cells are there already")
         waiting = [item for name, item in work.items() if name not in finished]
+        for item in waiting:
+            if item.request["recipe"]:
+                write_text(_recipe(Path(item.folder)), yaml.safe_dump(item.request["recipe"], sort_keys=False))
         start = _ray_starter() if on == "ray" else _run_local
         _run_all(waiting, finished, start, jobs)
         report = collect(sweep, output, command)
@@ -123,12 +139,22 @@ class Work:
         if not path.exists():
             return False
         stored = read_state(path, fix=_DELETE)
-        if stored["request"] != json.loads(json.dumps(self.request)):
-            raise UserError(f"{self.folder} is a cell of another sweep", "Choose another --output, or delete the cell.")
+        asked, known = json.loads(json.dumps(self.request)), stored["request"]
+        if different := [key for key in asked if known.get(key) != asked[key]]:
+            raise UserError(
+                f"{self.folder} is a cell of another sweep ({', '.join(different)} differ)",
+                "Choose another --output, or delete the cell.",
+            )
         return stored["error"] is None
 
 
-def _work(sweep: Sweep, cell: Cell, output: Path, sha256: str, arguments: Sequence[str], jobs: int) -> Work:
+def _recipe(cell: Path) -> Path:
+    return cell / "recipe.yaml"
+
+
+def _work(
+    sweep: Sweep, cell: Cell, output: Path, known: Mapping[str, Any], arguments: Sequence[str], jobs: int
+) -> Work:
     folder = (output / cell.name).absolute()
     checkpoint = folder / _CHECKPOINT
     commands: list[tuple[str, tuple[str, ...]]] = []
@@ -140,15 +166,14 @@ def _work(sweep: Sweep, cell: Cell, output: Path, sha256: str, arguments: Sequen
         base = (output / cell.base / _CHECKPOINT).absolute()
         commands.append((_CHECKPOINT, ("recover", str(base), "-o", str(checkpoint), "--resume", *flags, *arguments)))
     elif cell.recipe:
-        recipe = folder / "recipe.yaml"
-        write_text(recipe, yaml.safe_dump(dict(cell.recipe), sort_keys=False))
-        made = ("prune", sweep.model, "-o", str(checkpoint), "--resume", "--recipe", str(recipe), *arguments)
+        recipe = str(_recipe(folder))
+        made = ("prune", sweep.model, "-o", str(checkpoint), "--resume", "--recipe", recipe, *arguments)
         commands.append((_CHECKPOINT, made))
     model = str(checkpoint) if commands else sweep.model
     flags = [*typed_words(TextOptions, asdict(sweep.quality.text)), *typed_words(EvalOptions, asdict(sweep.quality))]
     commands.append((_QUALITY, ("eval", model, *flags, "-o", str(folder / _QUALITY), *arguments)))
     request = {
-        "model_sha256": sha256,
+        **known,
         "recipe": dict(cell.recipe),
         "recover": cell.recover,
         "base": cell.base,
@@ -237,11 +262,13 @@ def _record(work: Work, error: str | None, seconds: float) -> None:
     if error is None or diverged:
         if checkpoint.is_dir():
             manifest = load_manifest(checkpoint)
-            zeros = sum(module.zeros for module in manifest.modules.values())
+            modules, grid = manifest.modules.values(), manifest.quantization
             result |= {
                 "achieved": manifest.achieved,
-                "zeros": zeros,
-                "size": sum(module.rows * module.columns for module in manifest.modules.values()),
+                "zeros": sum(module.zeros for module in modules),
+                "size": sum(module.rows * module.columns for module in modules),
+                "bits": grid.bits if grid else _BITS,
+                "scales": sum(module.rows * grid.groups(module.columns) for module in modules) if grid else 0,
                 "pattern": manifest.plan.pattern,
                 "adapter": (checkpoint / ADAPTER).is_dir(),
             }
@@ -296,7 +323,6 @@ def collect(sweep: Sweep, output: Path, command: str) -> dict[str, Any]:
         stored: dict[str, Any] = {"error": "not run", "perplexity": None}
         if path.exists():
             stored = read_state(path, fix=_DELETE)
-        zeros, size = stored.get("zeros", 0), stored.get("size", 0)
         prune = recipes[cell.base or cell.name].get("prune", {})
         rows.append(
             {
@@ -307,8 +333,7 @@ def collect(sweep: Sweep, output: Path, command: str) -> dict[str, Any]:
                 "pattern": stored.get("pattern", "dense"),
                 "sparsity": stored.get("achieved", 0.0),
                 "perplexity": stored["perplexity"],
-                # 16-bit values of the weights that are left, and a bit for each that could have been pruned.
-                "packed_bytes": 2 * (weights - zeros) + size // 8,
+                "packed_bytes": _packed_bytes(weights, stored),
                 "adapter": stored.get("adapter", False),
                 "seconds": stored.get("seconds"),
                 "error": stored.get("error"),
@@ -316,6 +341,15 @@ def collect(sweep: Sweep, output: Path, command: str) -> dict[str, Any]:
             }
         )
     return {"model": sweep.model, "command": command, "eval": plain_options(sweep.quality), "cells": marked(rows)}
+
+
+def _packed_bytes(weights: int, stored: Mapping[str, Any]) -> int:
+    """16-bit values of the weights that are left, or their codes and scales, and a bit for each that could have been
+    pruned.
+    """
+    size, bits = stored.get("size", 0), stored.get("bits", _BITS)
+    left = bits * (size - stored.get("zeros", 0)) + _BITS * stored.get("scales", 0)
+    return int(_BITS // 8 * (weights - size) + (left + size) // 8)
 
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
@@ -345,6 +379,8 @@ def picked(cells: Sequence[Mapping[str, Any]], wish: str) -> Mapping[str, Any]:
     able = [cell for cell in cells if cell["deployable"] and cell["name"] != DENSE]
     if found := _SMALLEST.fullmatch(wish):
         dense = next(cell["perplexity"] for cell in cells if cell["name"] == DENSE)
+        if dense is None:
+            raise UserError("the dense model has diverged on this text", "Evaluate on another text.")
         fitting = [cell for cell in able if cell["perplexity"] <= dense * (1 + float(found[1]) / 100)]
         order = ("packed_bytes", "perplexity")
     else:

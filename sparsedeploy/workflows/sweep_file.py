@@ -66,13 +66,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A checked sweep."""
+    """A checked sweep.
+
+    Attributes:
+        train: values of the training text's options; ``calibration`` the text that all cells read, where one is named.
+    """
 
     model: str
     folder: Path
     cells: tuple[Cell, ...]
     train: Mapping[str, Any]
     quality: EvalOptions
+    calibration: str | None = None
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -98,6 +103,10 @@ def load_sweep(path: Path) -> Sweep:
     texts = {name: text for name in ("calibration", "train") if (text := getattr(options, name))}
     sections = parse_recipe({"prune": {}, **texts}, path.name).sections
     train = sections.get("train", {})
+    if "seed" in train:
+        raise UserError(
+            f"sweep {path}: train sets seed, which is the recovery's", "Give the entry of recoveries a line seed:."
+        )
     quality = _quality(options.eval, f"sweep {path}: eval")
     for text in named_texts(quality.text.data).values():
         _check_text(text, f"sweep {path}", "evaluate on")
@@ -114,7 +123,8 @@ def load_sweep(path: Path) -> Sweep:
     # Some file systems take A and a for one name.
     if twice := [name for name, count in Counter(cell.name.lower() for cell in cells).items() if count > 1]:
         raise UserError(f"sweep {path} names the cell {twice[0]} twice", "Give each entry a line name: of its own.")
-    return Sweep(options.model, resolve_model(options.model), cells, train, quality)
+    measured = sections.get("calibration", {}).get("data")
+    return Sweep(options.model, resolve_model(options.model), cells, train, quality, measured)
 
 
 def _check_text(text: str, where: str, purpose: str) -> None:
@@ -159,12 +169,17 @@ def _cells(options: SweepOptions, where: str) -> Iterator[Cell]:
         sections: dict[str, Any] = {"prune": {**target, **how, **spread}}
         if options.calibration:
             sections["calibration"] = dict(options.calibration)
-        parse_recipe(sections, where)  # refuses what cannot be
+        checked = parse_recipe(sections, where).sections["prune"]  # refuses what cannot be
         base = "-".join(str(name) for name in (*names, _rate_name(rate)))
         if base in seen and pattern:
             continue  # the same pattern under another allocation
         seen.add(base)
         yield Cell(base, sections)
+        if recoveries and checked.get("lm_head"):
+            raise UserError(
+                f"sweep {where}: recovery does not keep a pruned output head sparse",
+                "Leave lm_head out, or give it a sweep without recoveries.",
+            )
         for each in recoveries:
             recover = dict(each)
             name = _name(recover, "method")

@@ -91,6 +91,26 @@ def test_codes_are_exported_as_codes(cli: Cli, model: Path, text: Path, tmp_path
     assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()
 
 
+def test_codes_are_exact_where_the_stored_type_holds_more(cli: Cli, model: Path, text: Path, tmp_path: Path) -> None:
+    """Computed in bfloat16, stored in float32: a code times its scale, and packed as such."""
+    pruned, rounding = tmp_path / "p", ("--quantize", "int8", "--dtype", "bfloat16")
+    outcome = cli("prune", model, "-o", pruned, "-s", "0.5", "-m", "wanda", *rounding, *common(text))
+    assert outcome.code == 0, outcome.err
+    check_codes(pruned, Grid(8))
+    outcome = cli("export", pruned, "-o", tmp_path / "packed", "--target", "vllm")
+    assert outcome.code == 0, outcome.err
+
+
+def test_masks_of_other_weights_are_refused(cli: Cli, model: Path, text: Path, tmp_path: Path) -> None:
+    for name, method in (("p", "sparsegpt"), ("other", "wanda")):
+        assert cli("prune", model, "-o", tmp_path / name, "-s", "0.6", "-m", method, *common(text)).code == 0
+    (tmp_path / "p" / MASKS).write_bytes((tmp_path / "other" / MASKS).read_bytes())
+    outcome = cli("prune", tmp_path / "p", "-o", tmp_path / "q", "--quantize", "int8", *common(text))
+    assert outcome.code == 2
+    assert "is not that of its weight. Prune the model again" in outcome.err
+    assert outcome.changed == []
+
+
 def test_a_pruned_checkpoint_keeps_its_masks(cli: Cli, model: Path, text: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "p", tmp_path / "q"
     assert cli("prune", model, "-o", first, "-s", "0.6", "-m", "sparsegpt", *common(text)).code == 0
@@ -113,7 +133,11 @@ def test_recovery_takes_the_weights_off_the_grid(cli: Cli, model: Path, text: Pa
     training = ("--train-data", text, "--train-samples", "4", "--train-length", "32")
     outcome = cli("recover", first, "-o", second, "-m", "sparse-lora", *training)
     assert outcome.code == 0, outcome.err
+    assert "leave their int8 grid" in outcome.err
     assert load_manifest(second).quantization is None
+    assert load_manifest(second).request["prune"]["quantize"] is None
+    assert "| rounded to | int8, 32 columns to a scale |" in (first / "README.md").read_text()
+    assert "int8" not in (second / "README.md").read_text(), "nor does what makes it again"
     assert not (second / SCALES).exists()
 
 

@@ -8,6 +8,7 @@ import torch
 
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.options import LoadOptions
+from sparsedeploy.quality.engine_perplexity import window_loss
 from sparsedeploy.quality.evaluate import evaluate
 from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.quality.perplexity import perplexity, text_windows, windows_of
@@ -24,6 +25,22 @@ def test_equals_the_mean_over_windows_of_the_mean_cross_entropy() -> None:
         result = perplexity(model, windows, batch_size=batch_size)
         assert result.perplexity == pytest.approx(math.exp(sum(losses) / 5), rel=1e-5)
         assert (result.windows, result.context) == (5, 20)
+
+
+def test_log_probabilities_of_the_likeliest_tokens_are_taken_as_they_are() -> None:
+    """What an engine tells of a large vocabulary does not sum to 1."""
+    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(6) * 7
+    whole = torch.nn.functional.cross_entropy(logits.double(), target).item()
+    every = logits.log_softmax(-1)
+    told = torch.zeros_like(every, dtype=torch.bool).scatter(1, every.topk(20).indices, True)
+    told.scatter_(1, target[:, None], True)
+    some = every.masked_fill(~told, -math.inf)
+    assert window_loss(some.numpy(), target, True) == pytest.approx(whole, rel=1e-6)
+    assert window_loss(every.numpy(), target, True) == pytest.approx(whole, rel=1e-6)
+    assert window_loss(logits.numpy(), target, False) == pytest.approx(whole, rel=1e-6)
+    some[3, target[3]] = -math.inf
+    assert window_loss(some.numpy(), target, True) == math.inf
 
 
 def test_a_random_model_is_as_good_as_guessing(tmp_path: Path) -> None:

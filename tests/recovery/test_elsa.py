@@ -54,6 +54,23 @@ def test_what_is_not_pruned_stays_and_gradients_are_off() -> None:
     assert not any(parameter.requires_grad for parameter in work.model.parameters())
 
 
+def test_weights_without_a_gradient_are_projected_too() -> None:
+    """An expert that no token has reached yet: Adam knows nothing of it."""
+    linears = {name: torch.nn.Linear(8, 4, bias=False) for name in ("reached", "idle")}
+    masks = {name: torch.arange(32).reshape(4, 8) % 2 == 0 for name in linears}
+    targets = {name: ModuleTarget(name, 4, 8, 4) for name in linears}
+    training = ElsaTraining(linears, masks, targets, dataclasses.replace(OPTIONS, interval=1), 2)
+    optimizer = torch.optim.AdamW(training.parameters(), lr=1e-2)
+    for step in range(2):
+        linears["reached"](torch.ones(1, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        training.stepped(optimizer, step, 2)
+    for name, linear in linears.items():
+        assert int((~training.masks[name]).sum()) == 16
+        assert not linear.weight[~training.masks[name]].any()
+
+
 def test_settle_one_trains_inside_the_pruners_mask() -> None:
     work = pruned_job(training=TRAINING)
     before = {name: mask.clone() for name, mask in (work.masks or {}).items()}

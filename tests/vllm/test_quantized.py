@@ -12,12 +12,15 @@ from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.calibration.text import calibration_set
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.loading import load_config, load_model
+from sparsedeploy.quality.engine_perplexity import engine_perplexity
+from sparsedeploy.quality.perplexity import perplexity
 from sparsedeploy.reference import reference_model
-from sparsedeploy.runtimes.engine import open_model
+from sparsedeploy.runtimes.engine import find_deployment, open_model
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.workflows.options import PruneOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
+from tests.small_models import save_model
 
 TEXT = CalibrationOptions(data="stdlib", sequences=4, length=96)
 
@@ -49,3 +52,21 @@ def test_vllm_predicts_what_the_pruned_model_predicts(scheme: str, pruned: Path,
     # Cross-entropy in nats: quantisation moves it a little, a wrong scale or packing by far more.
     assert -found[chosen].mean() == pytest.approx(-expected[chosen].mean(), abs=0.05)
     assert (found.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize("context", [64, 128])
+def test_perplexity_of_a_large_vocabulary(context: int, tmp_path: Path) -> None:
+    """vLLM then tells the likeliest tokens only; and windows may be as long as the model's positions, 128."""
+    try:
+        require("vllm")
+    except UserError as error:
+        pytest.skip(str(error))
+    save_model(tmp_path / "dense", vocab_size=6000)
+    prune(str(tmp_path / "dense"), tmp_path / "pruned", PruneOptions(sparsity=0.5, method="magnitude"))
+    export_checkpoint(tmp_path / "pruned", "vllm", tmp_path / "packed")
+    windows = torch.randint(0, 6000, (4, context), generator=torch.Generator().manual_seed(0))
+    expected = perplexity(load_model(tmp_path / "pruned"), windows)
+    found = engine_perplexity(find_deployment(tmp_path / "packed"), windows)
+    assert found.cross_entropy == pytest.approx(expected.cross_entropy, abs=0.01)

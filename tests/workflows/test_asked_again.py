@@ -11,12 +11,13 @@ import pytest
 
 from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.calibration.text import recorded_tokens
-from sparsedeploy.checkpoint.manifest import MANIFEST, load_manifest
+from sparsedeploy.checkpoint.manifest import MANIFEST, EngineRecord, load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.loading import load_config
 from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.recovery.options import DataOptions
 from sparsedeploy.workflows.options import PruneOptions, RecoverOptions
+from sparsedeploy.workflows.plan import prepare
 from sparsedeploy.workflows.prune import prune
 from sparsedeploy.workflows.recover import prune_and_recover, recover_checkpoint
 from tests.small_models import save_model
@@ -78,6 +79,41 @@ def test_a_checkpoint_of_a_search_is_recovered(folder: Path, tmp_path: Path, met
     again = recover_checkpoint(tmp_path / "pruned", tmp_path / "out", recovery(folder, method), calibration=text)
     assert again.plan.options["beta"] == first.plan.options["beta"]
     assert again.plan.targets == first.plan.targets
+
+
+@pytest.mark.parametrize("changes", [{"reconstruct": True}, {"allocation": "auto"}])
+def test_what_losa_cannot_prune_again_names_what_can(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The remedy is one that ``recover`` has, and it works."""
+    if "allocation" in changes:
+        text = {"text": str(folder / "rows.jsonl"), "windows": 2, "confirm": 0, "database": str(tmp_path / "levels")}
+        changes = {**changes, "allocation_options": text}
+    prune(str(folder / "dense"), tmp_path / "pruned", pruning(folder, method="magnitude", **changes))
+    with pytest.raises(UserError, match=r"losa prunes the dense model by itself.* Use .*sparse-lora"):
+        recover_checkpoint(tmp_path / "pruned", tmp_path / "out", recovery(folder))
+    lora = replace(recovery(folder), method="sparse-lora", options={"rank": 2})
+    assert recover_checkpoint(tmp_path / "pruned", tmp_path / "out", lora).recovery is not None
+
+
+def test_what_a_search_selects_on_is_part_of_the_request(folder: Path, tmp_path: Path) -> None:
+    """A run that is resumed with another content of the text would choose another plan."""
+    text = tmp_path / "text.txt"
+    text.write_text("one two three " * 60)
+    asked = pruning(folder, allocation="auto", allocation_options={"text": str(text)}, method="magnitude")
+    before = prepare(str(folder / "dense"), asked).request()
+    assert prepare(str(folder / "dense"), asked).request() == before
+    text.write_text("four five six " * 60)
+    after = prepare(str(folder / "dense"), asked).request()
+    assert {key for key in before if before[key] != after[key]} == {"selection"}
+
+
+def test_the_program_that_pruned_is_still_named_after_a_recovery(folder: Path, tmp_path: Path) -> None:
+    prune(str(folder / "dense"), tmp_path / "pruned", PruneOptions(sparsity=0.5, method="magnitude"))
+    path = tmp_path / "pruned" / MANIFEST
+    engine = {"name": "llmcompressor", "versions": {"llmcompressor": "0.14"}, "surplus_zeros": 7}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "engine": engine}))
+    lora = replace(recovery(folder), method="sparse-lora", options={"rank": 2})
+    again = recover_checkpoint(tmp_path / "pruned", tmp_path / "out", lora)
+    assert again.engine == EngineRecord("llmcompressor", {"llmcompressor": "0.14"})
 
 
 @pytest.mark.parametrize(("allocation", "used"), [("uniform", "uniform"), (None, "rmi"), ("dlp", "dlp")])

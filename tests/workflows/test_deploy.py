@@ -1,6 +1,7 @@
 """``deploy`` on the tiny reference model and the real DeepSparse: interrupted, resumed, refused."""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -12,14 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.checkpoint.inspection import inspect_checkpoint
 from sparsedeploy.errors import UserError
+from sparsedeploy.recovery.options import DataOptions
 from sparsedeploy.reference import reference_model
 from sparsedeploy.runtimes.environments import Environment
 from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import load_runtime
 from sparsedeploy.workflows import deploy_plan
 from sparsedeploy.workflows.deploy_plan import choose_aim
+from sparsedeploy.workflows.deploy_report import _quality
+from sparsedeploy.workflows.deploy_request import State, prepare
+from sparsedeploy.workflows.options import DeployOptions, RecoverOptions
 from sparsedeploy.workflows.state_file import write_state
 from tests.cli.conftest import Outcome, cli  # noqa: F401 - a fixture
 
@@ -176,6 +182,39 @@ def test_refusals(model: Path, tmp_path: Path, cli) -> None:  # noqa: F811
     (tmp_path / "mine" / "file").write_text("x")
     refused(cli("deploy", model, "-o", tmp_path / "mine", "--for", "deepsparse", "--data", "stdlib"), "other files")
     refused(cli("deploy", model, "-o", text, "--for", "deepsparse", "--data", "stdlib"), "is a file")
+
+
+def test_a_text_that_has_changed_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
+    """Perplexities of two texts would be compared with each other."""
+    texts = {name: tmp_path / f"{name}.txt" for name in ("calibration", "held-out", "train")}
+    for name, path in texts.items():
+        path.write_text(f"some words of {name} " * 100)
+    recovery = RecoverOptions("sparse-lora", data=DataOptions(str(texts["train"])))
+    calibration = CalibrationOptions(str(texts["calibration"]))
+    options = DeployOptions("onnxruntime", held_out=str(texts["held-out"]), calibration=calibration, recovery=recovery)
+    output = tmp_path / "out"
+    State(prepare(str(model), output, options)).save()
+    prepare(str(model), output, options)
+    for name, named in (("calibration", "contents of the texts"), ("held-out", "contents"), ("train", "recovery")):
+        before = texts[name].read_text()
+        texts[name].write_text("other words " * 100)
+        with pytest.raises(UserError, match=rf"was asked for differently \({named}"):
+            prepare(str(model), output, options)
+        texts[name].write_text(before)
+    prepare(str(model), output, options)
+
+
+def test_the_report_has_the_artifacts_own_figures() -> None:
+    """Beside what the dense model's result says of the text."""
+    text = {"data": "t", "split": "test", "tokens_sha256": "s", "perplexity": 9.0, "cross_entropy": math.log(9)}
+    text |= {"windows": 4, "context": 64}
+    dense = {"model": "dense", "model_sha256": "d", "dtype": "float32", **text, "texts": {"held-out": text}}
+    found = {"folder": "f", "perplexity": 10.0, "cross_entropy": math.log(10), "windows": 3, "context": 64}
+    quality = _quality(dense, "a", Path("artifact"), {**found, "reason": None})
+    assert (quality["model"], quality["model_sha256"]) == ("artifact", "a")
+    for part in (quality, quality["texts"]["held-out"]):
+        assert (part["perplexity"], part["cross_entropy"], part["windows"]) == (10.0, math.log(10), 3)
+        assert (part["data"], part["split"], part["tokens_sha256"]) == ("t", "test", "s")
 
 
 def test_a_target_that_this_machine_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

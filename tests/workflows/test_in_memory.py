@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 import sparsedeploy
 from sparsedeploy import CalibrationOptions, PruneOptions, UserError
 from sparsedeploy.checkpoint.inspection import inspect_checkpoint
+from sparsedeploy.workflows.options import RecoverOptions, RecoverRunOptions
 from sparsedeploy.workflows.prune import prune as prune_folder
+from sparsedeploy.workflows.recover import recover_checkpoint
 from tests.small_models import byte_tokenizer, random_model, save_model
 
 
@@ -46,6 +48,20 @@ def test_the_same_weights_as_the_command(asked: dict, text: Path, tmp_path: Path
     for name, mask in pruned.masks.items():
         weight = model.get_submodule(name).weight
         assert int((weight[~mask] != 0).sum()) == 0
+
+
+def test_what_was_saved_is_recovered_with_the_dense_model(text: Path, tmp_path: Path) -> None:
+    """Nobody has its hash, so it is the caller who says which it is."""
+    dense = save_model(tmp_path / "dense")
+    calibration = CalibrationOptions(data=str(text), sequences=2, length=32)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    sparsedeploy.prune(model, PruneOptions(0.5, "wanda", calibration=calibration), byte_tokenizer()).save(
+        tmp_path / "p"
+    )
+    run = RecoverRunOptions(dense=str(dense))
+    manifest = recover_checkpoint(tmp_path / "p", tmp_path / "out", RecoverOptions("sparselo", {"rank": 2}), run)
+    assert manifest.recovery is not None
+    assert inspect_checkpoint(tmp_path / "out").problems == []
 
 
 def test_mode_and_gradients_stay_and_tokens_of_ones_own(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sparsedeploy.allocation.allocate import allocate, model_layers
+from sparsedeploy.allocation.mixed import MixedOptions
 from sparsedeploy.errors import UserError
 from sparsedeploy.grid import Grid
 from sparsedeploy.models.layers import ResidentLayers
@@ -51,6 +52,7 @@ def search(
     pattern: str = "unstructured",
     *,
     grid: Grid | None = None,
+    mixed: MixedOptions | None = None,
     **values: Any,
 ) -> SparsityPlan:
     options = ALLOCATORS.get(name).make_options({"database": str(folder), **values})
@@ -67,6 +69,7 @@ def search(
         method_options=PRUNERS.get("wanda").make_options(),
         identity=IDENTITY,
         grid=grid,
+        mixed=mixed,
     )
 
 
@@ -143,6 +146,16 @@ def test_evolve_is_never_worse_than_auto_and_auto_than_any(model: nn.Module, tmp
         assert abs(excess) <= unit
         assert SparsityPlan.from_dict(json.loads(json.dumps(plan.to_dict()))).targets == plan.targets
         plan.check_modules([shape for layer in model_layers(model) for shape in layer])
+
+
+def test_evolve_keeps_the_bounds_of_a_mixed_pattern(model: nn.Module, tmp_path: Path) -> None:
+    mixed = MixedOptions(n_min=2, n_max=4)
+    settings = {"generations": 8, "offspring": 8, "confirm": 0, "patience": 0}
+    found = search(model, "evolve", tmp_path / "db", "mixed-3:8", mixed=mixed, **settings)
+    free = search(model, "evolve", tmp_path / "db", "mixed-3:8", **settings)
+    kept, every = ({t.pattern.n for t in plan.targets if t.pattern} for plan in (found, free))
+    assert kept <= {2, 3, 4}
+    assert not every <= {2, 3, 4}, "without bounds, others are found"
 
 
 def test_an_interrupted_search_goes_on_and_ends_the_same(model: nn.Module, tmp_path: Path) -> None:

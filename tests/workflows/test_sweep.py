@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.reporting.sweep import marked
@@ -100,6 +101,11 @@ def test_the_grid(place: Path, tmp_path: Path) -> None:
         ({"eval": {"data": "t", "windows": 3}}, "has no option 'windows'"),
         ({"eval": {}}, "no text to evaluate on"),
         ({"rates": [0.5, 0.5]}, "names the cell magnitude-uniform-50 twice"),
+        ({"train": {"data": "t", "seed": 3}}, "train sets seed, which is the recovery's"),
+        (
+            {"methods": [{"method": "magnitude", "lm_head": True}], "recoveries": ["sparselo"]},
+            "recovery does not keep a pruned output head sparse",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_is_refused(changes: dict[str, Any], message: str, place: Path, tmp_path: Path) -> None:
@@ -201,6 +207,40 @@ def test_a_cell_that_fails_says_why_in_its_own_words(place: Path, tmp_path: Path
         run_sweep(load_sweep(written(tmp_path, values)), tmp_path / "out")
 
 
+@pytest.mark.slow
+def test_a_finished_cell_is_of_one_type_and_text(place: Path, tmp_path: Path) -> None:
+    """Another --dtype, another content of the text, or another file under the same names: nothing is mixed."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 60)
+    values = content(place, eval={"data": str(text), "context": 32, "max_windows": 4})
+    out = tmp_path / "out"
+    run_sweep(load_sweep(written(tmp_path, values)), out, load=CPU)
+    recipe = (out / "magnitude-uniform-50" / "recipe.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"is a cell of another sweep \(dtype differ"):
+        run_sweep(load_sweep(written(tmp_path, values)), out, load=LoadOptions(device="cpu", dtype="bfloat16"))
+    other = {**values, "methods": [{"method": "magnitude", "method_options": {"scope": "row"}, "name": "magnitude"}]}
+    with pytest.raises(UserError, match=r"is a cell of another sweep \(recipe differ"):
+        run_sweep(load_sweep(written(tmp_path, other)), out, load=CPU)
+    assert (out / "magnitude-uniform-50" / "recipe.yaml").read_bytes() == recipe, "nothing was written over it"
+    text.write_text("Another text, of the same length as far as anybody cares to count. " * 60)
+    with pytest.raises(UserError, match=r"is a cell of another sweep \(texts differ"):
+        run_sweep(load_sweep(written(tmp_path, values)), out, load=CPU)
+
+
+@pytest.mark.slow
+def test_rounded_weights_are_counted_by_their_bits(place: Path, tmp_path: Path) -> None:
+    methods = ["wanda", {"method": "wanda", "quantize": "int8", "name": "wanda-int8"}]
+    calibration = {"data": str(place / "text.txt"), "sequences": 2, "length": 32}
+    values = content(place, methods=methods, calibration=calibration)
+    report = run_sweep(load_sweep(written(tmp_path, values)), tmp_path / "out", load=CPU)
+    sizes = {one["name"]: one["packed_bytes"] for one in report["cells"]}
+    manifest = load_manifest(tmp_path / "out" / "wanda-int8-uniform-50" / "checkpoint")
+    modules = manifest.modules.values()
+    kept = sum(one.rows * one.columns - one.zeros for one in modules)
+    scales = sum(one.rows * -(-one.columns // 32) for one in modules)
+    assert sizes["wanda-uniform-50"] - sizes["wanda-int8-uniform-50"] == kept - 2 * scales
+
+
 def row(name: str, size: float, perplexity: float | None, adapter: bool = False) -> dict[str, Any]:
     return {"name": name, "packed_bytes": size * 1e6, "perplexity": perplexity, "adapter": adapter}
 
@@ -217,6 +257,9 @@ def test_front_and_pick() -> None:
         picked(rows, "smallest within 1 % of dense")
     with pytest.raises(UserError, match="cannot read the wish"):
         check_wish("the best")
+    diverged = marked([row("dense", 100, None), row("a", 60, 10.4)])
+    with pytest.raises(UserError, match="the dense model has diverged"):
+        picked(diverged, "smallest within 5 % of dense")
 
 
 def test_ray_workers_fill_the_cells(place: Path, tmp_path: Path) -> None:
