@@ -31,9 +31,21 @@ _EMPTY = re.compile(r"--[\w-]+=")
 _SHARED = ("prune", "recover")
 
 
+class _Collecting:
+    """Adds options to a parser so that each keeps every value that is typed for it, not only the last."""
+
+    def __init__(self, parser: Any) -> None:
+        self._parser = parser
+
+    def add_option(self, *, action: str = "store", **how: Any) -> None:
+        """What an option calls to be parsed."""
+        actions = {"store": "append", "store_const": "append_const"}
+        self._parser.add_option(action=actions.get(action, action), **how)
+
+
 class Command(TyperCommand):
-    """A command whose help starts with examples, and that refuses paths which cannot be used, and several processes
-    where it cannot share the work.
+    """A command whose help starts with examples, and that refuses paths which cannot be used, an option that is given
+    twice, and several processes where it cannot share the work.
     """
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -61,7 +73,31 @@ class Command(TyperCommand):
             before = args[at - 1] if 0 < at < len(options) and args[at - 1].startswith("-") else None
             what = flag or before or "an argument"
             raise UserError(f"{what} is empty", "Give a value, or leave it out. Is a shell variable unset?")
+        if not ctx.resilient_parsing:
+            self._refuse_twice(ctx, args)
         return super().parse_args(ctx, args)
+
+    def _refuse_twice(self, ctx: Any, args: list[str]) -> None:
+        """Refuse an option of one value that is given twice with different ones.
+
+        Raises:
+            UserError: naming the option.
+        """
+        parser = self.make_parser(ctx)
+        options: list[Any] = [each for each in self.get_params(ctx) if each.param_type_name == "option"]
+        single = [each for each in options if not each.multiple]
+        for each in single:
+            each.add_to_parser(_Collecting(parser), ctx)
+        given, _, _ = parser.parse_args(args=list(args))
+        for each in single:
+            values = list(dict.fromkeys(given.get(each.name) or ()))
+            if len(values) < 2:
+                continue
+            flag = max(each.opts, key=len)
+            if isinstance(values[0], bool):
+                raise UserError(f"{flag} and {max(each.secondary_opts, key=len)} are both given", "Leave one out.")
+            one, two = (shown(value if isinstance(value, str) else " ".join(value)) for value in values[:2])
+            raise UserError(f"{flag} is given twice, as {one} and as {two}", "Give it once.")
 
     def invoke(self, ctx: Any) -> Any:
         """Check, then run.

@@ -30,9 +30,9 @@ def refused(outcome: Outcome, message: str, folder: Path) -> None:
 
 
 def prune(cli: Cli, model: Path, text: Path, *more: object) -> Outcome:
-    output = model.parent / "out"
-    base = ("prune", model, "-o", output, "--data", text, "-n", 2, "--calibration-length", 32, "--device", "cpu")
-    return cli(*base, *more)
+    defaults = {("--data", "-d"): text, ("--samples", "-n"): 2, ("--calibration-length",): 32, ("--device",): "cpu"}
+    base = [word for flags, value in defaults.items() if not {*flags} & {*more} for word in (flags[0], value)]
+    return cli("prune", model, "-o", model.parent / "out", *base, *more)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,8 @@ def test_numbers_of_prune(cli: Cli, model: Path, text: Path, flag: str) -> None:
     for value in NUMBERS:
         if "\0" in value:
             continue
-        outcome = prune(cli, model, text, "-s", 0.5, flag, value, "--overwrite")
+        sparsity = () if flag == "--sparsity" else ("-s", 0.5)
+        outcome = prune(cli, model, text, *sparsity, flag, value, "--overwrite")
         if not answered(outcome, f"{flag} {value}".encode()):
             manifest = json.loads((model.parent / "out" / "sparsity.json").read_text())
             asked = float(value) if flag == "--sparsity" else 0.5
@@ -135,7 +136,8 @@ def test_numbers_of_prune(cli: Cli, model: Path, text: Path, flag: str) -> None:
 @pytest.mark.parametrize("flag", ["--context", "--max-windows", "--batch-size"])
 def test_numbers_of_eval(cli: Cli, model: Path, text: Path, flag: str) -> None:
     for value in NUMBERS:
-        outcome = cli("eval", model, "-d", text, "--context", 64, "--max-windows", 2, flag, value, "--json")
+        defaults = {"--context": 64, "--max-windows": 2, flag: value}
+        outcome = cli("eval", model, "-d", text, *(word for pair in defaults.items() for word in pair), "--json")
         if not answered(outcome, f"{flag} {value}".encode()):
             assert json.loads(outcome.out)["windows"] <= (int(value) if flag == "--max-windows" else 2)
 

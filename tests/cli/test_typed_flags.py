@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import typer
 
+from sparsedeploy.cli.main import _USAGE_ERROR
+from sparsedeploy.errors import UserError
 from sparsedeploy.plan import ModuleTarget, SparsityPlan
 from tests.cli.conftest import Outcome
+from tests.cli.test_flags import COMMANDS
 
 Cli = Callable[..., Outcome]
 
@@ -86,7 +91,7 @@ def test_allocate(cli: Cli, arguments: str, message: str) -> None:
     ],
 )
 def test_a_bad_value_is_named_by_its_flag(cli: Cli, arguments: str, message: str) -> None:
-    outcome = cli("prune", "nowhere", "-o", "out", "-s", 0.5, *arguments.split())
+    outcome = cli("prune", "nowhere", "-o", "out", *arguments.split())
     assert outcome.code == 2
     assert outcome.err.startswith(f"error: {message}")
 
@@ -104,3 +109,48 @@ def test_a_bad_value_is_named_by_its_flag(cli: Cli, arguments: str, message: str
 )
 def test_other_commands(cli: Cli, arguments: str, message: str) -> None:
     refused(cli(*arguments.split()), message)
+
+
+def _refusal(name: str, words: list[str]) -> str:
+    """What a command says of its words before it runs; empty where it takes them, or only lacks an argument."""
+    with suppress(typer.Exit, _USAGE_ERROR):
+        try:
+            COMMANDS[name].make_context(name, words)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not hasattr(command, "commands")])
+def test_an_option_that_is_given_twice(name: str) -> None:
+    """Two values of an option that takes one: neither is dropped silently. Options of several values take both."""
+    for option in COMMANDS[name].params:
+        if option.param_type_name != "option" or option.is_eager:
+            continue
+        on, off = max(option.opts, key=len), max(option.secondary_opts, key=len, default="")
+        if option.is_flag:
+            words, message = [on, off or on], f"{on} and {off} are both given. Leave one out."
+        else:
+            one, two = ([value] * option.nargs for value in ("a=1", "b=2"))
+            words = [on, *one, min(option.opts, key=len), *two]
+            message = f"{on} is given twice, as {' '.join(one)} and as {' '.join(two)}. Give it once."
+        repeatable = option.multiple or (option.is_flag and not off)
+        repeatable = option.multiple or (option.is_flag and not off)
+        assert _refusal(name, words) == ("" if repeatable else message), words
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("-s 0.5 --sparsity=0.6", "--sparsity is given twice, as 0.5 and as 0.6. Give it once."),
+        ("-s0.5 -s 0.6 -s 0.7", "--sparsity is given twice, as 0.5 and as 0.6. Give it once."),
+        ("-s 0.5 -s 0.5 -m lottery", "unknown pruning method 'lottery'."),
+        ("-s 0.5 -m magnitude --method-option a=1 --method-option a=2", "option a is given twice. Give it once."),
+        ("-s 0.5 -o elsewhere", "--output is given twice, as out and as elsewhere. Give it once."),
+        ("-s 0.5 -m lottery -- -s", "Got unexpected extra argument"),
+    ],
+)
+def test_how_an_option_is_given_twice(cli: Cli, words: str, message: str) -> None:
+    outcome = cli("prune", "nowhere", "-o", "out", *words.split())
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {message}")
