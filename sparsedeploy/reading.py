@@ -6,6 +6,7 @@ Every refusal is a :class:`UserError` that names the file and, in JSON, the key.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -163,6 +164,11 @@ def inside(folder: Path, path: Path) -> bool:
         return False
     blobs = root.parent.parent / "blobs"
     return real.is_relative_to(root) or (root.parent.name == "snapshots" and real.is_relative_to(blobs))
+
+
+def values_sha256(values: Mapping[str, Any]) -> str:
+    """SHA-256, as hex, of a JSON object's values; the order of the keys and the layout of the file do not count."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def kind_of(value: Any) -> str:

@@ -12,10 +12,11 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
 from sparsedeploy.models.config_check import positions
 from sparsedeploy.models.fingerprint import file_sha256
-from sparsedeploy.reading import Fields, read_object
+from sparsedeploy.reading import Fields, read_object, values_sha256
 from sparsedeploy.version import __version__
 
 ARTIFACT_FILE = "artifact.json"
+HASH = "sha256"  # its key for the hash of all its other values; missing in an artifact of an earlier version
 FORMAT = 1
 
 
@@ -180,7 +181,8 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 def write_artifact(folder: Path, artifact: Artifact) -> None:
     """Write ``artifact.json`` into the folder that it describes."""
-    write_json(folder / ARTIFACT_FILE, artifact.to_json())
+    values = artifact.to_json()
+    write_json(folder / ARTIFACT_FILE, {**values, HASH: values_sha256(values)})
 
 
 def load_artifact(folder: Path, *, verify: bool = False) -> Artifact:
@@ -191,7 +193,8 @@ def load_artifact(folder: Path, *, verify: bool = False) -> Artifact:
             see :mod:`.integrity`.
 
     Raises:
-        UserError: no artifact, one of another format, or a file that is missing or was changed.
+        UserError: no artifact, one of another format, a description that was edited, or a file that is missing or was
+            changed.
     """
     path = Path(folder) / ARTIFACT_FILE
     again = "Export the checkpoint again with sparsedeploy export."
@@ -200,12 +203,15 @@ def load_artifact(folder: Path, *, verify: bool = False) -> Artifact:
             f"{folder} is not an exported artifact (it has no {ARTIFACT_FILE})",
             "Give a folder that sparsedeploy export wrote.",
         )
-    fields = Fields(read_object(path, fix=again), str(path), again)
+    values = read_object(path, fix=again)
+    fields = Fields(values, str(path), again)
     if fields.integer("format") != FORMAT:
         raise UserError(
             f"{path} has format {fields.integer('format')}; this version of sparsedeploy reads format {FORMAT}", again
         )
     artifact = fields.build(Artifact)
+    if HASH in values and values.pop(HASH) != values_sha256(values):
+        raise UserError(f"{path} was edited or is damaged (its SHA-256 differs)", again)
     if artifact.self_test is not None and not 0 <= artifact.self_test.tolerance <= 1:
         raise UserError(f"{path}: the self test's tolerance is {artifact.self_test.tolerance:g}, not 0 to 1", again)
     verify_files(Path(folder), artifact.files, path, again=verify)

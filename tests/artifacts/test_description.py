@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,7 @@ from sparsedeploy.artifacts.description import (
 )
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import file_sha256
+from sparsedeploy.reading import values_sha256
 
 
 @pytest.fixture
@@ -53,8 +55,11 @@ def artifact_of(folder: Path) -> Artifact:
 
 
 def edit(folder: Path, **changes: object) -> None:
+    """Change the description as if it had been written so."""
     path = folder / "artifact.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    values = {**json.loads(path.read_text()), **changes}
+    del values["sha256"]
+    path.write_text(json.dumps({**values, "sha256": values_sha256(values)}))
 
 
 @pytest.mark.parametrize("check", [None, Check(tokens=15, largest_difference=1e-6, largest_logit=4.5)])
@@ -138,6 +143,64 @@ def test_tolerance_of_the_self_test_is_bounded(folder: Path, tolerance: float) -
     edit(folder, self_test={"file": "model.onnx", "tokens": 4, "tolerance": tolerance})
     with pytest.raises(UserError, match="tolerance"):
         load_artifact(folder)
+
+
+def edits() -> dict[str, Any]:
+    """What a person may do to a description: name -> a change of its values in place."""
+
+    def at(*place: str, value: Any) -> Any:
+        def change(values: dict[str, Any]) -> None:
+            for key in place[:-1]:
+                values = values[key]
+            values[place[-1]] = value
+
+        return change
+
+    return {
+        "another engine version": at("engine", "version", value="1.9.0"),
+        "another engine": at("engine", "name", value="onnxruntime"),
+        "another target": at("target", value="onnxruntime"),
+        "another width": at("shapes", "hidden", value=64),
+        "more layers": at("shapes", "layers", value=3),
+        "another vocabulary": at("shapes", "vocab", value=2),
+        "a limit of positions": at("shapes", "max_positions", value=4),
+        "another type": at("dtype", value="float16"),
+        "more zeros": at("sparsity", "zeros", value=999),
+        "another source": at("source", "sha256", value="cd" * 32),
+        "a better check": at("check", "largest_difference", value=0.0),
+        "no hash of a file": lambda values: values["files"].pop("config.json"),
+        "a new key": at("comment", value="mine"),
+        "a new inner key": at("shapes", "heads", value=8),
+        "another hash": at("sha256", value="0" * 64),
+        "no hash": at("sha256", value=None),
+    }
+
+
+@pytest.mark.parametrize("name", edits())
+def test_an_edited_description(folder: Path, name: str) -> None:
+    """Every command loads it here; what it says would decide what runs and what is reported."""
+    path = folder / "artifact.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values, indent=None, sort_keys=True))  # its layout may change
+    load_artifact(folder)
+    edits()[name](values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"artifact\.json was edited or is damaged .* Export the checkpoint again"):
+        load_artifact(folder)
+
+
+def test_every_key_that_is_missing(folder: Path) -> None:
+    """It is named where it is needed; where an earlier version did not write it, the hash tells."""
+    path = folder / "artifact.json"
+    sound = json.loads(path.read_text())
+    optional = {"check", "quantization", "bytes_per_token", "self_test", "sparsedeploy"}
+    for key in sound:
+        path.write_text(json.dumps({name: value for name, value in sound.items() if name != key}))
+        if key == "sha256":  # of an earlier version
+            load_artifact(folder)
+            continue
+        with pytest.raises(UserError, match="was edited" if key in optional else f"lacks '{key}'"):
+            load_artifact(folder)
 
 
 def test_newer_format(folder: Path) -> None:

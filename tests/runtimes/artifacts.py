@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sparsedeploy.artifacts.description import (
     ARTIFACT_FILE,
+    HASH,
     Artifact,
     Engine,
     Shapes,
@@ -16,6 +17,7 @@ from sparsedeploy.artifacts.description import (
     hash_files,
     write_artifact,
 )
+from sparsedeploy.reading import values_sha256
 
 
 def describe(
@@ -51,5 +53,7 @@ def refresh(folder: Path, **changes: object) -> Path:
         changes: other values of its description.
     """
     path = folder / ARTIFACT_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), "files": hash_files(folder), **changes}))
+    values = {**json.loads(path.read_text()), "files": hash_files(folder), **changes}
+    del values[HASH]
+    path.write_text(json.dumps({**values, HASH: values_sha256(values)}))
     return folder
