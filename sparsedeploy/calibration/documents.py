@@ -29,13 +29,12 @@ def read_split(data: str, split: str) -> str:
     """
     if split not in _SPLITS:
         raise UserError(f"unknown split '{split[:80]}'", f"Use one of {', '.join(_SPLITS)}.")
-    is_c4 = data == "c4" and not Path(data).exists()
-    return "validation" if is_c4 and split == "test" else split
+    return "validation" if data == "c4" and is_named(data) and split == "test" else split
 
 
 def is_named(data: str) -> bool:
-    """Whether a text is one of the named sets, not a path."""
-    return data in ("stdlib", "c4") or data.startswith("datasets:")
+    """Whether a text is one of the named sets; a file or folder of that name comes before the set."""
+    return (data in ("stdlib", "c4") or data.startswith("datasets:")) and not expand(data).exists()
 
 
 def load_documents(data: str, *, field: str = "text", split: str = "train", flag: str = "--data-field") -> list[str]:

@@ -11,6 +11,7 @@ import typer
 from sparsedeploy.cli.common import DenseModelArgument, JsonOption, console, print_json
 from sparsedeploy.cli.flags import Given, Section, takes
 from sparsedeploy.errors import UserError
+from sparsedeploy.paths import check_apart
 from sparsedeploy.workflows.options import CalibrationOptions, PruneOptions, RunOptions
 
 _SEARCH = ("method", "method_options", "reconstruct")
@@ -43,6 +44,7 @@ def allocate_command(
         options = PruneOptions(**given.take("prune"))
     if choice.searches or measures_text(choice, options.method, prunes=False):
         options = replace(options, calibration=CalibrationOptions(**given.take("calibration")))
+        check_apart(output, [options.calibration.data])
     given.refuse_unread(
         {"prune": f"{choice.name} does not prune", "calibration": f"{choice.name} reads no calibration text"}
     )

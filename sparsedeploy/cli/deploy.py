@@ -20,6 +20,9 @@ from sparsedeploy.workflows.options import (
     RecoverOptions,
 )
 
+# What only counts where calibration text is read.
+_SAMPLING = ("sequences", "length", "batch_size", "accumulate")
+
 
 @takes(
     Section("deploy", DeployOptions),
@@ -38,22 +41,28 @@ def deploy_command(
 
     Finds the highest sparsity whose perplexity stays within the bound, exports it in the fastest format that stays
     within it too, and measures it against the dense model. Methods and allocations are compared from one calibration;
-    what is chosen was pruned and measured at its rate. With --recover, higher rates are trained as well. If it is
-    interrupted, run the same command again to resume; another target in the same folder reuses the search.
+    what is chosen was pruned and measured at its rate. With --recover elsa or sparse-lora, higher rates are trained
+    as well. If it is interrupted, run the same command again to resume; another target in the same folder reuses the
+    search.
     """
     from sparsedeploy.workflows.deploy import deploy, plan
     from sparsedeploy.workflows.deploy_plan import shown_time
     from sparsedeploy.workflows.deploy_report import sentence
-    from sparsedeploy.workflows.deploy_request import prepare
+    from sparsedeploy.workflows.deploy_request import prepare, reads_calibration
 
-    calibration = given.build("calibration", CalibrationOptions)
-    options = replace(given.build("deploy", DeployOptions), calibration=calibration)
+    options = given.build("deploy", DeployOptions)
+    unread: tuple[str, ...] = ()
+    if not reads_calibration(options):
+        unread = _SAMPLING if options.held_out is None else ("data", *_SAMPLING)
+    calibration = given.build("calibration", CalibrationOptions, without=unread)
+    options = replace(options, calibration=calibration)
     preview = given.build("preview", PreviewOptions)
     recovery, why = None, "there is no --recover"
     if given.value("recover", "method") is not None:
         recovery, method = take_recovery(given, calibration.seed)
         why = f"{method.name} does not train"
-    given.refuse_unread({"recover": why, "train": why})
+    tried = " and ".join([*options.methods, *options.allocations])
+    given.refuse_unread({"recover": why, "train": why, "calibration": f"{tried} read no calibration text"})
     options = replace(options, recovery=recovery)
     if preview.dry_run:
         steps = plan(prepare(model, output, options))

@@ -61,13 +61,11 @@ def deploy(
     """
     prepared = prepare(source, output, options)
     try:
-        read: list[str | Path] = [prepared.folder, prepared.options.calibration.data, prepared.held_out]
-        read += [options.recovery.data.data] if options.recovery and options.recovery.data else []
-        with locked(output, read):
+        with locked(output, prepared.read):
             return _run(prepared, command)
     except BaseException as error:
         if (output / STATE).exists() and not isinstance(error, UserError):
-            add_hint(error, "What is done is kept: the same command goes on.")
+            add_hint(error, "What is done is kept: run the same command again to resume.")
         raise
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsedeploy.calibration.documents import content_sha256, is_named
+from sparsedeploy.calibration.documents import content_sha256, is_named, load_documents
 from sparsedeploy.calibration.samples import CalibrationSet, default_length
 from sparsedeploy.calibration.text import calibration_set
 from sparsedeploy.errors import UserError
@@ -19,7 +19,6 @@ from sparsedeploy.models.fingerprint import model_sha256
 from sparsedeploy.models.loading import load_config, resolve_model
 from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.options import described, one_of
-from sparsedeploy.paths import expand
 from sparsedeploy.plan import check_sparsity
 from sparsedeploy.quality.options import EvalOptions, TextOptions
 from sparsedeploy.quality.perplexity import text_windows
@@ -30,7 +29,8 @@ from sparsedeploy.version import __version__
 from sparsedeploy.workflows.aims import Aim
 from sparsedeploy.workflows.deploy_plan import choose_aim
 from sparsedeploy.workflows.deploy_search import Trial
-from sparsedeploy.workflows.options import DeployOptions, RecoverOptions
+from sparsedeploy.workflows.options import DeployOptions, PruneOptions, RecoverOptions
+from sparsedeploy.workflows.plan import text_read
 from sparsedeploy.workflows.state_file import read_state, write_state
 
 STATE = "deploy.json"
@@ -63,6 +63,13 @@ class Prepared:
     request: dict[str, Any]
     training: dict[str, Any] | None
     measuring: dict[str, Any]
+
+    @property
+    def read(self) -> list[str | Path]:
+        """The model and the texts that the run reads."""
+        calibration, recovery = self.options.calibration.data, self.options.recovery
+        found = [self.folder, self.held_out, *([calibration] if reads_calibration(self.options) else [])]
+        return [*found, recovery.data.data] if recovery is not None and recovery.data is not None else found
 
     @property
     def judge(self) -> EvalOptions:
@@ -106,8 +113,9 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
             f"the text {held_out} has no split of its own to judge quality on",
             "Name another text that calibration does not see: --held-out FILE.",
         )
-    for text in (data, held_out):
-        _check_text(text)
+    texts, field = (data, held_out) if reads_calibration(options) else (held_out,), options.calibration.field
+    for text in dict.fromkeys(texts):
+        _check_text(text, field, "--data-field")
     if options.recovery is not None:
         _check_recovery(options.recovery, held_out)
     aim = choose_aim(options.target)
@@ -119,7 +127,7 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
         "sparsedeploy": __version__,
         "options": {name: _plain(getattr(options, name)) for name in _SEARCH},
         "calibration": _plain(options.calibration),
-        "contents of the texts": [content_sha256(text) for text in (data, held_out)],
+        "contents of the texts": [content_sha256(text) for text in texts],
     }
     training = None if options.recovery is None else _plain(options.recovery)
     if training is not None and options.recovery is not None and options.recovery.data is not None:
@@ -129,14 +137,28 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
     return Prepared(source, folder, output, aim, options, held_out, context, within, request, training, measuring)
 
 
-def _check_text(text: str) -> None:
-    """Refuse a text that is neither named nor there.
+def reads_calibration(options: DeployOptions) -> bool:
+    """Whether a method or an allocation to choose from reads calibration text.
+
+    Raises:
+        UserError: a name or a rate that cannot be.
+    """
+    return any(
+        text_read(PruneOptions(sparsity=rate, method=method, allocation=allocation))
+        for rate in options.rates[:1]
+        for method in options.methods
+        for allocation in options.allocations
+    )
+
+
+def _check_text(text: str, field: str, flag: str) -> None:
+    """Refuse a text that is neither named nor there, or that holds none.
 
     Raises:
         UserError: such a text.
     """
-    if not is_named(text) and not expand(text).exists():
-        raise UserError(f"no text at '{text}'", "Name a file, a folder, stdlib, c4 or datasets:NAME.")
+    if not is_named(text):
+        load_documents(text, field=field, flag=flag)
 
 
 def _check_recovery(recovery: RecoverOptions, held_out: str) -> None:
@@ -152,12 +174,17 @@ def _check_recovery(recovery: RecoverOptions, held_out: str) -> None:
         if one.traits["trains"] and one.traits["starts_from"] == "pruned" and one.traits.get("merged", True)
     ]
     if method.name not in able:
-        raise UserError(f"{method.name} does not train what was pruned and merge it", f"Use {one_of(able)}.")
+        raise UserError(
+            f"deploy trains a pruned model and merges the result into its weights, which {method.name} does not do",
+            f"Use --recover {one_of(able)}.",
+        )
     if recovery.data is None:
         raise UserError(f"{method.name} trains and no training text was given", "Add --train-data.")
-    _check_text(recovery.data.data)
+    _check_text(recovery.data.data, recovery.data.field, "--train-field")
     if _same(recovery.data.data, held_out):
-        raise UserError(f"quality is judged on {held_out}", "Train on another text: --train-data.")
+        raise UserError(
+            f"quality is judged on the training text {held_out}", "Train on another text: --train-data FILE."
+        )
 
 
 def parse_bound(text: str) -> float:
@@ -239,7 +266,7 @@ def _check_output(output: Path, request: dict[str, Any], training: dict[str, Any
             keys = [*(names or ["options"]), *(key for key in keys if key != "options")]
         raise UserError(
             f"{output} holds a deployment that was asked for differently ({', '.join(keys)})",
-            "Give the same options to go on with it, or name a new folder: -o FOLDER.",
+            "Give the same options to resume it, or name a new folder: -o FOLDER.",
         )
 
 

@@ -29,7 +29,7 @@ from sparsedeploy.models.loading import load_asked, load_config, resolve_model
 from sparsedeploy.models.low_rank import refuse_unmerged
 from sparsedeploy.models.options import LoadOptions
 from sparsedeploy.models.tensor_files import TensorFiles
-from sparsedeploy.models.tokenizer import load_tokenizer
+from sparsedeploy.models.tokenizer import check_tokens, load_tokenizer
 from sparsedeploy.plan import NM, MixedNM, SparsityPlan, check_sparsity, parse_pattern
 from sparsedeploy.processes import SINGLE_PROCESS, Processes
 from sparsedeploy.pruning import PRUNERS
@@ -169,13 +169,15 @@ class Prepared:
             text: None takes the calibration text's own source.
 
         Raises:
-            UserError: no tokenizer, no text or too little.
+            UserError: no tokenizer, no text or too little, or a token that the model has no row for.
         """
         calibration = self.options.calibration
         data = text or calibration.data
         tokenizer = load_tokenizer(self.folder, trust_remote_code=self.load.trust_remote_code)
         length = calibration.length or default_length(self.config)
-        return text_windows(data, tokenizer, length, field=calibration.field, split=split, limit=limit)
+        windows = text_windows(data, tokenizer, length, field=calibration.field, split=split, limit=limit)
+        check_tokens(windows, self.config.get_text_config(decoder=True).vocab_size, data)
+        return windows
 
 
 def prepare(
@@ -231,6 +233,23 @@ def measures_text(
     prunes = prunes or (choice is not None and choice.searches)
     reads = reconstruct or PRUNERS.get(method).traits["needs"] != "none"
     return (prunes and reads) or (choice is not None and choice.needs_data)
+
+
+def text_read(options: PruneOptions, *, calibrates: bool = False, allocation: str = "uniform") -> tuple[str, ...]:
+    """The text that a pruning calibrates on or compares a search's trials on; empty where it reads none.
+
+    Args:
+        calibrates, allocation: see :func:`prepare`.
+
+    Raises:
+        UserError: see :func:`resolve_allocation`.
+    """
+    choice = None if options.plan is not None else resolve_allocation(options, allocation)
+    compares = choice is not None and choice.searches and getattr(choice.options, "text", None) is None
+    fits = options.reconstruct or options.grid is not None
+    if calibrates or compares or measures_text(choice, options.method, reconstruct=fits):
+        return (options.calibration.data,)
+    return ()
 
 
 def plan_model(source: str, options: PruneOptions, load: LoadOptions = LoadOptions()) -> SparsityPlan:

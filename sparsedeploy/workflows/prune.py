@@ -27,7 +27,7 @@ from sparsedeploy.processes import Processes, local_device, process_group
 from sparsedeploy.pruning.layers import losses_of, prune_layers
 from sparsedeploy.version import __version__
 from sparsedeploy.workflows.options import PruneOptions, RunOptions, request_of, rounding_of
-from sparsedeploy.workflows.plan import Prepared, choose_plan, model_to_measure, prepare
+from sparsedeploy.workflows.plan import Prepared, choose_plan, model_to_measure, prepare, text_read
 
 
 def prune(
@@ -53,10 +53,10 @@ def prune(
     use_huge_pages()
     device = local_device(run.torch_device)
     run = replace(run, device=str(device))
-    read = (source, options.calibration.data)
     before = pruned_before(source, options)
     if before is not None:
         options = replace(options, plan=replace(before.plan, model_sha256=None))
+    read = (source, *text_read(options))
     with process_group(device) as processes, ExitStack() as stack:
         if processes.main:
             stack.enter_context(claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read))
@@ -70,7 +70,7 @@ def pruned_before(source: str, options: PruneOptions) -> Manifest | None:
         return None
     manifest = load_manifest(Path(source))
     if manifest.quantization is not None:
-        raise UserError(f"{source} is quantised already", "Quantise the checkpoint before it.")
+        raise UserError(f"{source} is quantised already", "Quantise the checkpoint that it was made from.")
     return manifest
 
 

@@ -37,7 +37,7 @@ from sparsedeploy.workflows.options import (
     request_of,
     rounding_of,
 )
-from sparsedeploy.workflows.plan import choose_plan, prepare, resolve_allocation
+from sparsedeploy.workflows.plan import choose_plan, prepare, resolve_allocation, text_read
 from sparsedeploy.workflows.recovery_run import RecoveryRun, device_of, dtype_of
 
 
@@ -60,7 +60,7 @@ def prune_and_recover(
             f"Leave --quantize out, then: sparsedeploy prune {output} --quantize {prune.quantize} -o QUANTIZED.",
         )
     _refuse_head(prune.head)
-    read = (source, prune.calibration.data, *_train_data(recover))
+    read = (source, *_text_read(prune, RECOVERIES.get(recover.method)), *_train_data(recover))
     with claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read):
         return _from_dense(source, prune, RecoveryRun.of(output, recover, run))
 
@@ -109,6 +109,13 @@ def _refuse_head(pruned: bool) -> None:
         raise UserError("recovery does not keep a pruned output head sparse", "Prune without --lm-head.")
 
 
+def _text_read(prune: PruneOptions, method: Method[Any]) -> tuple[str, ...]:
+    """The calibration text of a recovery from the dense model."""
+    return text_read(
+        prune, calibrates=method.traits["calibrates"], allocation=method.traits.get("allocation") or "uniform"
+    )
+
+
 def _train_data(recover: RecoverOptions) -> list[str]:
     return [] if recover.data is None else [recover.data.data]
 
@@ -130,7 +137,7 @@ def _from_checkpoint(
         return _from_pruned(checkpoint, manifest, work, find() if reads_dense(work.asked, method) else None)
     name, folder = dense or manifest.source.name, find()
     prune = _again(manifest, method, calibration or {})
-    check_writable(work.output, work.run.overwrite, (folder, prune.calibration.data))
+    check_writable(work.output, work.run.overwrite, (folder, *_text_read(prune, method)))
     return _from_dense(name, prune, work)
 
 
@@ -150,10 +157,12 @@ def _dense_folder(checkpoint: Path, manifest: Manifest, dense: str | None, metho
         folder = resolve_model(name)
     except UserError as error:
         raise UserError(
-            f"{method} reads the dense model, which is not at {name}", "Give its location: --dense."
+            f"{method} reads the dense model, which is not at {name}", "Say where it is: --dense FOLDER."
         ) from error
     if manifest.source.sha256 not in (None, model_sha256(folder)):  # None: a model in memory was pruned
-        raise UserError(f"{name} is not the model that {checkpoint} was pruned from", "Give that one: --dense.")
+        raise UserError(
+            f"{name} is not the model that {checkpoint} was pruned from", "Name that model: --dense FOLDER."
+        )
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sparsedeploy.calibration import documents
-from sparsedeploy.calibration.documents import instruction_text, load_documents, read_split
+from sparsedeploy.calibration.documents import instruction_text, is_named, load_documents, read_split
 from sparsedeploy.errors import UserError
 
 ODD = "a\u2028b\u2029c\x0bd\x0ce\x85f\x1cg"
@@ -97,6 +97,15 @@ def test_c4_is_evaluated_on_its_validation_shard(monkeypatch: pytest.MonkeyPatch
     assert all(split in files[split] for _, split, files in asked)
     assert read_split("c4", "test") == "validation"
     assert read_split("stdlib", "test") == "test"
+
+
+def test_a_file_comes_before_the_set_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_named("c4")
+    Path("c4").write_text("mine")
+    assert not is_named("c4")
+    assert read_split("c4", "test") == "test"
+    assert load_documents("c4", split="test") == ["mine"]
 
 
 @pytest.mark.parametrize("data", ["c4", "stdlib", "datasets:x", "here.txt"])

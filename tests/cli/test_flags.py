@@ -86,6 +86,17 @@ def test_what_may_be_a_path_is_declared(name: str) -> None:
         assert item.flag in _WORDS, item.flag
 
 
+def test_defaults_that_may_be_paths() -> None:
+    """Where nothing reads the default it is no input, which is tested for each of these commands."""
+    found = {
+        (name, item.flag)
+        for name, command in COMMANDS.items()
+        for item in getattr(command.callback, "flags", {}).values()
+        if item.facts.reads and not item.required and item.default
+    }
+    assert found == {(name, "--data") for name in ("prune", "recover", "allocate", "deploy")}
+
+
 def test_pairs_that_may_be_paths_are_declared() -> None:
     for owner, name, registry in (
         (ExportOptions, "options", TARGETS),

@@ -144,6 +144,38 @@ def test_no_command_writes_into_what_it_reads(cli: Cli, model: Path, text: Path,
     assert [path.name for path in (parent / "texts").iterdir()] == ["a.txt"]
 
 
+def test_a_default_is_an_input_only_where_it_is_read(cli: Cli, model: Path, text: Path, monkeypatch: Any) -> None:
+    """A folder has the name of the default of --data; what does not read text may write into it."""
+    monkeypatch.chdir(model.parent)
+    Path("c4").mkdir()
+    shutil.copyfile(text, "c4/a.txt")
+    Path("sweep.yaml").write_text(
+        "model: dense\nrates: [0.5]\nmethods: [magnitude]\neval: {data: text.txt, context: 32, max_windows: 1}\n"
+    )
+    plain = ("-s", 0.5, "-m", "magnitude")
+    train = ("--train-data", "text.txt", "--train-length", 32, "--train-samples", 32)
+    commands: list[tuple[object, ...]] = [
+        ("prune", "dense", "-o", "c4/pruned", *plain),
+        ("prune", "dense", "-o", "c4/trained", *plain, "--recover", "sparse-lora", *train),
+        ("recover", "c4/pruned", "-o", "c4/again", "-m", "sparse-lora", *train),
+        ("allocate", "dense", "-o", "c4/plan.json", "-s", 0.5),
+        ("sweep", "sweep.yaml", "-o", "c4/swept"),
+    ]
+    for command in commands:
+        outcome = cli(*command)
+        assert outcome.code == 0, outcome.err
+    for command in (
+        ("prune", "dense", "-o", "c4/out", "-s", 0.5, "-m", "wanda"),
+        ("prune", "dense", "-o", "c4/out", *plain, "--reconstruct"),
+        ("prune", "dense", "-o", "c4/out", *plain, "--recover", "losa", *train),
+        ("prune", "dense", "-o", "c4/out", *plain, "--engine", "llmcompressor"),
+        ("recover", "c4/pruned", "-o", "c4/out", "-m", "losa", "--data", "c4", *train),
+        ("allocate", "dense", "-o", "c4/new.json", "-s", 0.5, "-a", "owl"),
+        ("allocate", "dense", "-o", "c4/new.json", "-s", 0.5, "-a", "atp", "--allocation-option", "search=true"),
+    ):
+        refused(cli(*command), "lies in the input c4", model.parent)
+
+
 def test_an_import_replaces_its_own_folder(cli: Cli, model: Path) -> None:
     """Its output is a folder, so an older one is nothing else."""
     (model.parent / "x.gguf").write_bytes(b"GGUF")

@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.checkpoint.inspection import inspect_checkpoint
+from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.errors import UserError
 from sparsedeploy.recovery.options import DataOptions
 from sparsedeploy.reference import reference_model
@@ -22,12 +24,15 @@ from sparsedeploy.runtimes.environments import Environment
 from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import load_runtime
 from sparsedeploy.workflows import deploy_plan
+from sparsedeploy.workflows.deploy import _pruned
 from sparsedeploy.workflows.deploy_plan import choose_aim
 from sparsedeploy.workflows.deploy_report import _quality
 from sparsedeploy.workflows.deploy_request import State, prepare
+from sparsedeploy.workflows.deploy_search import Trial
 from sparsedeploy.workflows.options import DeployOptions, RecoverOptions
 from sparsedeploy.workflows.state_file import write_state
 from tests.cli.conftest import Outcome, cli  # noqa: F401 - a fixture
+from tests.small_models import save_model
 
 _SEARCH = [
     *(
@@ -73,7 +78,7 @@ def test_interrupted_and_resumed(deepsparse_runtime: Environment, model: Path, t
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
-    assert "What is done is kept: the same command goes on." in said
+    assert "What is done is kept: run the same command again to resume." in said
     before = json.loads(state.read_text())
     assert before["trials"]
     assert before["targets"]["deepsparse"]["result"] is None
@@ -134,7 +139,7 @@ def test_interrupted_and_resumed(deepsparse_runtime: Environment, model: Path, t
     told = json.loads((output / "report-deepsparse.json").read_text())["commands"]
     assert any(line.startswith("sparsedeploy recover ") for line in told) == (chosen["recovery"] == "sparse-lora")
     assert "was asked for differently (recovery)" in cli(*words).err
-    other = cli(*words, "--windows", "5")
+    other = cli(*["5" if before == "--windows" else word for before, word in zip(["", *words], words, strict=False)])
     assert other.code == 2
     assert "was asked for differently (windows, recovery)" in other.err
 
@@ -215,6 +220,77 @@ def test_the_report_has_the_artifacts_own_figures() -> None:
     for part in (quality, quality["texts"]["held-out"]):
         assert (part["perplexity"], part["cross_entropy"], part["windows"]) == (10.0, math.log(10), 3)
         assert (part["data"], part["split"], part["tokens_sha256"]) == ("t", "test", "s")
+
+
+def test_a_recovery_that_deploy_does_not_run(model: Path, tmp_path: Path, cli) -> None:  # noqa: F811
+    text, train, empty = tmp_path / "text.txt", tmp_path / "train.txt", tmp_path / "empty.txt"
+    text.write_text("some words " * 100)
+    train.write_text("other words " * 100)
+    empty.write_text(" \n")
+    base = ("deploy", model, "-o", tmp_path / "out", "--for", "onnxruntime", "-d", train, "--held-out", text)
+    trained = ("--train-data", train)
+    for name in ("lora", "losa"):
+        message = f"which {name} does not do. Use --recover elsa or sparse-lora."
+        refused(cli(*base, "--recover", name, *trained), message)
+    refused(cli(*base, "--recover", "sparselo"), "which sparselo does not do. Use --recover elsa or sparse-lora.")
+    refused(cli(*base, "--recover", "sparselo", *trained), "--train-data has no effect: sparselo does not train")
+    refused(cli(*base, *trained), "--train-data has no effect: there is no --recover")
+    for name in ("elsa", "sparse-lora"):
+        refused(cli(*base, "--recover", name), f"{name} trains and no training text was given. Add --train-data.")
+        refused(cli(*base, "--recover", name, "--train-data", ""), "--train-data is empty")
+        refused(cli(*base, "--recover", name, "--train-data", empty), "empty.txt' holds no text")
+        refused(cli(*base, "--recover", name, "--train-data", tmp_path / "none"), "no text at")
+        for same in (text, tmp_path / "x" / ".." / "text.txt"):
+            (tmp_path / "x").mkdir(exist_ok=True)
+            outcome = cli(*base, "--recover", name, "--train-data", same)
+            refused(outcome, "text.txt. Train on another text: --train-data FILE.")
+    refused(cli(*base[:-4], "-d", empty, "--held-out", text), "empty.txt' holds no text")
+    refused(cli(*base[:-2], "--held-out", empty), "empty.txt' holds no text")
+
+
+def test_what_reads_no_calibration_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli) -> None:  # noqa: F811
+    """Its default is no input, though a folder has its name, and what is typed for it is refused."""
+    monkeypatch.chdir(tmp_path)
+    text, dense = tmp_path / "text.txt", save_model(tmp_path / "dense")
+    text.write_text("some words " * 100)
+    Path("c4").mkdir()
+    asked = DeployOptions(
+        target="onnxruntime", methods=("magnitude",), allocations=("uniform", "alphapruning"), held_out=str(text)
+    )
+    assert prepare(str(dense), Path("c4/out"), asked).read == [dense, str(text)]
+    with pytest.raises(UserError, match="'c4' holds no text"):
+        prepare(str(dense), Path("c4/out"), replace(asked, methods=("magnitude", "wanda")))
+    with pytest.raises(UserError, match="c4 has no split of its own"):
+        prepare(str(dense), Path("c4/out"), replace(asked, held_out=None))
+    base = ("deploy", dense, "--for", "onnxruntime", "--method", "magnitude", "--allocation", "uniform", "--dry-run")
+    why = "magnitude and uniform read no calibration text"
+    refused(cli(*base, "--held-out", text, "-d", text), f"--data has no effect: {why}")
+    refused(cli(*base, "-d", "stdlib", "--samples", 4), f"--samples has no effect: {why}")
+
+
+def test_elsa_trains_a_trial(tmp_path: Path) -> None:
+    """Its weights are trained in float32, whatever the model's type is."""
+    dense, text, train = save_model(tmp_path / "dense", dtype=torch.bfloat16), tmp_path / "a.txt", tmp_path / "b.txt"
+    text.write_text("some words " * 100)
+    train.write_text("other words " * 100)
+    recovery = RecoverOptions(
+        "elsa", data=DataOptions(str(train), max_length=32), training={"epochs": 1, "batch_size": 4, "accumulation": 1}
+    )
+    asked = DeployOptions(
+        target="onnxruntime",
+        rates=(0.5,),
+        methods=("magnitude",),
+        allocations=("uniform",),
+        held_out=str(text),
+        context=32,
+        recovery=recovery,
+    )
+    folder = _pruned(prepare(str(dense), tmp_path / "out", asked), Trial(0.5, "magnitude", "uniform", "elsa"))
+    manifest = load_manifest(folder)
+    assert manifest.recovery is not None
+    assert manifest.recovery.method == "elsa"
+    assert abs(manifest.achieved - 0.5) < 0.005
+    assert inspect_checkpoint(folder).problems == []
 
 
 def test_a_target_that_this_machine_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
