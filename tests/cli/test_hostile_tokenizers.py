@@ -215,5 +215,38 @@ def test_one_verdict(cli: Cli, model: Path, text: Path, artifact: Path, kind: st
     assert bool(reason) == refused, (outcome.err, reason)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "an added token beyond the embedding, unused",
+        "an added token beyond the embedding, in the text",
+        "a special token beyond the embedding",
+        "another type without its unknown token",
+        "a template that adds a number beyond",
+        "truncation",
+        "an end that is not in the vocabulary",
+        "a chat template without an end",
+        "only SentencePiece, broken",
+        "a pipe: tokenizer.json",
+    ],
+)
+def test_recover_and_export_say_the_same(cli: Cli, model: Path, text: Path, kind: str) -> None:
+    """``export`` reads no text: what only shows in a text is refused where there is one."""
+    pruned = model.parent / "pruned"
+    assert cli("prune", model, "-o", pruned, "-s", 0.5, "-m", "magnitude").code == 0
+    KINDS[kind][0](pruned)
+    scored = evaluated(cli, pruned, text)
+    refused = answered(scored, kind.encode())
+    data = ("--train-data", text, "--train-length", 32, "--train-samples", 32, "--device", "cpu")
+    recovered = cli("recover", pruned, "-o", model.parent / "recovered", "-m", "sparse-lora", *data)
+    assert answered(recovered, kind.encode()) == refused, (scored.err, recovered.err)
+    options = ("search=true", "trials=2", "patience=0", "windows=2", f"text={text}")
+    search = ("-a", "atp", *(word for option in options for word in ("--allocation-option", option)))
+    searched = cli("allocate", pruned, "-o", model.parent / "plan.json", "-s", 0.6, "-m", "magnitude", *search)
+    assert answered(searched, kind.encode()) == refused, (scored.err, searched.err)
+    exported = cli("export", pruned, "-o", model.parent / "packed", "--target", "vllm")
+    assert answered(exported, kind.encode()) == (refused and "in the text" not in kind), (scored.err, exported.err)
+
+
 def test_the_artifact_of_the_test_is_sound(artifact: Path) -> None:
     assert describe_folder(artifact, verify=True).target == "deepsparse"
