@@ -213,7 +213,7 @@ def measure_layers(
         walk = iterate_weights(as_source(model))
         return [reduce(layer) for layer in progress.track(walk, f"allocate ({name})", unit="layers")]
     if tokens is None:
-        raise UserError(f"allocation {name} measures calibration text and none was given", "Add --data.")
+        raise UserError(f"allocation {name} needs calibration text and none was given", "Add --data.")
     # Whoever compares whole sequences with each other needs all of them; statistics of inputs add up.
     shared = SINGLE_PROCESS if needs == "inputs" else processes
     driver = LayerDriver(model, tokens, batch_size=batch_size, accumulate=accumulate, processes=shared)

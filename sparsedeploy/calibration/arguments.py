@@ -285,7 +285,7 @@ def enter_head(source: LayerSource, tokens: torch.Tensor, hidden: torch.Tensor, 
     if len(found) != 1 or found[0].shape[:-1] != tokens.shape:
         raise UserError(
             f"{type(source.model).__name__} does not call {name} on all tokens, so its inputs cannot be measured",
-            "Leave the output head out: no --lm-head.",
+            "Leave out --lm-head.",
         )
     return found[0]
 

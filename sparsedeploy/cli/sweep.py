@@ -24,8 +24,8 @@ def sweep_command(
 ) -> None:
     """Prune and recover over a grid, and show the best model of each size.
 
-    Each cell is a folder with its checkpoint and figures. A process that dies loses its cell only; the same command
-    goes on with what is missing.
+    Each cell is a folder with its checkpoint and figures. A process that dies loses only its cell; run the same
+    command again to fill in what is missing.
     """
     from sparsedeploy.reporting.sweep import summary_table
     from sparsedeploy.workflows.sweep import REPORT, check_wish, picked, run_sweep

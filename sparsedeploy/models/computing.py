@@ -39,7 +39,7 @@ def compute_type(config: Any, device: torch.device | str, asked: torch.dtype | N
     if own not in _COMPUTED:
         name = str(own).removeprefix("torch.")
         raise UserError(
-            f"config.json names the type {name}, in which no model is computed", "Name one: --dtype float32."
+            f"config.json gives the type {name}, in which models cannot be computed", "Choose one: --dtype float32."
         )
     flags = processor_flags()
     if torch.device(device).type == "cpu" and own in _NATIVE and flags and not flags & _NATIVE[own]:

@@ -191,7 +191,9 @@ def _type(path: Path, tensor: str, kind: int) -> tuple[str, int, int]:
         import gguf
         import numpy as np
     except ImportError as error:
-        raise UserError("reading GGUF files needs the package gguf", "pip install 'sparsedeploy[gguf]'") from error
+        raise UserError(
+            "reading GGUF files needs the package gguf", "Install it: pip install 'sparsedeploy[gguf]'."
+        ) from error
     try:
         known = gguf.GGMLQuantizationType(kind)
         block, size = gguf.GGML_QUANT_SIZES[known]

@@ -89,7 +89,7 @@ def output_head(model: nn.Module) -> tuple[str, nn.Linear]:
     Raises:
         UserError: there is none, or it is tied to the embedding.
     """
-    kind, fix = type(model).__name__, "Leave the output head out: no --lm-head."
+    kind, fix = type(model).__name__, "Leave out --lm-head."
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     name = next((name for name, module in model.named_modules() if module is head), None)

@@ -61,7 +61,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
         return None
     whole = Fields(read_object(path, fix="Download it again."), str(path), "Download it again.")
     if "metadata" not in whole.values:
-        raise UserError(f"{path} lacks 'metadata', without which transformers loads none", 'Add "metadata": {} to it.')
+        raise UserError(f"{path} lacks 'metadata', which transformers needs", 'Add "metadata": {} to it.')
     fields = whole.fields("weight_map")
     weight_map = {name: fields.text(name) for name in fields.values}
     if not weight_map:

@@ -82,7 +82,7 @@ def prune_layers(
         layers = iterate_weights(source, finished=finished)
     elif tokens is None:
         what = "--reconstruct" if reconstruct else "--quantize" if grid else method
-        raise UserError(f"{what} measures calibration text and none was given", "Add --data.")
+        raise UserError(f"{what} needs calibration text and none was given", "Add --data.")
     else:
         driver = LayerDriver(source, tokens, batch_size=batch_size, accumulate=accumulate, processes=processes)
         layers = driver.iterate(needs, changes_weights=True, finished=finished)

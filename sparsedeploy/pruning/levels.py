@@ -190,7 +190,7 @@ def add_levels(
     if needs == "none":
         layers = iterate_weights(source)
     elif tokens is None:
-        raise UserError(f"{names} measures calibration text and none was given", "Add --data.")
+        raise UserError(f"{names} needs calibration text and none was given", "Add --data.")
     else:
         driver = LayerDriver(source, tokens, batch_size=batch_size, accumulate=accumulate)
         layers = driver.iterate(needs, changes_weights=False)

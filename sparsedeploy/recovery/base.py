@@ -131,7 +131,7 @@ class RecoveryJob:
             UserError: none was given.
         """
         if self.calibration is None:
-            raise UserError("this recovery measures calibration text and none was given", "Add --data.")
+            raise UserError("this recovery needs calibration text and none was given", "Add --data.")
         return self.calibration.tokens
 
 

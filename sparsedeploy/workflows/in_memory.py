@@ -176,7 +176,7 @@ def _calibration(
     if tokens is None:
         if tokenizer is None:
             raise UserError(
-                f"{options.method} measures calibration text", "Give a tokenizer, or tokens=[sequences, length]."
+                f"{options.method} needs calibration text", "Give a tokenizer, or tokens=[sequences, length]."
             )
         return draw_sequences(tokenizer, config, options.calibration)
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or not tokens.numel():

@@ -296,7 +296,7 @@ def _ray_starter() -> Callable[[Work], str | None]:
     try:
         import ray
     except ImportError as error:
-        raise UserError("--on ray needs the package ray", "pip install 'sparsedeploy[ray]'") from error
+        raise UserError("--on ray needs the package ray", "Install it: pip install 'sparsedeploy[ray]'.") from error
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False)
     remote = ray.remote(max_retries=0)(_run_local)

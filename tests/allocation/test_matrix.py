@@ -128,7 +128,7 @@ def test_the_marginal_rule_with_any_allocation(model: nn.Module, calibration: Ca
         plan = plan_of(model, calibration, name, {}, "mixed-2:8", mixed=mixed)
         assert is_exact(plan, model)
         assert plan_of(model, calibration, name, {}, "mixed-2:8", 4, mixed).targets == plan.targets
-    with pytest.raises(UserError, match="measures calibration text and none was given"):
+    with pytest.raises(UserError, match="needs calibration text and none was given"):
         plan_of(model, None, "uniform", {}, "mixed-2:8", mixed=mixed)
 
 
@@ -164,7 +164,7 @@ def test_data_free_allocations_ask_for_no_text(model: nn.Module) -> None:
         if method.traits["needs"] in ("none", "weights"):
             assert is_exact(plan_of(model, None, method.name, {}), model)
         else:
-            with pytest.raises(UserError, match="measures calibration text and none was given"):
+            with pytest.raises(UserError, match="needs calibration text and none was given"):
                 plan_of(model, None, method.name, {})
 
 

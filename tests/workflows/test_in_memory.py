@@ -90,7 +90,7 @@ def test_mode_and_gradients_stay_and_tokens_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "more", "message"),
     [
-        (PruneOptions(0.5, "wanda"), {}, "wanda measures calibration text. Give a tokenizer, or tokens"),
+        (PruneOptions(0.5, "wanda"), {}, "wanda needs calibration text. Give a tokenizer, or tokens"),
         (PruneOptions(0.5, "wanda"), {"tokens": torch.zeros(4, dtype=torch.int64)}, "Give int64 tokens of shape"),
         (PruneOptions(0.5, "wanda"), {"tokens": torch.full((1, 4), 999)}, "999"),
         (PruneOptions(0.5, "magnitude"), {"tokens": torch.zeros(1, 4, dtype=torch.int64)}, "tokens have no effect"),
