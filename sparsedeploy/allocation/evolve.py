@@ -1,7 +1,7 @@
 """EvoPress: rates found by evolution over a database of pruned levels (Sieberling et al., ICML 2025, arXiv
 2410.14649, algorithm 1).
 
-Here is the search alone, over vectors of levels with a fixed budget; what a vector is worth is the caller's.
+This is the search alone, over vectors of levels with a fixed budget; the caller scores them.
 """
 
 from __future__ import annotations

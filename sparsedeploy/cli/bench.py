@@ -26,7 +26,7 @@ def bench_command(
     artifacts: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Folders to compare with the baseline: exported, or plain checkpoints. RUNTIME=FOLDER too."
+            help="Folders to compare with the baseline: exports or plain checkpoints; RUNTIME=FOLDER names the engine."
         ),
     ] = None,
     output: ResultOption = None,

@@ -17,9 +17,9 @@ def demo_command(
     output: WorkFolderOption = Path("demo-output"),
     as_json: JsonOption = False,
 ) -> None:
-    """Everything in one command, with nothing to download.
+    """The whole pipeline in one command, on a small model that is shipped.
 
-    Takes a model (a small one is shipped), prunes it, measures its quality, exports it, runs it in DeepSparse (and in
+    Takes a model, prunes it, measures its quality, exports it, runs it in DeepSparse (and in
     llama.cpp where that is installed), and reports what became faster, what it cost, and why.
     """
     from sparsedeploy.reporting.summary import notes, summary_table

@@ -46,13 +46,13 @@ def deploy_command(
     search.
     """
     from sparsedeploy.workflows.deploy import deploy, plan
-    from sparsedeploy.workflows.deploy_plan import shown_time
+    from sparsedeploy.workflows.deploy_plan import choose_aim, shown_time
     from sparsedeploy.workflows.deploy_report import sentence
     from sparsedeploy.workflows.deploy_request import prepare, reads_calibration
 
     options = given.build("deploy", DeployOptions)
     unread: tuple[str, ...] = ()
-    if not reads_calibration(options):
+    if not reads_calibration(options, choose_aim(options.target)):
         unread = _SAMPLING if options.held_out is None else ("data", *_SAMPLING)
     calibration = given.build("calibration", CalibrationOptions, without=unread)
     options = replace(options, calibration=calibration)

@@ -13,15 +13,15 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "sparsedeploy deploy MODEL --for llamacpp --data train.txt --held-out test.txt --dry-run",
     ),
     "prune": (
-        "sparsedeploy prune MODEL -o sparse --sparsity 0.7 --method sparsegpt --allocation lsa --data my-text.txt",
+        "sparsedeploy prune MODEL -o sparse --sparsity 0.7 --method alps --allocation dlp --data my-text.txt",
         "sparsedeploy prune MODEL -o sparse-2-4 --pattern 2:4 --method wanda --data my-text.txt --resume",
     ),
     "recover": (
-        "sparsedeploy recover pruned -o recovered --method losa --train-data my-text.txt",
-        "sparsedeploy recover pruned -o recovered --method sparse-lora --train-data my-text.txt --resume",
+        "sparsedeploy recover pruned -o recovered --method sparse-lora --train-data my-text.txt",
+        "sparsedeploy recover pruned -o recovered --method elsa --train-data my-text.txt --dtype float32 --resume",
     ),
     "allocate": (
-        "sparsedeploy allocate MODEL -o plan.json --sparsity 0.7 --allocation owl --data my-text.txt",
+        "sparsedeploy allocate MODEL -o plan.json --sparsity 0.7 --allocation dlp --data my-text.txt",
         "sparsedeploy allocate MODEL -o plan.json --sparsity 0.7 --allocation alphapruning",
     ),
     "inspect": (

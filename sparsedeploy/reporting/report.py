@@ -46,9 +46,6 @@ from sparsedeploy.reporting.summary import (
 FORMAT = 3
 
 
-# The terminal's eighty columns have no room for the rest; the files have it.
-
-
 def html_report(report: Mapping[str, Any]) -> str:
     """The report as one HTML file that is whole without its script and needs nothing outside it."""
     first = engines_of(report)[0]["benchmark"]

@@ -68,7 +68,7 @@ class Prepared:
     def read(self) -> list[str | Path]:
         """The model and the texts that the run reads."""
         calibration, recovery = self.options.calibration.data, self.options.recovery
-        found = [self.folder, self.held_out, *([calibration] if reads_calibration(self.options) else [])]
+        found = [self.folder, self.held_out, *([calibration] if reads_calibration(self.options, self.aim) else [])]
         return [*found, recovery.data.data] if recovery is not None and recovery.data is not None else found
 
     @property
@@ -113,12 +113,12 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
             f"the text {held_out} has no split of its own to judge quality on",
             "Name another text that calibration does not see: --held-out FILE.",
         )
-    texts, field = (data, held_out) if reads_calibration(options) else (held_out,), options.calibration.field
-    for text in dict.fromkeys(texts):
+    aim, field = choose_aim(options.target), options.calibration.field
+    for text in dict.fromkeys((data, held_out) if reads_calibration(options, aim) else (held_out,)):
         _check_text(text, field, "--data-field")
     if options.recovery is not None:
         _check_recovery(options.recovery, held_out)
-    aim = choose_aim(options.target)
+    searched = (data, held_out) if reads_calibration(options) else (held_out,)
     folder = resolve_model(source)
     config = load_config(folder)
     context = options.context or min(512, default_length(config))
@@ -127,7 +127,7 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
         "sparsedeploy": __version__,
         "options": {name: _plain(getattr(options, name)) for name in _SEARCH},
         "calibration": _plain(options.calibration),
-        "contents of the texts": [content_sha256(text) for text in texts],
+        "contents of the texts": [content_sha256(text) for text in searched],
     }
     training = None if options.recovery is None else _plain(options.recovery)
     if training is not None and options.recovery is not None and options.recovery.data is not None:
@@ -137,13 +137,13 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
     return Prepared(source, folder, output, aim, options, held_out, context, within, request, training, measuring)
 
 
-def reads_calibration(options: DeployOptions) -> bool:
-    """Whether a method or an allocation to choose from reads calibration text.
+def reads_calibration(options: DeployOptions, aim: Aim | None = None) -> bool:
+    """Whether a method or an allocation to choose from reads calibration text, or an export for the aim.
 
     Raises:
         UserError: a name or a rate that cannot be.
     """
-    return any(
+    return any("int8" in how for how in (aim.formats if aim else {}).values()) or any(
         text_read(PruneOptions(sparsity=rate, method=method, allocation=allocation))
         for rate in options.rates[:1]
         for method in options.methods

@@ -258,8 +258,9 @@ def test_what_reads_no_calibration_text(tmp_path: Path, monkeypatch: pytest.Monk
         target="onnxruntime", methods=("magnitude",), allocations=("uniform", "alphapruning"), held_out=str(text)
     )
     assert prepare(str(dense), Path("c4/out"), asked).read == [dense, str(text)]
-    with pytest.raises(UserError, match="'c4' holds no text"):
-        prepare(str(dense), Path("c4/out"), replace(asked, methods=("magnitude", "wanda")))
+    for change in ({"methods": ("magnitude", "wanda")}, {"allocations": ("owl",)}, {"target": "deepsparse"}):
+        with pytest.raises(UserError, match="'c4' holds no text"):  # deepsparse: the ranges of its integers
+            prepare(str(dense), Path("c4/out"), replace(asked, **change))
     with pytest.raises(UserError, match="c4 has no split of its own"):
         prepare(str(dense), Path("c4/out"), replace(asked, held_out=None))
     base = ("deploy", dense, "--for", "onnxruntime", "--method", "magnitude", "--allocation", "uniform", "--dry-run")
