@@ -68,8 +68,9 @@ class Prepared:
     def read(self) -> list[str | Path]:
         """The model and the texts that the run reads."""
         calibration, recovery = self.options.calibration.data, self.options.recovery
-        found = [self.folder, self.held_out, *([calibration] if reads_calibration(self.options, self.aim) else [])]
-        return [*found, recovery.data.data] if recovery is not None and recovery.data is not None else found
+        found: list[str | Path] = [self.folder, self.held_out]
+        found += [calibration] if reads_calibration(self.options, self.aim) else []
+        return found + ([recovery.data.data] if recovery is not None and recovery.data is not None else [])
 
     @property
     def judge(self) -> EvalOptions:
