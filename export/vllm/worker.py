@@ -73,6 +73,8 @@ class Server:
             raise BadRequest("this process has a model already", "Start another worker.")
         allowed = sorted(os.sched_getaffinity(0))[:cores]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, allowed)))
+        # The one token more than the model may have positions for is chosen and never run.
+        os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
         from vllm import LLM
 
         started = time.perf_counter()

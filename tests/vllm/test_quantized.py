@@ -63,7 +63,7 @@ def test_perplexity_of_a_large_vocabulary(context: int, tmp_path: Path) -> None:
         require("vllm")
     except UserError as error:
         pytest.skip(str(error))
-    save_model(tmp_path / "dense", vocab_size=6000)
+    save_model(tmp_path / "dense", vocab_size=6000, hidden_size=128, intermediate_size=176)
     prune(str(tmp_path / "dense"), tmp_path / "pruned", PruneOptions(sparsity=0.5, method="magnitude"))
     export_checkpoint(tmp_path / "pruned", "vllm", tmp_path / "packed")
     windows = torch.randint(0, 6000, (4, context), generator=torch.Generator().manual_seed(0))
