@@ -31,6 +31,7 @@ OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",
     "GGML_NATIVE": "ON",
+    "CMAKE_PROJECT_ggml_INCLUDE": str(FOLDER / "ggml_flags.cmake"),
     "GGML_CCACHE": "OFF",
     "LLAMA_OPENSSL": "OFF",
     "LLAMA_BUILD_TESTS": "OFF",
@@ -83,7 +84,7 @@ def fetch(name: str, version: str, target: Path) -> None:
 
 
 def build(source: Path, binary: Path, options: dict[str, str], targets: tuple[str, ...]) -> None:
-    """Configure once and build what is not there yet."""
+    """Configure and build what is not there yet."""
     tools = Path(sys.executable).parent
     # The environment's tools first.
     os.environ["PATH"] = os.pathsep.join([str(tools), os.environ.get("PATH", "")])
@@ -93,9 +94,8 @@ def build(source: Path, binary: Path, options: dict[str, str], targets: tuple[st
         if found is not None and Path(found[1]).resolve() != source.resolve():
             # sparsedeploy has moved: a build knows where its sources were.
             shutil.rmtree(binary)
-    if not (binary / "build.ninja").is_file():
-        defines = [f"-D{key}={value}" for key, value in options.items()]
-        run(["cmake", "-S", str(source), "-B", str(binary), "-G", "Ninja", *defines])
+    defines = [f"-D{key}={value}" for key, value in options.items()]
+    run(["cmake", "-S", str(source), "-B", str(binary), "-G", "Ninja", *defines])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     run(["ninja", "-C", str(binary), f"-j{cores}", *targets])
 
