@@ -19,7 +19,7 @@ from sparsedeploy.reporting.benchmark_table import benchmark_heading, benchmark_
 from sparsedeploy.speed.comparison import compare_results, parse_result, parse_threshold
 from tests.cli.conftest import Outcome
 from tests.reporting.results import bench_result
-from tests.runtimes.artifacts import refresh
+from tests.runtimes.artifacts import describe, refresh, write_folder
 from tests.runtimes.exported import export_small
 
 
@@ -143,6 +143,46 @@ def test_refusals(cli: Callable[..., Outcome], arguments: list[str], words: str)
     assert done.code == 2
     assert words in done.err
     assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        (None, "target", "onnxruntime"),
+        ("engine", "version", "9.9.9"),
+        ("shapes", "hidden", 20),
+        ("sparsity", "zeros", 900),
+        (None, "mine", "a note"),
+    ],
+)
+def test_an_edited_description_is_refused_by_every_command(
+    cli: Callable[..., Outcome],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str | None,
+    key: str,
+    value: Any,
+) -> None:
+    monkeypatch.setenv("SPARSEDEPLOY_HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    dense, sparse = write_folder(tmp_path / "dense", describe()), write_folder(tmp_path / "sparse", describe(zeros=500))
+    path = sparse / "artifact.json"
+    values = json.loads(path.read_text())
+    (values if place is None else values[place])[key] = value
+    path.write_text(json.dumps(values))
+    for command in (
+        ("bench", sparse, "--baseline", dense),
+        ("bench", dense, "--baseline", f"torch={sparse}"),
+        ("generate", sparse, "some text"),
+        ("serve", sparse, "--port", 0),
+        ("push", sparse, "me/model"),
+    ):
+        done = cli(*command, "-q")
+        assert done.code == 2, command
+        assert done.err.count("\n") == 1, done.err
+        assert "artifact.json was edited or is damaged" in done.err
+        assert done.changed == []
 
 
 def change(result: dict[str, Any], name: str, factor: float, rounds: int = 10**9) -> dict[str, Any]:
