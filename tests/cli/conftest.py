@@ -1,6 +1,6 @@
 """Run the command line in this process, as a user would see it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from tests.small_models import save_model
 
 # Files with a hole of gigabytes are not read.
 _LARGE = 1 << 30
+SHORT = {"-d": "--data", "-n": "--samples"}
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -29,6 +30,17 @@ def _content(path: Path) -> bytes | None:
     if about.st_size > _LARGE:
         return f"{about.st_size} bytes, {about.st_mtime_ns} {about.st_ctime_ns}".encode()
     return path.read_bytes()
+
+
+def defaults(more: Iterable[object], **values: object) -> list[object]:
+    """Words of the options that a test does not give itself: an option is given once.
+
+    Args:
+        values: option -> value, named by its long flag.
+    """
+    given = {SHORT.get(str(word), str(word)) for word in more}
+    flags = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+    return [word for flag, value in flags.items() if flag not in given for word in (flag, value)]
 
 
 @dataclass

@@ -8,7 +8,7 @@ import pytest
 
 from sparsedeploy.plan import SparsityPlan
 from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES, TARGETS
-from tests.cli.conftest import Outcome
+from tests.cli.conftest import Outcome, defaults
 from tests.small_models import save_model
 
 Cli = Callable[..., Outcome]
@@ -16,7 +16,7 @@ Cli = Callable[..., Outcome]
 
 def allocate(cli: Cli, model: Path, text: Path, *more: object, output: str = "plan.json") -> Outcome:
     reads = {"owl", "dlp", "lsa", "rmi", "search=true", "rule=marginal"} & {str(word) for word in more}
-    data = ("--data", text, "-n", 4, "--calibration-length", 32) if reads else ()
+    data = defaults(more, data=text, samples=4, calibration_length=32) if reads else ()
     return cli("allocate", model, "-o", model.parent / output, *data, "--device", "cpu", *more)
 
 

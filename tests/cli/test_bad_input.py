@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.conftest import Outcome
+from tests.cli.conftest import Outcome, defaults
 from tests.runtimes.artifacts import refresh
 from tests.small_models import save_model
 
@@ -30,8 +30,7 @@ def refused(outcome: Outcome, message: str, folder: Path) -> None:
 
 
 def prune(cli: Cli, model: Path, text: Path, *more: object) -> Outcome:
-    defaults = {("--data", "-d"): text, ("--samples", "-n"): 2, ("--calibration-length",): 32, ("--device",): "cpu"}
-    base = [word for flags, value in defaults.items() if not {*flags} & {*more} for word in (flags[0], value)]
+    base = defaults(more, data=text, samples=2, calibration_length=32, device="cpu")
     return cli("prune", model, "-o", model.parent / "out", *base, *more)
 
 

@@ -222,8 +222,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "config: activation": (config(hidden_act="no such"), "config.json"),
     "config: epsilon as text": (config(rms_norm_eps="x"), "config.json"),
     "config: terminal escapes": (config(model_type="\x1b[2Jx"), "model type '\\x1b[2Jx'"),
-    "config: a type of integers": (config(dtype="int8"), "config.json names the type int8"),
-    "config: a type of 8 bits": (config(dtype="float8_e4m3fn"), "config.json names the type float8_e4m3fn"),
+    "config: a type of integers": (config(dtype="int8"), "config.json gives the type int8"),
+    "config: a type of 8 bits": (config(dtype="float8_e4m3fn"), "config.json gives the type float8_e4m3fn"),
     "config: a part that has no place": (
         config(text_config={"hidden_size": 3}),
         "'text_config' has no place in a model",
