@@ -48,11 +48,11 @@ with the {sequences} sequences of {length} tokens in `{tokens}` (tensor `tokens`
 for each and shows later modifiers a model that the earlier ones have pruned already.
 
 `{plan}` has the zeros that each module should get. Wanda and N:M give them exactly. SparseGPT selects in blocks of
-columns and rounds a block's share up: at most one zero more for each block.{recovered}
+columns and rounds a block's share up: at most one zero more for each block.{more}
 """
-_RECOVERED = """
+_MORE = """
 
-The checkpoint was recovered after pruning ({recovery}); the recipe gives the pruned model before that."""
+The recipe only prunes. What made this checkpoint besides, and the recipe does not do: {steps}."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _describe_dense(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _readme(checkpoint: Path, dense: Path, manifest: Manifest, plan: SparsityPlan, shape: Any, version: str) -> str:
-    recovery = manifest.recovery
+    steps = _besides(manifest)
     return _README.format(
         name=checkpoint.resolve().name,
         recipe=RECIPE,
@@ -151,5 +151,17 @@ def _readme(checkpoint: Path, dense: Path, manifest: Manifest, plan: SparsityPla
         folder=dense.resolve(),
         sequences=shape[0],
         length=shape[1],
-        recovered=_RECOVERED.format(recovery=recovery.method) if recovery else "",
+        more=_MORE.format(steps=", ".join(steps)) if steps else "",
     )
+
+
+def _besides(manifest: Manifest) -> list[str]:
+    """What was done to the weights that llm-compressor's recipe does not do."""
+    steps = []
+    if manifest.request.get("prune", {}).get("reconstruct"):
+        steps.append("the kept weights of each layer were solved by least squares (--reconstruct)")
+    if manifest.quantization is not None:
+        steps.append(f"they were rounded (--quantize int{manifest.quantization.bits})")
+    if manifest.recovery is not None:
+        steps.append(f"the model was recovered ({manifest.recovery.method})")
+    return steps

@@ -9,6 +9,7 @@ from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.checkpoint.masks import FILE as MASKS
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.loading import load_model
+from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.workflows.options import PruneOptions, RecoverOptions, RunOptions
 from sparsedeploy.workflows.prune import prune
 from sparsedeploy.workflows.recover import prune_and_recover
@@ -51,3 +52,13 @@ def test_a_recovery_that_prunes_itself_refuses_it(tmp_path: Path, source: str, c
     with pytest.raises(UserError, match="sparselo does its own pruning"):
         prune_and_recover(source, tmp_path / "out", asked, RecoverOptions(method="sparselo"), RunOptions(device="cpu"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("reconstruct", [False, True])
+def test_llm_compressors_folder_names_what_its_recipe_leaves_out(
+    tmp_path: Path, source: str, calibration: CalibrationOptions, reconstruct: bool
+) -> None:
+    asked = PruneOptions(sparsity=0.5, method="wanda", reconstruct=reconstruct, calibration=calibration)
+    prune(source, tmp_path / "pruned", asked, RunOptions(device="cpu"))
+    export_checkpoint(tmp_path / "pruned", "llmcompressor", tmp_path / "out")
+    assert ("--reconstruct" in (tmp_path / "out" / "README.md").read_text()) is reconstruct
