@@ -91,6 +91,9 @@ RECOVERIES = {
     "losa-no-rank-allocation": Recovery("LoSA without rank allocation", "losa", "wanda", {"rank_allocation": False}),
     "losa-no-dynamic": Recovery("LoSA without the schedule", "losa", "wanda", {"dynamic": False}),
     "alps-atp-sparse-lora": Recovery("ALPS, atp + Sparse LoRA", "sparse-lora", "alps", allocation="atp"),
+    "alps-dlp-sparse-lora-50": Recovery(
+        "ALPS, dlp + Sparse LoRA, 50 %", "sparse-lora", "alps", sparsity=0.5, allocation="dlp"
+    ),
     "sparsegpt-sparse-lora-90": Recovery("SparseGPT + Sparse LoRA, 90 %", "sparse-lora", "sparsegpt", sparsity=0.9),
     "elsa-90": Recovery("ELSA from ALPS, 90 %, learning rate 3e-4", "elsa", "alps", sparsity=0.9, learning_rate=3e-4),
     "elsa-90-1e-3": Recovery(
