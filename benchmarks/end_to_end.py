@@ -349,7 +349,9 @@ def write(results: dict[str, Any]) -> None:
             quality = quality_of(results, name, entry)
             speed = middle(entry, "decode 1")
             if quality and speed:
-                discs.append(Disc(title, speed, quality, entry["bytes"], f" perplexity, {entry['bytes'] / 1e6:.0f} MB"))
+                group, _, kind = title.rpartition(" ")
+                note = f" perplexity, {entry['bytes'] / 1e6:.0f} MB"
+                discs.append(Disc(title, speed, quality, entry["bytes"], note, group, kind))
         if len(discs) > 1:
             chart = scatter_chart(
                 discs,

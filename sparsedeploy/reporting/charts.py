@@ -76,13 +76,18 @@ class Bar:
 
 @dataclass(frozen=True)
 class Disc:
-    """A point of a scatter chart; its area is proportional to ``area``, and ``note`` is added to its hover text."""
+    """A point of a scatter chart; its area is proportional to ``area``, and ``note`` is added to its hover text.
+
+    Discs of one ``group`` share a colour and a place in the legend; ``mark`` is written beside the disc.
+    """
 
     name: str
     x: float
     y: float
     area: float
     note: str = ""
+    group: str = ""
+    mark: str = ""
 
 
 def line_chart(
@@ -180,7 +185,9 @@ def scatter_chart(
     front = " ".join(f"{x_of(disc.x):.1f},{y_of(disc.y):.1f}" for disc in best)
     parts.append(f'<polyline class="front" points="{front}"/>')
     largest = max(disc.area for disc in discs)
-    for number, disc in enumerate(discs):
+    names = list(dict.fromkeys(disc.group or disc.name for disc in discs))
+    for disc in sorted(discs, key=lambda disc: -disc.area):
+        number = names.index(disc.group or disc.name)
         x, y = x_of(disc.x), y_of(disc.y)
         radius = max(4.0, _LARGEST_RADIUS * math.sqrt(disc.area / largest))
         label = escape(f"{disc.name}: {disc.x:.3g}, {disc.y:.4g}{disc.note}")
@@ -188,7 +195,9 @@ def scatter_chart(
             f'<circle class="dot disc c{number % len(_PALETTE)}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">'
             f"<title>{label}</title></circle>"
         )
-    return Chart(parts, [disc.name for disc in discs], title)
+        if disc.mark:
+            parts.append(f'<text class="tick" x="{x + radius + 2:.1f}" y="{y + 4:.1f}">{escape(disc.mark)}</text>')
+    return Chart(parts, names, title)
 
 
 def _inset(share: float, length: float) -> float:
@@ -269,6 +278,7 @@ def svg_file(charts: Sequence[Chart]) -> str:
 _FILE_STYLE = (
     "text { font: 12px sans-serif; fill: #1b1f24; } .tick, .axis { fill: #5b6570; } .name { font-size: 14px; }"
     ".grid { stroke: #d9dee3; } .line { fill: none; stroke-width: 2; } .level { stroke: #1b1f24; }"
+    ".front { fill: none; stroke: #5b6570; stroke-dasharray: 5 4; } .disc { fill-opacity: 0.7; }"
     + "".join(
         f".line.c{number} {{ stroke: {colour}; }} .dot.c{number}, .bar.c{number} {{ fill: {colour}; }}"
         for number, colour in enumerate(_PALETTE)
