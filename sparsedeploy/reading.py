@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from sparsedeploy.errors import UserError
 
+HASH = "sha256"  # the key of a file for the hash of its other values
 JSON_LIMIT = 1 << 28  # bytes; the largest published weight index has about 10 MB
 DEPTH_LIMIT = 100  # levels of lists and objects in each other
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
@@ -166,9 +167,23 @@ def inside(folder: Path, path: Path) -> bool:
     return real.is_relative_to(root) or (root.parent.name == "snapshots" and real.is_relative_to(blobs))
 
 
-def values_sha256(values: Mapping[str, Any]) -> str:
-    """SHA-256, as hex, of a JSON object's values; the order of the keys and the layout of the file do not count."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+def hashed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a JSON file and their SHA-256 under the key HASH, which :func:`take_hash` compares.
+
+    The order of the keys and the layout of the file do not count.
+    """
+    return {**values, HASH: hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
+
+
+def take_hash(values: dict[str, Any], path: Path, *, fix: str) -> None:
+    """Take the hash out of the values of the file ``path``.
+
+    Raises:
+        UserError: it is missing or not that of the values.
+    """
+    found = values.pop(HASH, None)
+    if found != hashed(values)[HASH]:
+        raise UserError(f"{path} was edited or is damaged (its SHA-256 differs)", fix)
 
 
 def kind_of(value: Any) -> str:

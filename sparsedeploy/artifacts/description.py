@@ -12,11 +12,10 @@ from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
 from sparsedeploy.models.config_check import positions
 from sparsedeploy.models.fingerprint import file_sha256
-from sparsedeploy.reading import Fields, read_object, values_sha256
+from sparsedeploy.reading import HASH, Fields, hashed, read_object, take_hash
 from sparsedeploy.version import __version__
 
 ARTIFACT_FILE = "artifact.json"
-HASH = "sha256"  # its key for the hash of all its other values; missing in an artifact of an earlier version
 FORMAT = 1
 
 
@@ -181,8 +180,7 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 def write_artifact(folder: Path, artifact: Artifact) -> None:
     """Write ``artifact.json`` into the folder that it describes."""
-    values = artifact.to_json()
-    write_json(folder / ARTIFACT_FILE, {**values, HASH: values_sha256(values)})
+    write_json(folder / ARTIFACT_FILE, hashed(artifact.to_json()))
 
 
 def load_artifact(folder: Path, *, verify: bool = False) -> Artifact:
@@ -210,8 +208,8 @@ def load_artifact(folder: Path, *, verify: bool = False) -> Artifact:
             f"{path} has format {fields.integer('format')}; this version of sparsedeploy reads format {FORMAT}", again
         )
     artifact = fields.build(Artifact)
-    if HASH in values and values.pop(HASH) != values_sha256(values):
-        raise UserError(f"{path} was edited or is damaged (its SHA-256 differs)", again)
+    if HASH in values:  # an artifact of an earlier version has none
+        take_hash(values, path, fix=again)
     if artifact.self_test is not None and not 0 <= artifact.self_test.tolerance <= 1:
         raise UserError(f"{path}: the self test's tolerance is {artifact.self_test.tolerance:g}, not 0 to 1", again)
     verify_files(Path(folder), artifact.files, path, again=verify)

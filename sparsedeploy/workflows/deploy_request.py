@@ -70,7 +70,7 @@ class Prepared:
         calibration, recovery = self.options.calibration.data, self.options.recovery
         found: list[str | Path] = [self.folder, self.held_out]
         found += [calibration] if reads_calibration(self.options, self.aim) else []
-        return found + ([recovery.data.data] if recovery is not None and recovery.data is not None else [])
+        return [*found, *(recovery.texts if recovery is not None else ())]
 
     @property
     def judge(self) -> EvalOptions:
@@ -130,9 +130,10 @@ def prepare(source: str, output: Path, options: DeployOptions) -> Prepared:
         "calibration": _plain(options.calibration),
         "contents of the texts": [content_sha256(text) for text in searched],
     }
-    training = None if options.recovery is None else _plain(options.recovery)
-    if training is not None and options.recovery is not None and options.recovery.data is not None:
-        training["contents"] = content_sha256(options.recovery.data.data)
+    training = None
+    if options.recovery is not None:
+        (text,) = options.recovery.texts
+        training = {**_plain(options.recovery), "contents": content_sha256(text)}
     _check_output(output, request, training)
     measuring = {item.name: getattr(options, item.name) for item in described(SpeedOptions) if item.facts.recorded}
     return Prepared(source, folder, output, aim, options, held_out, context, within, request, training, measuring)

@@ -157,6 +157,11 @@ class RecoverOptions(Options):
         "predictions, or `both`.",
     )
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text to train on; empty for methods that do not train."""
+        return () if self.data is None else (self.data.data,)
+
 
 # What the command that only recovers calls its options; elsewhere they have their own flags.
 RECOVER_FLAGS = {"method": ("--method", "-m")}

@@ -60,7 +60,7 @@ def prune_and_recover(
             f"Leave --quantize out, then: sparsedeploy prune {output} --quantize {prune.quantize} -o QUANTIZED.",
         )
     _refuse_head(prune.head)
-    read = (source, *_text_read(prune, RECOVERIES.get(recover.method)), *_train_data(recover))
+    read = (source, *_text_read(prune, RECOVERIES.get(recover.method)), *recover.texts)
     with claim(output, overwrite=run.overwrite, resume=run.resume, inputs=read):
         return _from_dense(source, prune, RecoveryRun.of(output, recover, run))
 
@@ -89,7 +89,7 @@ def recover_checkpoint(
     if method.traits["starts_from"] == "dense" or not method.traits["trains"]:
         refuse_several(f"the recovery {method.name}")
     on = local_device(run.torch_device)
-    read: list[str | Path] = [checkpoint, *_train_data(recover)]
+    read: list[str | Path] = [checkpoint, *recover.texts]
     read += [run.dense] if run.dense else []
     read += [calibration["data"]] if calibration and "data" in calibration else []
     with process_group(on) as processes, ExitStack() as stack:
@@ -114,10 +114,6 @@ def _text_read(prune: PruneOptions, method: Method[Any]) -> tuple[str, ...]:
     return text_read(
         prune, calibrates=method.traits["calibrates"], allocation=method.traits.get("allocation") or "uniform"
     )
-
-
-def _train_data(recover: RecoverOptions) -> list[str]:
-    return [] if recover.data is None else [recover.data.data]
 
 
 def _from_checkpoint(

@@ -25,7 +25,7 @@ from sparsedeploy.artifacts.description import (
 )
 from sparsedeploy.errors import UserError
 from sparsedeploy.models.fingerprint import file_sha256
-from sparsedeploy.reading import values_sha256
+from sparsedeploy.reading import hashed
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def edit(folder: Path, **changes: object) -> None:
     path = folder / "artifact.json"
     values = {**json.loads(path.read_text()), **changes}
     del values["sha256"]
-    path.write_text(json.dumps({**values, "sha256": values_sha256(values)}))
+    path.write_text(json.dumps(hashed(values)))
 
 
 @pytest.mark.parametrize("check", [None, Check(tokens=15, largest_difference=1e-6, largest_logit=4.5)])

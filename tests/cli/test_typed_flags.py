@@ -78,6 +78,12 @@ def test_allocate(cli: Cli, arguments: str, message: str) -> None:
     refused(cli("allocate", "nowhere", "-o", "plan.json", "-s", 0.5, *arguments.split()), message)
 
 
+def refused_at_once(cli: Cli, arguments: str, message: str) -> None:
+    outcome = cli("prune", "nowhere", "-o", "out", *arguments.split())
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {message}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -91,9 +97,7 @@ def test_allocate(cli: Cli, arguments: str, message: str) -> None:
     ],
 )
 def test_a_bad_value_is_named_by_its_flag(cli: Cli, arguments: str, message: str) -> None:
-    outcome = cli("prune", "nowhere", "-o", "out", *arguments.split())
-    assert outcome.code == 2
-    assert outcome.err.startswith(f"error: {message}")
+    refused_at_once(cli, arguments, message)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +139,6 @@ def test_an_option_that_is_given_twice(name: str) -> None:
             words = [on, *one, min(option.opts, key=len), *two]
             message = f"{on} is given twice, as {' '.join(one)} and as {' '.join(two)}. Give it once."
         repeatable = option.multiple or (option.is_flag and not off)
-        repeatable = option.multiple or (option.is_flag and not off)
         assert _refusal(name, words) == ("" if repeatable else message), words
 
 
@@ -151,6 +154,4 @@ def test_an_option_that_is_given_twice(name: str) -> None:
     ],
 )
 def test_how_an_option_is_given_twice(cli: Cli, words: str, message: str) -> None:
-    outcome = cli("prune", "nowhere", "-o", "out", *words.split())
-    assert outcome.code == 2
-    assert outcome.err.startswith(f"error: {message}")
+    refused_at_once(cli, words, message)

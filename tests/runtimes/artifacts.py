@@ -8,7 +8,6 @@ from pathlib import Path
 
 from sparsedeploy.artifacts.description import (
     ARTIFACT_FILE,
-    HASH,
     Artifact,
     Engine,
     Shapes,
@@ -17,7 +16,7 @@ from sparsedeploy.artifacts.description import (
     hash_files,
     write_artifact,
 )
-from sparsedeploy.reading import values_sha256
+from sparsedeploy.reading import HASH, hashed
 
 
 def describe(
@@ -55,5 +54,5 @@ def refresh(folder: Path, **changes: object) -> Path:
     path = folder / ARTIFACT_FILE
     values = {**json.loads(path.read_text()), "files": hash_files(folder), **changes}
     del values[HASH]
-    path.write_text(json.dumps({**values, HASH: values_sha256(values)}))
+    path.write_text(json.dumps(hashed(values)))
     return folder
