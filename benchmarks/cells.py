@@ -39,7 +39,7 @@ from sparsedeploy.recovery.data import load_training_data
 from sparsedeploy.recovery.options import DataOptions, Loss
 from sparsedeploy.recovery.training import TrainingOptions
 from sparsedeploy.registry import ALLOCATORS, PRUNERS, RECOVERIES
-from sparsedeploy.reporting.charts import Chart, Series, line_chart, svg_file
+from sparsedeploy.reporting.charts import Chart, svg_file
 from sparsedeploy.workflows.search import search_plan
 
 READING = "<!-- What follows is written by hand and kept when the tables are made anew. -->\n"
@@ -101,6 +101,14 @@ class Store:
             write_text(page, self._page(self.content) + (READING + kept if kept else ""))
             if self._picture is not None and (charts := self._picture(self.content)):
                 write_text(self.path.with_suffix(".svg"), svg_file(charts))
+
+
+def read_measured(path: Path, header: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Another results file's content; None unless it is of the same model, calibration and test text."""
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found if all(found[key] == header[key] for key in ("model", "calibration", "test")) else None
 
 
 @dataclass(frozen=True)
@@ -386,6 +394,7 @@ def recovery_cell(
                 result["tokens"] = sum(step["tokens"] for step in steps)
                 result["training_seconds"] = sum(step["seconds"] for step in steps)
                 result["ranks"] = steps[-1].get("ranks")
+                result["training"] = dict(setting.training)
     result["seconds"], result["cpu_seconds"] = time.perf_counter() - started, time.process_time() - cpu
     result["peak_mib"] = (peak_bytes() - before) / 2**20
     value = measure(model)
@@ -401,20 +410,3 @@ def peak_bytes() -> int:
 def resident_bytes() -> int:
     """The process's resident size now (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def frontier_chart(points: Mapping[str, list[tuple[float, float]]], dense: float) -> list[Chart]:
-    """Perplexity against sparsity, a line for each name that was measured at several rates, from the dense model on.
-
-    Args:
-        points: name -> (sparsity, perplexity).
-    """
-    lines = [
-        Series(name, [(0.0, dense), *((100 * rate, value) for rate, value in sorted(found))])
-        for name, found in points.items()
-        if len(found) > 1
-    ]
-    if not lines:
-        return []
-    title = "Perplexity against sparsity on a real model"
-    return [line_chart(lines, title=title, x_label="sparsity, %", y_label="perplexity, log scale", log_y=True)]

@@ -5,7 +5,9 @@
 Every finished cell is stored at once; run it again to go on where it stopped. A method's name may end in ``+ls``: its
 masks then get their least-squares weights (``--reconstruct``). Calibration: 8 sequences of 512 tokens; perplexity on
 the first 60,000 bytes of the test text in windows of 512 tokens. Searched plans are compared on windows from the end of
-the calibration text. ``--solve`` measures the solvers alone, interleaved, on the layers of the dense model.
+the calibration text. Cells and trained models that benchmarks/real_model.py has measured in the same setting are taken
+over from results/real_model.json. ``--solve`` measures the solvers alone, interleaved, on the layers of the dense
+model.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cells import Setting, Store, frontier_chart, prune_cell, setting_parser
+from cells import Setting, Store, prune_cell, read_measured, setting_parser
+from real_model import METHODS, RECOVERIES
 
 from sparsedeploy import progress
 from sparsedeploy.calibration.driver import LayerDriver
 from sparsedeploy.plan import ModuleTarget
 from sparsedeploy.pruning.layers import prune_linear
 from sparsedeploy.registry import PRUNERS
-from sparsedeploy.reporting.charts import Chart
+from sparsedeploy.reporting.charts import Chart, Series, line_chart
 
 CELLS = [
     f"{method}|{allocation}|{rate}"
@@ -48,6 +51,34 @@ class Bench:
         if "dense" not in self.store.content:
             dense = setting.perplexity(setting.dense_model())
             self.store.change(lambda content: content.update(dense=dense))
+        self.adopt(output / "real_model.json")
+
+    def adopt(self, path: Path) -> None:
+        """Take over what benchmarks/real_model.py has measured in the same setting.
+
+        Without LoRA, whose factors stay beside the weights.
+        """
+        if (found := read_measured(path, self.setting.header())) is None:
+            return
+        cells, trained = {}, {}
+        for key, cell in found["cells"].items():
+            part, *rest = key.split("|")
+            if part == "allocation" and rest[2].startswith("0.") and rest[3] == "0":
+                cells["|".join(rest[:3])] = cell
+            elif (
+                part == "recovery"
+                and rest[1] == "0"
+                and cell.get("tokens")
+                and rest[0] not in ("dense-trained", "lora")
+            ):
+                trained[rest[0]] = {
+                    "label": RECOVERIES[rest[0]].label,
+                    "rate": 1 - cell.get("effective_density", 1 - cell["sparsity"]),
+                    **{name: cell[name] for name in ("perplexity", "tokens", "cpu_seconds")},
+                }
+        new = {key: cell for key, cell in cells.items() if self.store.missing(key)}
+        if new or trained != self.store.content.get("trained"):
+            self.store.change(lambda content: content.update(cells={**content["cells"], **new}, trained=trained))
 
     def run(self, key: str) -> None:
         """One cell: plan, prune, measure."""
@@ -96,13 +127,37 @@ class Bench:
 
 
 def picture(content: dict[str, Any]) -> list[Chart]:
-    """A line for each method and allocation."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for key, cell in sorted(content["cells"].items()):
-        method, allocation, rate = key.split("|")
-        if cell["perplexity"] is not None:
-            found.setdefault(f"{method}, {allocation}", []).append((float(rate), cell["perplexity"]))
-    return frontier_chart(found, content["dense"])
+    """Each method at uniform rates and with the best allocation of each rate; the best trained model of each rate.
+
+    Magnitude is left out: it would hide the distances between the others.
+    """
+    found: dict[str, dict[float, float]] = {}
+
+    def add(line: str, rate: float, value: float | None) -> None:
+        if value is not None:
+            at = found.setdefault(line, {})
+            at[rate] = min(value, at.get(rate, math.inf))
+
+    cells = [(*key.split("|"), cell["perplexity"]) for key, cell in content["cells"].items()]
+    searched = {(method, rate) for method, allocation, rate, _ in cells if allocation != "uniform"}
+    for method, allocation, rate, value in cells:
+        if method not in METHODS[1:]:
+            continue
+        if allocation == "uniform":
+            add(f"{method}, uniform", float(rate), value)
+        if (method, rate) in searched:
+            add(f"{method}, best allocation", float(rate), value)
+    for row in content.get("trained", {}).values():
+        add("the best trained model", round(row["rate"], 3), row["perplexity"])
+    lines = [
+        Series(name, [(100 * rate, value) for rate, value in sorted(at.items())])
+        for name, at in sorted(found.items(), reverse=True)
+        if len(at) > 1
+    ]
+    if not lines:
+        return []
+    title = f"Perplexity against sparsity, {content['model']['name']} (dense {content['dense']:.2f})"
+    return [line_chart(lines, title=title, x_label="sparsity, %", y_label="perplexity, log scale", log_y=True)]
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -133,6 +188,14 @@ def markdown(content: dict[str, Any]) -> str:
             chosen = f" ({cell['search']['chosen']})" if cell["search"] and allocation == "auto" else ""
             times = f"{cell['plan_cpu_s']:.0f} s | {cell['prune_cpu_s']:.0f} s"
             lines.append(f"| {method} | {allocation}{chosen} | {text} | {times} |")
+        lines.append("")
+    if trained := content.get("trained"):
+        lines += ["## Trained", "", "| rate | | perplexity | training tokens | CPU time |", "|---:|---|---:|---:|---:|"]
+        for row in sorted(trained.values(), key=lambda row: (round(row["rate"], 3), row["perplexity"] or math.inf)):
+            value = "diverged" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
+            lines.append(
+                f"| {row['rate']:.0%} | {row['label']} | {value} | {row['tokens']:,} | {row['cpu_seconds']:.0f} s |"
+            )
         lines.append("")
     if solve := content.get("solve"):
         base = solve["seconds"]["sparsegpt"]

@@ -1,13 +1,14 @@
 """What pruning and recovery do to a real pretrained model: the tables behind the README and the guide.
 
-One script of more than 400 lines, because the four parts share their cells, their shards and one results file.
+One script of more than 400 lines, because the five parts share their cells, their shards and one results file.
 
-    python benchmarks/real_model.py MODEL CALIBRATION_TEXT TEST_TEXT [--parts allocation recovery tasks cost]
+    python benchmarks/real_model.py MODEL CALIBRATION_TEXT TEST_TEXT [--parts allocation samples recovery tasks cost]
         [--train TEXT] [--shard 1/2] [--limit-minutes 5] [--cells "PART|..." ...]
 
 - allocation: every allocation x magnitude, Wanda, SparseGPT and ALPS at 50, 60 and 70 % and at mixed 2:8; uniform with
   three seeds of the calibration text. 8 sequences of 512 tokens; perplexity on the first 60,000 bytes of the test text
   in windows of 512.
+- samples: the same at 70 %, uniform, with fewer and more calibration sequences.
 - recovery: at 70 %, 200 training pieces of 256 tokens for every method that trains, 16 calibration sequences of 256;
   the same test text in windows of 512. Each cell is a process of its own, for its peak memory.
 - tasks: accuracy on the task that is shipped, dense and pruned by each method.
@@ -30,21 +31,21 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RecoverySetting, Setting, Store, frontier_chart, prune_cell, recovery_cell
+from cells import RecoverySetting, Setting, Store, prune_cell, read_measured, recovery_cell
 
 from sparsedeploy import progress
 from sparsedeploy.recovery.options import Loss
-from sparsedeploy.reporting.charts import Chart
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 ALLOCATIONS = ("uniform", "owl", "dlp", "alphapruning", "lsa", "atp", "rmi")
 LEVELS = ("0.7", "0.5", "0.6", "mixed-2:8")
 SEEDS = {"uniform": 3}
+SAMPLES = (2, 32, 128)  # beside the 8 of every other cell
 TASKS = ("python_lines",)
 
 
@@ -56,7 +57,7 @@ class Recovery:
         method: None only prunes.
         sparsity: None: so that what SparseLo stores, its factors included, is as much as what 70 % leaves.
         options: of the recovery.
-        learning_rate, train_sequences: None: those of every other row.
+        setting: what differs from :data:`RECOVERY`; ``training`` is merged into its own.
     """
 
     label: str
@@ -66,10 +67,10 @@ class Recovery:
     sparsity: float | None = 0.7
     loss: Loss = "ce"
     allocation: str = "uniform"
-    learning_rate: float | None = None
-    train_sequences: int | None = None
+    setting: dict[str, Any] = field(default_factory=dict)
 
 
+LONG = {"train_sequences": 400, "training": {"batch_size": 2}}  # twice the tokens in four times the steps
 RECOVERIES = {
     "wanda": Recovery("Wanda alone", None, "wanda"),
     "sparsegpt": Recovery("SparseGPT alone", None, "sparsegpt"),
@@ -95,15 +96,37 @@ RECOVERIES = {
         "ALPS, dlp + Sparse LoRA, 50 %", "sparse-lora", "alps", sparsity=0.5, allocation="dlp"
     ),
     "sparsegpt-sparse-lora-90": Recovery("SparseGPT + Sparse LoRA, 90 %", "sparse-lora", "sparsegpt", sparsity=0.9),
-    "elsa-90": Recovery("ELSA from ALPS, 90 %, learning rate 3e-4", "elsa", "alps", sparsity=0.9, learning_rate=3e-4),
+    "elsa-90": Recovery(
+        "ELSA from ALPS, 90 %, learning rate 3e-4",
+        "elsa",
+        "alps",
+        sparsity=0.9,
+        setting={"training": {"learning_rate": 3e-4}},
+    ),
     "elsa-90-1e-3": Recovery(
-        "ELSA from ALPS, 90 %, learning rate 1e-3", "elsa", "alps", sparsity=0.9, learning_rate=1e-3
+        "ELSA from ALPS, 90 %, learning rate 1e-3",
+        "elsa",
+        "alps",
+        sparsity=0.9,
+        setting={"training": {"learning_rate": 1e-3}},
     ),
     "elsa-90-2e-3": Recovery(
-        "ELSA from ALPS, 90 %, learning rate 2e-3", "elsa", "alps", sparsity=0.9, learning_rate=2e-3
+        "ELSA from ALPS, 90 %, learning rate 2e-3",
+        "elsa",
+        "alps",
+        sparsity=0.9,
+        setting={"training": {"learning_rate": 2e-3}},
     ),
+    "sparsegpt-sparse-lora-90-long": Recovery(
+        "SparseGPT + Sparse LoRA, 90 %", "sparse-lora", "sparsegpt", sparsity=0.9, setting=LONG
+    ),
+    "elsa-90-long": Recovery("ELSA from ALPS, 90 %, learning rate 1e-3", "elsa", "alps", sparsity=0.9, setting=LONG),
     "alps-atp-sparse-lora-long": Recovery(
-        "ALPS, atp + Sparse LoRA, five times the tokens", "sparse-lora", "alps", allocation="atp", train_sequences=1000
+        "ALPS, atp + Sparse LoRA, five times the tokens",
+        "sparse-lora",
+        "alps",
+        allocation="atp",
+        setting={"train_sequences": 1000},
     ),
 }
 RECOVERY_SEEDS = 2
@@ -119,7 +142,6 @@ RECOVERY: dict[str, Any] = {
         "clip": 1.0,
         "batch_size": 4,
         "accumulation": 1,
-        "precision": "bfloat16",
     },
 }
 COST: dict[str, Any] = {"methods": ("wanda", "sparsegpt"), "samples": 8, "length": 256, "rounds": 1}
@@ -137,6 +159,7 @@ def all_cells(parts: list[str]) -> list[str]:
             for method in METHODS
             if seed < SEEDS.get(allocation, 1)
         ],
+        "samples": [f"samples|{method}|{count}" for count in SAMPLES for method in METHODS[1:]],
         "recovery": [f"recovery|{name}|{seed}" for seed in range(RECOVERY_SEEDS) for name in RECOVERIES],
         "tasks": ["tasks|dense|0"] + [f"tasks|{method}|{level}" for level in ("0.5", "0.7") for method in METHODS],
         "cost": [f"cost|{method}" for method in COST["methods"]],
@@ -154,15 +177,12 @@ class Bench:
         header = {**self.setting.header(), "recovery": {**RECOVERY, "train": train.name}}
         self.train = train
         machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        self.store = Store(arguments.output / RESULT, header, markdown, picture=picture, beside={"machine": machine})
+        self.store = Store(arguments.output / RESULT, header, markdown, beside={"machine": machine})
         self.adopt(arguments.output / "frontier.json", header)
 
     def adopt(self, path: Path, header: dict[str, Any]) -> None:
         """Take over what benchmarks/frontier.py has measured in the same setting."""
-        if not path.is_file():
-            return
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if any(found[key] != header[key] for key in ("model", "calibration", "test")):
+        if (found := read_measured(path, header)) is None:
             return
         cells = {f"allocation|{key}|0": cell for key, cell in found["cells"].items()}
         cells["dense"] = {"perplexity": found["dense"]}
@@ -186,6 +206,9 @@ class Bench:
         if part == "allocation":
             method, allocation, level, seed = rest
             return prune_cell(setting, method, allocation, level, seed=int(seed))
+        if part == "samples":
+            method, count = rest
+            return prune_cell(replace(setting, sequences=int(count)), method, "uniform", "0.7")
         if part == "tasks":
             method, level = rest
             if method == "dense":
@@ -205,10 +228,7 @@ class Bench:
         if sparsity is None:
             sparsity = equal_density(self.setting.model, 0.7, row.options["rank"])
         changed: dict[str, Any] = {"loss": row.loss, "allocation": row.allocation}
-        if row.train_sequences is not None:
-            changed["train_sequences"] = row.train_sequences
-        if row.learning_rate is not None:
-            changed["training"] = {**RECOVERY["training"], "learning_rate": row.learning_rate}
+        changed |= {**row.setting, "training": {**RECOVERY["training"], **row.setting.get("training", {})}}
         setting = RecoverySetting(str(self.arguments.calibration), str(self.train), **{**RECOVERY, **changed})
         return recovery_cell(
             self.setting.model,
@@ -248,31 +268,6 @@ def equal_density(folder: Path, sparsity: float, rank: int) -> float:
     return sparsity + factors / sum(module.size for module in modules)
 
 
-def picture(content: dict[str, Any]) -> list[Chart]:
-    """Each method at uniform rates, and with the best allocation at 70 % of those measured at all of its rates.
-
-    Magnitude is left out: it would hide the distances between the others.
-    """
-    methods = METHODS[1:]
-    cells = content["cells"]
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for key, cell in cells.items():
-        part, *rest = key.split("|")
-        if part == "allocation" and rest[3] == "0" and rest[2].startswith("0.") and cell["perplexity"] is not None:
-            found.setdefault((rest[0], rest[1]), []).append((float(rest[2]), cell["perplexity"]))
-    if "dense" not in cells:
-        return []
-    uniform = {f"{method}": found[(method, "uniform")] for method in methods if (method, "uniform") in found}
-    best = {}
-    for method in methods:
-        points = {name: dict(points) for (of, name), points in found.items() if of == method}
-        rates = points.get("uniform", {}).keys()
-        values = {name: at[0.7] for name, at in points.items() if 0.7 in at and at.keys() >= rates}
-        if values and (name := min(values, key=lambda name: values[name])) != "uniform":
-            best[f"{method}, {name}"] = found[(method, name)]
-    return frontier_chart({**uniform, **best}, cells["dense"]["perplexity"])
-
-
 def summary(cell: dict[str, Any]) -> str:
     return ", ".join(f"{key} {cell[key]}" for key in ("perplexity", "tasks", "seconds") if key in cell)
 
@@ -293,6 +288,7 @@ def markdown(content: dict[str, Any]) -> str:
     lines += method_table(cells)
     for level in sorted(LEVELS):
         lines += allocation_table(cells, level)
+    lines += samples_table(cells, calibration["length"])
     return "\n".join(lines + recovery_table(cells, content["recovery"]) + task_table(cells) + cost_table(cells))
 
 
@@ -371,6 +367,28 @@ def name_of(level: str) -> str:
     return f"{float(level):.0%}" if level.startswith("0.") else level.replace("-", " ")
 
 
+def samples_table(cells: dict[str, Any], length: int) -> list[str]:
+    """Methods by numbers of calibration sequences; the 8 of the other tables with the same first seed."""
+    found = {tuple(key.split("|")[1:]): cell for key, cell in cells.items() if key.startswith("samples|")}
+    if not found:
+        return []
+    found |= {(method, "8"): cells[f"allocation|{method}|uniform|0.7|0"] for method in METHODS[1:]}
+    counts = sorted({int(count) for _, count in found})
+    lines = [
+        "## Calibration sequences, 70%",
+        "",
+        f"Sequences of {length} tokens, uniform rates; CPU seconds of the pruning.",
+        "",
+        f"| method | {' | '.join(map(str, counts))} |",
+        "|---|" + "---:|" * len(counts),
+    ]
+    for method in METHODS[1:]:
+        row = [found.get((method, str(count))) for count in counts]
+        texts = [f"{text_of([cell['perplexity']], -1)}, {cell['prune_cpu_s']:.0f} s" if cell else "" for cell in row]
+        lines.append(f"| {method} | {' | '.join(texts)} |")
+    return [*lines, ""]
+
+
 def recovery_table(cells: dict[str, Any], setting: dict[str, Any]) -> list[str]:
     rows = []
     for name, row in RECOVERIES.items():
@@ -380,10 +398,12 @@ def recovery_table(cells: dict[str, Any], setting: dict[str, Any]) -> list[str]:
         values = [math.inf if cell["perplexity"] is None else cell["perplexity"] for cell in found]
         density = statistics.mean(cell.get("effective_density", 1 - cell["sparsity"]) for cell in found)
         seconds, peak = (statistics.mean(cell[key] for cell in found) for key in ("cpu_seconds", "peak_mib"))
-        tokens = found[0].get("tokens")
+        tokens, training = found[0].get("tokens"), found[0].get("training", {})
+        steps = round(tokens / (setting["length"] * training["batch_size"])) if tokens else ""
+        half = " (bfloat16)" if training.get("precision") == "bfloat16" else ""
         rows.append(
-            f"| {row.label} | {text_of(values, -1)} | {density:.1%} | {f'{tokens:,}' if tokens else ''} "
-            f"| {seconds:.0f} s | {peak:.0f} |"
+            f"| {row.label} | {text_of(values, -1)} | {density:.1%} | {f'{tokens:,}' if tokens else ''} | {steps} "
+            f"| {seconds:.0f} s{half} | {peak:.0f} |"
         )
     if not rows:
         return []
@@ -393,10 +413,10 @@ def recovery_table(cells: dict[str, Any], setting: dict[str, Any]) -> list[str]:
         f"At 70 % where no other rate is named. Trained on pieces of {setting['length']} tokens of "
         f"{setting['train']}; mean over the seeds and half the "
         "range. Density: nonzero weights, with SparseLo's factors, over the dense weights; LoRA's factors, which also "
-        "stay beside the weights, are not counted.",
+        "stay beside the weights, are not counted. Multiplied in float32, or in bfloat16 where it says so.",
         "",
-        "| | perplexity | density | training tokens | CPU time | peak MiB |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| | perplexity | density | training tokens | steps | CPU time | peak MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
         *rows,
         "",
     ]
@@ -446,8 +466,8 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=["allocation", "recovery", "tasks"],
-        choices=["allocation", "recovery", "tasks", "cost"],
+        default=["allocation", "samples", "recovery", "tasks"],
+        choices=["allocation", "samples", "recovery", "tasks", "cost"],
     )
     parser.add_argument("--cells", nargs="*", help="Only cells whose key starts with one of these.")
     parser.add_argument("--shard", default="1/1", help="I/N: every N-th cell, from the I-th.")

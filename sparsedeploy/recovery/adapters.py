@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,30 +29,44 @@ def masked_product(a: torch.Tensor, b: torch.Tensor, packed: torch.Tensor | None
 
 
 class _MaskedLowRank(torch.autograd.Function):
-    """x -> x ((scale B A) o M)^T, keeping x, A, B and the mask's bits; dense temporaries live only inside a call.
+    """x -> x (W + (scale B A) o M)^T, keeping x, A, B and the mask's bits; dense temporaries live only inside a call.
 
-    With G = (dL/dy)^T x: dB = scale (G o M) A^T, dA = scale B^T (G o M), dx = dL/dy ((scale B A) o M).
+    With G = (dL/dy)^T x: dB = scale (G o M) A^T, dA = scale B^T (G o M), dx = dL/dy (W + (scale B A) o M). W gets no
+    gradient; None stands for zero.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, packed: torch.Tensor, scale: float
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        packed: torch.Tensor,
+        scale: float,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, a, b, packed)
+        ctx.save_for_backward(x, weight, a, b, packed)
         ctx.scale = scale
-        return x @ masked_product(a, b, packed, scale).to(x.dtype).T
+        return x @ _sum(weight, a, b, packed, scale).to(x.dtype).T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, None, None]:
-        x, a, b, packed = ctx.saved_tensors
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, a, b, packed = ctx.saved_tensors
         with torch.autocast(a.device.type, enabled=False):
             grad_x = None
             if ctx.needs_input_grad[0]:
-                grad_x = grad @ masked_product(a, b, packed, ctx.scale).to(grad.dtype)
+                grad_x = grad @ _sum(weight, a, b, packed, ctx.scale).to(grad.dtype)
             weight_grad = grad.flatten(0, -2).T @ x.flatten(0, -2)
             weight_grad = weight_grad.to(a.dtype).mul_(unpack_bits(packed, a.shape[1])).mul_(ctx.scale)
-            return grad_x, b.T @ weight_grad, weight_grad @ a.T, None, None
+            return grad_x, None, b.T @ weight_grad, weight_grad @ a.T, None, None
+
+
+def _sum(
+    weight: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, packed: torch.Tensor, scale: float
+) -> torch.Tensor:
+    product = masked_product(a, b, packed, scale)
+    return product if weight is None else product.add_(weight)
 
 
 class Adapter(nn.Module):
@@ -148,31 +163,34 @@ class Adapter(nn.Module):
         """The delta's output for inputs ``[..., columns]``, in the inputs' type."""
         x = self.dropout(x)
         if self.packed is not None:
-            return _MaskedLowRank.apply(x, self.a, self.b, self.packed, self.scale)
+            return _MaskedLowRank.apply(x, None, self.a, self.b, self.packed, self.scale)
         with torch.autocast(x.device.type, enabled=False):
             return (x @ self.a.to(x.dtype).T) @ (self.b * self.scale).to(x.dtype).T
+
+    def beside(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        """The outputs of the linear and the delta together.
+
+        With a mask, weights in the factors' type and no dropout it is one product, with the sum of both matrices.
+        """
+        same = x.dtype == linear.weight.dtype == self.a.dtype and not torch.is_autocast_enabled(x.device.type)
+        if same and self.packed is not None and not (self.training and self.dropout.p):
+            output = _MaskedLowRank.apply(x, linear.weight, self.a, self.b, self.packed, self.scale)
+            return output if linear.bias is None else output + linear.bias
+        output = nn.functional.linear(x, linear.weight, linear.bias)
+        return output + self(x.to(output.dtype))
 
 
 @contextmanager
 def attached(linears: Mapping[str, nn.Linear], adapters: Mapping[str, Adapter]) -> Iterator[None]:
     """Within the block the linears add their adapters' outputs; afterwards they are as before."""
-
-    def add(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        adapter: Any = module.adapter
-        return output + adapter(args[0].to(output.dtype))
-
-    handles = []
+    chosen = {linears[name]: adapter for name, adapter in adapters.items()}
+    for linear, adapter in chosen.items():
+        vars(linear)["forward"] = partial(adapter.beside, linear)
     try:
-        for name, adapter in adapters.items():
-            linears[name].add_module("adapter", adapter)
-            handles.append(linears[name].register_forward_hook(add))
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-        for name in adapters:
-            if hasattr(linears[name], "adapter"):
-                del linears[name].adapter
+        for linear in chosen:
+            del vars(linear)["forward"]
 
 
 def merged(weight: torch.Tensor, adapter: Adapter, mask: torch.Tensor | None) -> torch.Tensor:

@@ -261,14 +261,13 @@ def svg_file(charts: Sequence[Chart]) -> str:
         parts.append(f'<text class="name" x="{_WIDTH / 2}" y="{top + 14}" text-anchor="middle">{name}</text>')
         parts.append(f'<g transform="translate(0 {top + 20})">{"".join(chart.parts)}</g>')
         top += 20 + chart.height
-        x, y = float(_LEFT), top + 6
+        column = 34 + _LETTER * max(map(len, chart.names), default=0)
+        columns = max(1, int((_WIDTH - _LEFT) / column))
         for number, name in enumerate(chart.names):
-            if x > _LEFT and x + 20 + _LETTER * len(name) > _WIDTH:
-                x, y = float(_LEFT), y + 18
+            x, y = _LEFT + number % columns * column, top + 6 + 18 * (number // columns)
             parts.append(f'<rect class="bar c{number % len(_PALETTE)}" x="{x:.0f}" y="{y}" width="11" height="11"/>')
             parts.append(f'<text x="{x + 16:.0f}" y="{y + 10}">{escape(name)}</text>')
-            x += 34 + _LETTER * len(name)
-        top = y + 30 if chart.names else top + 10
+        top += 18 * -(-len(chart.names) // columns) + 18
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {top}" width="{_WIDTH}" height="{top}">'
         f'<style>{_FILE_STYLE}</style><rect width="{_WIDTH}" height="{top}" fill="#fff"/>{"".join(parts)}</svg>\n'

@@ -57,9 +57,26 @@ def test_gradcheck_by_finite_differences() -> None:
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     assert adapter.packed is not None
     packed = adapter.packed
-    assert torch.autograd.gradcheck(
-        lambda x, a, b: _MaskedLowRank.apply(x, a, b, packed, 2.0), (x, adapter.a, adapter.b)
-    )
+    for weight in (None, linear.weight.detach()):
+        assert torch.autograd.gradcheck(
+            lambda x, a, b, weight=weight: _MaskedLowRank.apply(x, weight, a, b, packed, 2.0), (x, adapter.a, adapter.b)
+        )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_product_with_the_sum_is_two_products(bias: bool) -> None:
+    """Without dropout the linear and the delta are multiplied at once; with it, or under autocast, one by one."""
+    linear, mask = linear_and_mask()
+    linear.bias = nn.Parameter(torch.randn(12, dtype=torch.float64)) if bias else None
+    adapter = trained(Adapter(linear, 3, mask, dropout=0.0))
+    x = torch.randn(2, 5, 19, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 5, 12, dtype=torch.float64)
+    found = []
+    for compute in (lambda: adapter.beside(linear, x), lambda: linear(x) + adapter(x)):
+        output = compute()
+        found.append([output, *torch.autograd.grad((output * weights).sum(), (x, adapter.a, adapter.b))])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_follow_the_formulas() -> None:
