@@ -11,7 +11,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -307,6 +307,35 @@ class RecoverySetting:
     training: Mapping[str, Any]
     loss: Loss = "ce"
     allocation: str = "uniform"
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A row of a recovery table.
+
+    Attributes:
+        method: None only prunes.
+        pruner: None leaves the model dense.
+        options: of the recovery.
+        sparsity: where the table has one column; None: so that what SparseLo stores, its factors included, is as much
+            as what 70 % leaves.
+        setting: what differs from the other rows; ``training`` is merged into theirs.
+    """
+
+    label: str
+    method: str | None
+    pruner: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+    sparsity: float | None = 0.7
+    loss: Loss = "ce"
+    allocation: str = "uniform"
+    setting: dict[str, Any] = field(default_factory=dict)
+
+    def setting_of(self, common: Mapping[str, Any], **texts: str) -> RecoverySetting:
+        """The common values with what differs."""
+        changed = {**common, "loss": self.loss, "allocation": self.allocation, **self.setting, **texts}
+        training = {**common["training"], **self.setting.get("training", {})}
+        return RecoverySetting(**{**changed, "training": training})
 
 
 def recovery_cell(

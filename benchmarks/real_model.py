@@ -31,15 +31,14 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RecoverySetting, Setting, Store, prune_cell, read_measured, recovery_cell
+from cells import Recovery, Setting, Store, prune_cell, read_measured, recovery_cell
 
 from sparsedeploy import progress
-from sparsedeploy.recovery.options import Loss
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 ALLOCATIONS = ("uniform", "owl", "dlp", "alphapruning", "lsa", "atp", "rmi")
@@ -47,27 +46,6 @@ LEVELS = ("0.7", "0.5", "0.6", "mixed-2:8")
 SEEDS = {"uniform": 3}
 SAMPLES = (2, 32, 128)  # beside the 8 of every other cell
 TASKS = ("python_lines",)
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """A row of the recovery table.
-
-    Attributes:
-        method: None only prunes.
-        sparsity: None: so that what SparseLo stores, its factors included, is as much as what 70 % leaves.
-        options: of the recovery.
-        setting: what differs from :data:`RECOVERY`; ``training`` is merged into its own.
-    """
-
-    label: str
-    method: str | None
-    pruner: str
-    options: dict[str, Any] = field(default_factory=dict)
-    sparsity: float | None = 0.7
-    loss: Loss = "ce"
-    allocation: str = "uniform"
-    setting: dict[str, Any] = field(default_factory=dict)
 
 
 LONG = {"train_sequences": 400, "training": {"batch_size": 2}}  # twice the tokens in four times the steps
@@ -119,6 +97,14 @@ RECOVERIES = {
         "alps",
         sparsity=0.9,
         setting={"training": {"learning_rate": 2e-3}},
+    ),
+    "elsa-90-fixed": Recovery(
+        "ELSA from ALPS, 90 %, learning rate 1e-3, the mask stays",
+        "elsa",
+        "alps",
+        {"settle": 1.0},
+        sparsity=0.9,
+        setting={"training": {"learning_rate": 1e-3}},
     ),
     "sparsegpt-sparse-lora-90-long": Recovery(
         "SparseGPT + Sparse LoRA, 90 %", "sparse-lora", "sparsegpt", sparsity=0.9, setting=LONG
@@ -230,9 +216,7 @@ class Bench:
         sparsity = row.sparsity
         if sparsity is None:
             sparsity = equal_density(self.setting.model, 0.7, row.options["rank"])
-        changed: dict[str, Any] = {"loss": row.loss, "allocation": row.allocation}
-        changed |= {**row.setting, "training": {**RECOVERY["training"], **row.setting.get("training", {})}}
-        setting = RecoverySetting(str(self.arguments.calibration), str(self.train), **{**RECOVERY, **changed})
+        setting = row.setting_of(RECOVERY, calibration=str(self.arguments.calibration), train=str(self.train))
         return recovery_cell(
             self.setting.model,
             setting,

@@ -21,31 +21,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cells import Recovery
+
 from sparsedeploy import progress
 
-LEVELS = ("0.5", "0.6", "0.7", "mixed-2:8")
-# Name -> (recovery or None, its options, pruner). One-shot and fixed-mask methods prune 2:8 where LoSA mixes it.
-METHODS: dict[str, tuple[str | None, dict[str, Any], str]] = {
-    "wanda": (None, {}, "wanda"),
-    "sparsegpt": (None, {}, "sparsegpt"),
-    "sparse-lora": ("sparse-lora", {}, "wanda"),
-    "lora": ("lora", {}, "wanda"),
-    "losa": ("losa", {}, "wanda"),
-    "losa-no-layer-rates": ("losa", {"layer_rates": False}, "wanda"),
-    "losa-no-rank-allocation": ("losa", {"rank_allocation": False}, "wanda"),
-    "losa-no-dynamic": ("losa", {"dynamic": False}, "wanda"),
+LEVELS = ("0.5", "0.6", "0.7", "0.9", "mixed-2:8")
+SLOWER = {"training": {"learning_rate": 1e-3}}  # all weights are trained, not factors alone
+# One-shot and fixed-mask methods prune 2:8 where LoSA mixes it.
+ROWS = {
+    "wanda": Recovery("Wanda, one-shot", None, "wanda"),
+    "sparsegpt": Recovery("SparseGPT, one-shot", None, "sparsegpt"),
+    "alps": Recovery("ALPS, one-shot", None, "alps"),
+    "sparse-lora": Recovery("Wanda + Sparse LoRA", "sparse-lora", "wanda"),
+    "lora": Recovery("Wanda + LoRA, not merged", "lora", "wanda"),
+    "losa": Recovery("Wanda + LoSA", "losa", "wanda"),
+    "losa-no-layer-rates": Recovery("LoSA without layer rates", "losa", "wanda", {"layer_rates": False}),
+    "losa-no-rank-allocation": Recovery("LoSA without rank allocation", "losa", "wanda", {"rank_allocation": False}),
+    "losa-no-dynamic": Recovery("LoSA without the schedule", "losa", "wanda", {"dynamic": False}),
+    "losa-kl": Recovery("Wanda + LoSA, loss kl", "losa", "wanda", loss="kl"),
+    "sparsegpt-sparse-lora": Recovery("SparseGPT + Sparse LoRA", "sparse-lora", "sparsegpt"),
+    "alps-sparse-lora": Recovery("ALPS + Sparse LoRA", "sparse-lora", "alps"),
+    "alps-sparse-lora-kl": Recovery("ALPS + Sparse LoRA, loss kl", "sparse-lora", "alps", loss="kl"),
+    "elsa": Recovery("ELSA from ALPS, learning rate 1e-3", "elsa", "alps", setting=SLOWER),
+    "elsa-kl": Recovery("ELSA from ALPS, learning rate 1e-3, loss kl", "elsa", "alps", setting=SLOWER, loss="kl"),
 }
-LABELS = {
-    "dense": "dense",
-    "wanda": "Wanda, one-shot",
-    "sparsegpt": "SparseGPT, one-shot",
-    "sparse-lora": "Wanda + Sparse LoRA",
-    "lora": "Wanda + LoRA, not merged",
-    "losa": "Wanda + LoSA",
-    "losa-no-layer-rates": "LoSA without layer rates",
-    "losa-no-rank-allocation": "LoSA without rank allocation",
-    "losa-no-dynamic": "LoSA without the schedule",
-}
+DENSE = Recovery("dense", None, None)
 SETTINGS: dict[str, Any] = {
     "sequences": 16,
     "length": 256,
@@ -59,7 +59,6 @@ SETTINGS: dict[str, Any] = {
         "clip": 1.0,
         "batch_size": 2,
         "accumulation": 1,
-        "precision": "bfloat16",
     },
 }
 
@@ -71,22 +70,22 @@ def run_cell(method: str, level: str, seed: int, folder: Path) -> dict[str, Any]
     import torch
 
     torch.set_num_threads(1)
-    from cells import RecoverySetting, recovery_cell
+    from cells import recovery_cell
 
     from sparsedeploy.models.tokenizer import load_tokenizer
     from sparsedeploy.quality.perplexity import perplexity, text_windows
 
+    row = DENSE if method == "dense" else ROWS[method]
     values = {key: value for key, value in SETTINGS.items() if key != "windows"}
-    setting = RecoverySetting(calibration="stdlib", train="stdlib", **values)
+    setting = row.setting_of(values, calibration="stdlib", train="stdlib")
     windows = text_windows("stdlib", load_tokenizer(folder), setting.length)
     windows = windows[:: max(1, len(windows) // SETTINGS["windows"])][: SETTINGS["windows"]]
-    recovery, options, pruner = METHODS.get(method, (None, {}, None))
     cell = recovery_cell(
         folder,
         setting,
-        recovery,
-        options,
-        pruner,
+        row.method,
+        row.options,
+        row.pruner,
         level,
         seed,
         lambda model: perplexity(model, windows, batch_size=8).perplexity,
@@ -131,7 +130,7 @@ def markdown(content: dict[str, Any]) -> str:
     lines = [
         "# Recovery on the reference model",
         "",
-        f"Model {content['model']['name']}; test perplexity at {SETTINGS['length']} tokens of context, lower "
+        f"The shipped model; test perplexity at {SETTINGS['length']} tokens of context, lower "
         f"is better; {trained:,} training tokens for every trained method, {SETTINGS['training']['batch_size']} "
         f"sequences a step. Mean over seeds ± half the range.",
         "",
@@ -141,12 +140,12 @@ def markdown(content: dict[str, Any]) -> str:
     dense = [cell["perplexity"] for cell in cells if cell["method"] == "dense"]
     if dense:
         lines.append(f"| dense | {' | '.join([f'{dense[0]:.2f}'] * len(levels))} |")
-    for method in (method for method in METHODS if any(cell["method"] == method for cell in cells)):
+    for method in (method for method in ROWS if any(cell["method"] == method for cell in cells)):
         row = [
             _summary([c["perplexity"] for c in cells if (c["method"], c["level"]) == (method, level)])
             for level in levels
         ]
-        lines.append(f"| {LABELS[method]} | {' | '.join(row)} |")
+        lines.append(f"| {ROWS[method].label} | {' | '.join(row)} |")
     lines += [
         "",
         "Time and memory at 70 %, one thread:",
@@ -155,11 +154,11 @@ def markdown(content: dict[str, Any]) -> str:
     ]
     lines.append("|---|---|---|---|---|")
     base = {key: _mean(cells, "lora", key) for key in ("cpu_seconds", "peak_mib")}
-    for method in ("sparse-lora", "lora", "losa"):
+    for method in ("sparse-lora", "lora", "losa", "elsa"):
         seconds, peak = _mean(cells, method, "cpu_seconds"), _mean(cells, method, "peak_mib")
         if seconds and peak and base["cpu_seconds"] and base["peak_mib"]:
             lines.append(
-                f"| {LABELS[method]} | {seconds:.0f} | {seconds / base['cpu_seconds']:.2f} | {peak:.0f} "
+                f"| {ROWS[method].label} | {seconds:.0f} | {seconds / base['cpu_seconds']:.2f} | {peak:.0f} "
                 f"| {peak / base['peak_mib']:.2f} |"
             )
     return "\n".join(lines) + "\n"
@@ -190,7 +189,7 @@ def main() -> None:
     parser.add_argument("--budget", choices=list(BUDGETS), default="short", help="Training tokens and batch.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--fresh", action="store_true", help="Start anew.")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="Change settings, to explore.")
     parser.add_argument("--cell", nargs=4, metavar=("METHOD", "LEVEL", "SEED", "FOLDER"), help=argparse.SUPPRESS)
