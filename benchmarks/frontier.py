@@ -36,6 +36,7 @@ CELLS = [
     for allocation in ("uniform", "owl", "auto", "evolve")
     for method in ("wanda", "wanda+ls", "sparsegpt", "alps")
 ]
+COMBINATIONS = [name for name, row in RECOVERIES.items() if row.method != "lora" and (row.sparsity or 1) > 0.1]
 OPTIONS: dict[str, dict[str, Any]] = {"evolve": {"offspring": 8, "generations": 6, "confirm": 1}}
 
 
@@ -56,7 +57,7 @@ class Bench:
     def adopt(self, path: Path) -> None:
         """Take over what benchmarks/real_model.py has measured in the same setting.
 
-        Without LoRA, whose factors stay beside the weights.
+        Without LoRA, whose factors stay beside the weights, and without the dense models that were trained.
         """
         if (found := read_measured(path, self.setting.header())) is None:
             return
@@ -65,12 +66,7 @@ class Bench:
             part, *rest = key.split("|")
             if part == "allocation" and rest[2].startswith("0.") and rest[3] == "0":
                 cells["|".join(rest[:3])] = cell
-            elif (
-                part == "recovery"
-                and rest[1] == "0"
-                and cell.get("tokens")
-                and rest[0] not in ("dense-trained", "lora")
-            ):
+            elif part == "recovery" and rest[1] == "0" and rest[0] in COMBINATIONS and cell.get("tokens"):
                 trained[rest[0]] = {
                     "label": RECOVERIES[rest[0]].label,
                     "rate": 1 - cell.get("effective_density", 1 - cell["sparsity"]),

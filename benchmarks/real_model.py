@@ -54,6 +54,9 @@ RECOVERIES = {
     "sparsegpt": Recovery("SparseGPT alone", None, "sparsegpt"),
     "alps": Recovery("ALPS alone", None, "alps"),
     "dense-trained": Recovery("the dense model trained alike (1 % pruned)", "sparse-lora", "magnitude", sparsity=0.01),
+    "dense-elsa": Recovery(
+        "the dense model, all weights trained alike (1 % pruned)", "elsa", "magnitude", sparsity=0.01
+    ),
     "sparse-lora": Recovery("Wanda + Sparse LoRA", "sparse-lora", "wanda"),
     "alps-sparse-lora": Recovery("ALPS + Sparse LoRA", "sparse-lora", "alps"),
     "alps-sparse-lora-kl": Recovery("ALPS + Sparse LoRA, loss kl", "sparse-lora", "alps", loss="kl"),
