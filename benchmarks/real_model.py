@@ -61,6 +61,7 @@ RECOVERIES = {
     "alps-sparse-lora": Recovery("ALPS + Sparse LoRA", "sparse-lora", "alps"),
     "alps-sparse-lora-kl": Recovery("ALPS + Sparse LoRA, loss kl", "sparse-lora", "alps", loss="kl"),
     "elsa": Recovery("ELSA from ALPS, learning rate 1e-3", "elsa", "alps"),
+    "elsa-kl": Recovery("ELSA from ALPS, learning rate 1e-3, loss kl", "elsa", "alps", loss="kl"),
     "elsa-50": Recovery("ELSA from ALPS, 50 %, learning rate 1e-3", "elsa", "alps", sparsity=0.5),
     "elsa-60": Recovery("ELSA from ALPS, 60 %, learning rate 1e-3", "elsa", "alps", sparsity=0.6),
     "elsa-80": Recovery("ELSA from ALPS, 80 %, learning rate 1e-3", "elsa", "alps", sparsity=0.8),

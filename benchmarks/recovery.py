@@ -172,7 +172,8 @@ def _mean(cells: list[dict[str, Any]], method: str, key: str, level: str = "0.7"
 def _summary(values: list[float]) -> str:
     if not values:
         return "-"
-    return f"{statistics.mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
+    spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
 
 
 def _level_name(level: str) -> str:
