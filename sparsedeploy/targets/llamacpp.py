@@ -170,7 +170,7 @@ def _write(environment: Environment, exact: Path, target: Path, kind: str, timeo
     if kind == "f32":
         exact.rename(target)
         # What comes after compares with it.
-        exact.symlink_to(target)
+        exact.symlink_to(target.resolve())  # a relative name would count from the link
         return
     quantize = build_of(environment).program("llama-quantize")
     # Without --pure the embedding and the head keep more bits than 4, as in every other Q4_0 file.

@@ -92,6 +92,15 @@ def test_same_tokens_packed_and_dense(
         assert (steps.max(1) - steps[np.arange(len(tokens)), tokens]).max() <= tolerance
 
 
+def test_a_float32_file_by_a_relative_name(
+    llama: Path, runtime: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    artifact = export_checkpoint(llama, "llamacpp", Path("out"))
+    assert artifact.dtype == "f32"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
 @pytest.mark.parametrize("quantize", ["f16", "q8_0", "q4_0"])
 def test_one_wrong_weight_matrix_is_refused(llama: Path, runtime: Environment, tmp_path: Path, quantize: str) -> None:
     """Rows one further down: the check after loading allows what rounding activations makes, and no more."""
