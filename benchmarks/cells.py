@@ -333,9 +333,27 @@ class Recovery:
 
     def setting_of(self, common: Mapping[str, Any], **texts: str) -> RecoverySetting:
         """The common values with what differs."""
-        changed = {**common, "loss": self.loss, "allocation": self.allocation, **self.setting, **texts}
         training = {**common["training"], **self.setting.get("training", {})}
-        return RecoverySetting(**{**changed, "training": training})
+        row = {"loss": self.loss, "allocation": self.allocation, **self.setting, "training": training}
+        return RecoverySetting(**{**common, **row, **texts})
+
+
+_SLOW = {"training": {"learning_rate": 1e-3}}  # all weights are trained, not factors alone
+# The rows of every table of recoveries.
+RECOVERIES_COMPARED = {
+    "sparse-lora": Recovery("Wanda + Sparse LoRA", "sparse-lora", "wanda"),
+    "lora": Recovery("Wanda + LoRA, not merged", "lora", "wanda"),
+    "losa": Recovery("Wanda + LoSA", "losa", "wanda"),
+    "losa-no-layer-rates": Recovery("LoSA without layer rates", "losa", "wanda", {"layer_rates": False}),
+    "losa-no-rank-allocation": Recovery("LoSA without rank allocation", "losa", "wanda", {"rank_allocation": False}),
+    "losa-no-dynamic": Recovery("LoSA without the schedule", "losa", "wanda", {"dynamic": False}),
+    "losa-kl": Recovery("Wanda + LoSA, loss kl", "losa", "wanda", loss="kl"),
+    "sparsegpt-sparse-lora": Recovery("SparseGPT + Sparse LoRA", "sparse-lora", "sparsegpt"),
+    "alps-sparse-lora": Recovery("ALPS + Sparse LoRA", "sparse-lora", "alps"),
+    "alps-sparse-lora-kl": Recovery("ALPS + Sparse LoRA, loss kl", "sparse-lora", "alps", loss="kl"),
+    "elsa": Recovery("ELSA from ALPS, learning rate 1e-3", "elsa", "alps", setting=_SLOW),
+    "elsa-kl": Recovery("ELSA from ALPS, learning rate 1e-3, loss kl", "elsa", "alps", setting=_SLOW, loss="kl"),
+}
 
 
 def recovery_cell(

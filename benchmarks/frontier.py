@@ -45,21 +45,20 @@ class Bench:
 
     def __init__(self, setting: Setting, output: Path, levels: Path) -> None:
         self.setting, self.levels = setting, levels
+        header = setting.header()
         machine = platform.processor() or platform.machine()
-        self.store = Store(
-            output / "frontier.json", setting.header(), markdown, picture=picture, beside={"machine": machine}
-        )
+        self.store = Store(output / "frontier.json", header, markdown, picture=picture, beside={"machine": machine})
         if "dense" not in self.store.content:
             dense = setting.perplexity(setting.dense_model())
             self.store.change(lambda content: content.update(dense=dense))
-        self.adopt(output / "real_model.json")
+        self.adopt(output / "real_model.json", header)
 
-    def adopt(self, path: Path) -> None:
+    def adopt(self, path: Path, header: dict[str, Any]) -> None:
         """Take over what benchmarks/real_model.py has measured in the same setting.
 
         Without LoRA, whose factors stay beside the weights, and without the dense models that were trained.
         """
-        if (found := read_measured(path, self.setting.header())) is None:
+        if (found := read_measured(path, header)) is None:
             return
         cells, trained = {}, {}
         for key, cell in found["cells"].items():

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Recovery, Setting, Store, prune_cell, read_measured, recovery_cell
+from cells import RECOVERIES_COMPARED, Recovery, Setting, Store, prune_cell, read_measured, recovery_cell
 
 from sparsedeploy import progress
 
@@ -48,6 +48,14 @@ SAMPLES = (2, 32, 128)  # beside the 8 of every other cell
 TASKS = ("python_lines",)
 
 
+def elsa(rate: float, learning_rate: str = "1e-3", note: str = "", **changed: Any) -> Recovery:
+    """ELSA from ALPS at another rate than 70 %."""
+    setting = changed.pop("setting", {})
+    training = {**setting.get("training", {}), "learning_rate": float(learning_rate)}
+    label = f"ELSA from ALPS, {round(100 * rate)} %, learning rate {learning_rate}{note}"
+    return Recovery(label, "elsa", "alps", sparsity=rate, setting={**setting, "training": training}, **changed)
+
+
 LONG = {"train_sequences": 400, "training": {"batch_size": 2}}  # twice the tokens in four times the steps
 RECOVERIES = {
     "wanda": Recovery("Wanda alone", None, "wanda"),
@@ -57,63 +65,28 @@ RECOVERIES = {
     "dense-elsa": Recovery(
         "the dense model, all weights trained alike (1 % pruned)", "elsa", "magnitude", sparsity=0.01
     ),
-    "sparse-lora": Recovery("Wanda + Sparse LoRA", "sparse-lora", "wanda"),
-    "alps-sparse-lora": Recovery("ALPS + Sparse LoRA", "sparse-lora", "alps"),
-    "alps-sparse-lora-kl": Recovery("ALPS + Sparse LoRA, loss kl", "sparse-lora", "alps", loss="kl"),
-    "elsa": Recovery("ELSA from ALPS, learning rate 1e-3", "elsa", "alps"),
-    "elsa-kl": Recovery("ELSA from ALPS, learning rate 1e-3, loss kl", "elsa", "alps", loss="kl"),
-    "elsa-50": Recovery("ELSA from ALPS, 50 %, learning rate 1e-3", "elsa", "alps", sparsity=0.5),
-    "elsa-60": Recovery("ELSA from ALPS, 60 %, learning rate 1e-3", "elsa", "alps", sparsity=0.6),
-    "elsa-80": Recovery("ELSA from ALPS, 80 %, learning rate 1e-3", "elsa", "alps", sparsity=0.8),
-    "losa": Recovery("Wanda + LoSA", "losa", "wanda"),
-    "lora": Recovery("Wanda + LoRA, not merged", "lora", "wanda"),
+    **RECOVERIES_COMPARED,
     "sparselo": Recovery("Wanda + SparseLo, rank 32 on top", "sparselo", "wanda", {"rank": 32}),
     "sparselo-equal": Recovery(
         "Wanda + SparseLo, rank 32 within 30 %", "sparselo", "wanda", {"rank": 32}, sparsity=None
     ),
-    "sparsegpt-sparse-lora": Recovery("SparseGPT + Sparse LoRA", "sparse-lora", "sparsegpt"),
     "sparsegpt-losa": Recovery("SparseGPT + LoSA", "losa", "sparsegpt"),
-    "losa-no-layer-rates": Recovery("LoSA without layer rates", "losa", "wanda", {"layer_rates": False}),
-    "losa-no-rank-allocation": Recovery("LoSA without rank allocation", "losa", "wanda", {"rank_allocation": False}),
-    "losa-no-dynamic": Recovery("LoSA without the schedule", "losa", "wanda", {"dynamic": False}),
     "alps-atp-sparse-lora": Recovery("ALPS, atp + Sparse LoRA", "sparse-lora", "alps", allocation="atp"),
     "alps-dlp-sparse-lora-50": Recovery(
         "ALPS, dlp + Sparse LoRA, 50 %", "sparse-lora", "alps", sparsity=0.5, allocation="dlp"
     ),
     "sparsegpt-sparse-lora-90": Recovery("SparseGPT + Sparse LoRA, 90 %", "sparse-lora", "sparsegpt", sparsity=0.9),
-    "elsa-90": Recovery(
-        "ELSA from ALPS, 90 %, learning rate 3e-4",
-        "elsa",
-        "alps",
-        sparsity=0.9,
-        setting={"training": {"learning_rate": 3e-4}},
-    ),
-    "elsa-90-1e-3": Recovery(
-        "ELSA from ALPS, 90 %, learning rate 1e-3",
-        "elsa",
-        "alps",
-        sparsity=0.9,
-        setting={"training": {"learning_rate": 1e-3}},
-    ),
-    "elsa-90-2e-3": Recovery(
-        "ELSA from ALPS, 90 %, learning rate 2e-3",
-        "elsa",
-        "alps",
-        sparsity=0.9,
-        setting={"training": {"learning_rate": 2e-3}},
-    ),
-    "elsa-90-fixed": Recovery(
-        "ELSA from ALPS, 90 %, learning rate 1e-3, the mask stays",
-        "elsa",
-        "alps",
-        {"settle": 1.0},
-        sparsity=0.9,
-        setting={"training": {"learning_rate": 1e-3}},
-    ),
     "sparsegpt-sparse-lora-90-long": Recovery(
         "SparseGPT + Sparse LoRA, 90 %", "sparse-lora", "sparsegpt", sparsity=0.9, setting=LONG
     ),
-    "elsa-90-long": Recovery("ELSA from ALPS, 90 %, learning rate 1e-3", "elsa", "alps", sparsity=0.9, setting=LONG),
+    "elsa-50": elsa(0.5),
+    "elsa-60": elsa(0.6),
+    "elsa-80": elsa(0.8),
+    "elsa-90": elsa(0.9, "3e-4"),
+    "elsa-90-1e-3": elsa(0.9),
+    "elsa-90-2e-3": elsa(0.9, "2e-3"),
+    "elsa-90-fixed": elsa(0.9, note=", the mask stays", options={"settle": 1.0}),
+    "elsa-90-long": elsa(0.9, setting=LONG),
     "alps-atp-sparse-lora-long": Recovery(
         "ALPS, atp + Sparse LoRA, five times the tokens",
         "sparse-lora",

@@ -21,29 +21,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cells import Recovery
+from cells import RECOVERIES_COMPARED, Recovery
 
 from sparsedeploy import progress
 
 LEVELS = ("0.5", "0.6", "0.7", "0.9", "mixed-2:8")
-SLOWER = {"training": {"learning_rate": 1e-3}}  # all weights are trained, not factors alone
 # One-shot and fixed-mask methods prune 2:8 where LoSA mixes it.
 ROWS = {
     "wanda": Recovery("Wanda, one-shot", None, "wanda"),
     "sparsegpt": Recovery("SparseGPT, one-shot", None, "sparsegpt"),
     "alps": Recovery("ALPS, one-shot", None, "alps"),
-    "sparse-lora": Recovery("Wanda + Sparse LoRA", "sparse-lora", "wanda"),
-    "lora": Recovery("Wanda + LoRA, not merged", "lora", "wanda"),
-    "losa": Recovery("Wanda + LoSA", "losa", "wanda"),
-    "losa-no-layer-rates": Recovery("LoSA without layer rates", "losa", "wanda", {"layer_rates": False}),
-    "losa-no-rank-allocation": Recovery("LoSA without rank allocation", "losa", "wanda", {"rank_allocation": False}),
-    "losa-no-dynamic": Recovery("LoSA without the schedule", "losa", "wanda", {"dynamic": False}),
-    "losa-kl": Recovery("Wanda + LoSA, loss kl", "losa", "wanda", loss="kl"),
-    "sparsegpt-sparse-lora": Recovery("SparseGPT + Sparse LoRA", "sparse-lora", "sparsegpt"),
-    "alps-sparse-lora": Recovery("ALPS + Sparse LoRA", "sparse-lora", "alps"),
-    "alps-sparse-lora-kl": Recovery("ALPS + Sparse LoRA, loss kl", "sparse-lora", "alps", loss="kl"),
-    "elsa": Recovery("ELSA from ALPS, learning rate 1e-3", "elsa", "alps", setting=SLOWER),
-    "elsa-kl": Recovery("ELSA from ALPS, learning rate 1e-3, loss kl", "elsa", "alps", setting=SLOWER, loss="kl"),
+    **RECOVERIES_COMPARED,
 }
 DENSE = Recovery("dense", None, None)
 SETTINGS: dict[str, Any] = {
