@@ -39,12 +39,12 @@ import psutil
 from sparsedeploy.artifacts.folder import describe_folder
 from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.folders import write_json, write_text
+from sparsedeploy.machine import usable_cores
 from sparsedeploy.reporting.charts import Disc, scatter_chart, svg_file
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import require
 from sparsedeploy.runtimes.installation import process_environment
 from sparsedeploy.runtimes.llamacpp import build_of, offer
-from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.workflows.options import PruneOptions
 from sparsedeploy.workflows.prune import prune

@@ -27,7 +27,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sparsedeploy.folders import write_json, write_text
-from sparsedeploy.runtimes.machine import this_machine
+from sparsedeploy.machine import this_machine
 
 
 @dataclass

@@ -30,13 +30,13 @@ from sparsedeploy.artifacts.folder import describe_folder
 from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json, write_text
+from sparsedeploy.machine import this_machine
 from sparsedeploy.models.loading import load_model
 from sparsedeploy.models.tokenizer import load_tokenizer
 from sparsedeploy.quality.perplexity import windows_of
 from sparsedeploy.reference import reference_model, stdlib_documents
 from sparsedeploy.runtimes.engine import open_model
 from sparsedeploy.runtimes.environments import list_runtimes, require
-from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.targets.registry import export_checkpoint
 from sparsedeploy.workflows.options import PruneOptions
 from sparsedeploy.workflows.prune import prune as prune_checkpoint

@@ -26,10 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsedeploy import progress
 from sparsedeploy.folders import write_json, write_text
+from sparsedeploy.machine import usable_cores
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.reporting.benchmark_table import benchmark_markdown
 from sparsedeploy.runtimes.engine import open_model
-from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.speed.benchmark import BenchmarkResult, benchmark
 from sparsedeploy.speed.options import BenchmarkOptions
 from sparsedeploy.targets.registry import export_checkpoint

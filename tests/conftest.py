@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from sparsedeploy.machine import this_machine
 from sparsedeploy.runtimes.environments import Environment, install, require
-from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import load_runtime
 
 

@@ -27,7 +27,7 @@ FLOORS = (
     ("plan", "masks", "grid", "processes"),
     ("registry", "folders", "hub", "reading", "resources", "linear_algebra", "memory"),
     ("conversion",),
-    ("options", "paths"),
+    ("options", "paths", "machine"),
     ("errors", "progress", "startup", "version"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

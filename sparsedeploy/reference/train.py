@@ -23,10 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsedeploy import progress
 from sparsedeploy.folders import sync, write_json
+from sparsedeploy.machine import this_machine
 from sparsedeploy.reference.corpus import Document, fingerprint, texts_of
 from sparsedeploy.reference.options import RECIPE_VERSION, ReferenceOptions, content_key
 from sparsedeploy.reference.tokenizer import save_tokenizer, train_tokenizer
-from sparsedeploy.runtimes.machine import this_machine
 
 _GRADIENT_NORM = 1.0
 _BETAS = (0.9, 0.98)

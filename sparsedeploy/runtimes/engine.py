@@ -13,8 +13,8 @@ import numpy as np
 from sparsedeploy.artifacts.description import Artifact
 from sparsedeploy.artifacts.folder import CHECKPOINT, describe_folder
 from sparsedeploy.errors import UserError
+from sparsedeploy.machine import usable_cores
 from sparsedeploy.runtimes.environments import Environment, require
-from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.runtimes.options import EngineOptions
 from sparsedeploy.runtimes.self_test import is_proven, prove
 from sparsedeploy.runtimes.specification import Runtime, load_runtime, runtime_for_target, runtime_names

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from sparsedeploy import progress
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
+from sparsedeploy.machine import this_machine
 from sparsedeploy.reading import read_object
 from sparsedeploy.resources import cache_folder, cache_home
 from sparsedeploy.runtimes.installation import (
@@ -33,7 +34,6 @@ from sparsedeploy.runtimes.installation import (
     python_of,
     venv_command,
 )
-from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.pythons import named_python
 from sparsedeploy.runtimes.specification import Runtime, load_runtime, runtime_names
 from sparsedeploy.runtimes.worker import Worker

@@ -22,9 +22,9 @@ from sparsedeploy.artifacts.folder import CHECKPOINT
 from sparsedeploy.artifacts.integrity import recall, remember
 from sparsedeploy.artifacts.known_answer import STEPS, distance, load_known_answer, tolerance
 from sparsedeploy.errors import UserError
+from sparsedeploy.machine import this_machine
 from sparsedeploy.models.fingerprint import file_sha256
 from sparsedeploy.reading import contained
-from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import Runtime
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.machine import Machine
 from sparsedeploy.resources import shipped
-from sparsedeploy.runtimes.machine import Machine
 
 SPECIFICATION_FILE = "runtime.yaml"
 REQUIREMENTS_FILE = "requirements.txt"

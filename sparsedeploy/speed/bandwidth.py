@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparsedeploy import progress
-from sparsedeploy.runtimes.machine import this_machine
+from sparsedeploy.machine import this_machine
 
 _REPEATS = 9
 # Where caches are large, passes take long: after so many seconds the fewest are enough.

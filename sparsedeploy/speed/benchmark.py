@@ -23,6 +23,7 @@ import psutil
 from sparsedeploy import progress
 from sparsedeploy.conversion import plain_options
 from sparsedeploy.errors import UserError
+from sparsedeploy.machine import Machine, this_machine
 from sparsedeploy.runtimes.engine import (
     Deployment,
     LoadedModel,
@@ -33,7 +34,6 @@ from sparsedeploy.runtimes.engine import (
     load,
 )
 from sparsedeploy.runtimes.environments import require
-from sparsedeploy.runtimes.machine import Machine, this_machine
 from sparsedeploy.speed.bandwidth import Bandwidth, machine_bandwidth
 from sparsedeploy.speed.candidates import Candidate, load_contenders
 from sparsedeploy.speed.layer_profile import Profile, profile_deployment

@@ -39,12 +39,12 @@ from sparsedeploy.checkpoint.scales import FILE as SCALES
 from sparsedeploy.checkpoint.scales import load_scales
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import check_free_space
+from sparsedeploy.machine import usable_cores
 from sparsedeploy.models.tensor_files import TensorFiles
 from sparsedeploy.options import Options, option
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.runtimes.environments import Environment, require
 from sparsedeploy.runtimes.llamacpp import build_of
-from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.runtimes.worker import Worker
 from sparsedeploy.targets.base import ExportJob, describe
 from sparsedeploy.targets.check import Reference, compare_logits, reference_logits, split_prompt

@@ -24,13 +24,13 @@ from sparsedeploy.artifacts.known_answer import save_known_answer, tolerance
 from sparsedeploy.artifacts.traffic import graph_bytes
 from sparsedeploy.errors import UserError
 from sparsedeploy.folders import write_json
+from sparsedeploy.machine import usable_cores
 from sparsedeploy.models.structure import find_decoder_stack, plain_linears
 from sparsedeploy.models.weight_files import small_files, weight_files
 from sparsedeploy.options import Options, option
 from sparsedeploy.reading import SOUND_COPY, read_object
 from sparsedeploy.registry import TARGETS
 from sparsedeploy.runtimes.environments import require
-from sparsedeploy.runtimes.machine import usable_cores
 from sparsedeploy.runtimes.worker import Worker
 from sparsedeploy.targets.base import ExportJob, describe
 from sparsedeploy.targets.check import Reference, compare_logits, reference_logits, split_prompt

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from sparsedeploy.errors import UserError
+from sparsedeploy.machine import this_machine
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.options import one_of
 from sparsedeploy.runtimes.environments import status
-from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.pythons import find_python
 from sparsedeploy.runtimes.specification import load_runtime
 from sparsedeploy.workflows.aims import AIMS, CPU, Aim

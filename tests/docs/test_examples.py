@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from sparsedeploy.calibration.options import CalibrationOptions
+from sparsedeploy.machine import this_machine
 from sparsedeploy.reference import reference_model
 from sparsedeploy.registry import PRUNERS
 from sparsedeploy.runtimes.environments import install
-from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import load_runtime
 from sparsedeploy.workflows.options import PruneOptions
 from sparsedeploy.workflows.prune import prune

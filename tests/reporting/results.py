@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from sparsedeploy.machine import this_machine
 from sparsedeploy.reporting.benchmark_page import repeat_command
-from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import load_runtime
 from sparsedeploy.speed.bandwidth import Bandwidth
 from sparsedeploy.speed.benchmark import BenchmarkResult

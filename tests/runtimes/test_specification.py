@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from sparsedeploy.errors import UserError
-from sparsedeploy.runtimes.machine import Machine, this_machine
+from sparsedeploy.machine import Machine, this_machine
 from sparsedeploy.runtimes.specification import load_runtime, runtime_for_target, runtime_names
 
 MACHINE = Machine("Linux", "x86_64", "any", ("avx2", "sse4_2"), 2, None, None)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sparsedeploy.machine import this_machine
 from sparsedeploy.models.structure import find_decoder_stack
 from sparsedeploy.runtimes.engine import open_model
-from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.targets.check import check_graph, reference_logits
 from sparsedeploy.targets.deepsparse import WIDTH_UNIT
 from sparsedeploy.targets.kv_graph import KVCacheGraph

@@ -18,10 +18,10 @@ from sparsedeploy.calibration.options import CalibrationOptions
 from sparsedeploy.checkpoint.inspection import inspect_checkpoint
 from sparsedeploy.checkpoint.manifest import load_manifest
 from sparsedeploy.errors import UserError
+from sparsedeploy.machine import this_machine
 from sparsedeploy.recovery.options import DataOptions
 from sparsedeploy.reference import reference_model
 from sparsedeploy.runtimes.environments import Environment
-from sparsedeploy.runtimes.machine import this_machine
 from sparsedeploy.runtimes.specification import load_runtime
 from sparsedeploy.workflows import deploy_plan
 from sparsedeploy.workflows.deploy import _pruned
