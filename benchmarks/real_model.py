@@ -56,6 +56,13 @@ def elsa(rate: float, learning_rate: str = "1e-3", note: str = "", **changed: An
     return Recovery(label, "elsa", "alps", sparsity=rate, setting={**setting, "training": training}, **changed)
 
 
+def sparse_lora(pruner: str, title: str, learning_rate: str, rate: float = 0.7) -> Recovery:
+    """Sparse LoRA at another learning rate than the other rows'."""
+    label = f"{title} + Sparse LoRA, {round(100 * rate)} %, learning rate {learning_rate}"
+    setting = {"training": {"learning_rate": float(learning_rate)}}
+    return Recovery(label, "sparse-lora", pruner, sparsity=rate, setting=setting)
+
+
 LONG = {"train_sequences": 400, "training": {"batch_size": 2}}  # twice the tokens in four times the steps
 RECOVERIES = {
     "wanda": Recovery("Wanda alone", None, "wanda"),
@@ -79,6 +86,9 @@ RECOVERIES = {
     "sparsegpt-sparse-lora-90-long": Recovery(
         "SparseGPT + Sparse LoRA, 90 %", "sparse-lora", "sparsegpt", sparsity=0.9, setting=LONG
     ),
+    "alps-sparse-lora-3e-4": sparse_lora("alps", "ALPS", "3e-4"),
+    "alps-sparse-lora-3e-3": sparse_lora("alps", "ALPS", "3e-3"),
+    "sparsegpt-sparse-lora-90-3e-3": sparse_lora("sparsegpt", "SparseGPT", "3e-3", 0.9),
     "elsa-50": elsa(0.5),
     "elsa-60": elsa(0.6),
     "elsa-80": elsa(0.8),
@@ -86,6 +96,8 @@ RECOVERIES = {
     "elsa-90-1e-3": elsa(0.9),
     "elsa-90-2e-3": elsa(0.9, "2e-3"),
     "elsa-90-fixed": elsa(0.9, note=", the mask stays", options={"settle": 1.0}),
+    "elsa-90-atp": elsa(0.9, note=", atp", allocation="atp"),
+    "elsa-90-dlp": elsa(0.9, note=", dlp", allocation="dlp"),
     "elsa-90-long": elsa(0.9, setting=LONG),
     "alps-atp-sparse-lora-long": Recovery(
         "ALPS, atp + Sparse LoRA, five times the tokens",
