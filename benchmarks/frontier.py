@@ -1,4 +1,4 @@
-"""Perplexity against sparsity: pruning methods x allocations x rates on a real model, with the time of each beside it.
+"""Perplexity against sparsity: pruning methods x allocations x rates on a model, with the time of each beside it.
 
     python benchmarks/frontier.py MODEL CALIBRATION_TEXT TEST_TEXT [--cells "METHOD|ALLOCATION|RATE" ...] [--solve 15]
 
@@ -7,7 +7,7 @@ masks then get their least-squares weights (``--reconstruct``). Calibration: 8 s
 the first 60,000 bytes of the test text in windows of 512 tokens. Searched plans are compared on windows from the end of
 the calibration text. Cells and trained models that benchmarks/real_model.py has measured in the same setting are taken
 over from results/real_model.json. ``--solve`` measures the solvers alone, interleaved, on the layers of the dense
-model.
+model. Writes results/frontier_MODEL.json, .md and .svg.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Bench:
         self.setting, self.levels = setting, levels
         header = setting.header()
         machine = platform.processor() or platform.machine()
-        self.store = Store(output / "frontier.json", header, markdown, picture=picture, beside={"machine": machine})
+        path = output / f"frontier_{setting.model.name}.json"
+        self.store = Store(path, header, markdown, picture=picture, beside={"machine": machine})
         if "dense" not in self.store.content:
             dense = setting.perplexity(setting.dense_model())
             self.store.change(lambda content: content.update(dense=dense))
@@ -160,7 +161,7 @@ def markdown(content: dict[str, Any]) -> str:
     cells = {tuple(key.split("|")): cell for key, cell in content["cells"].items()}
     calibration = content["calibration"]
     lines = [
-        "# The frontier: perplexity against sparsity on a real model",
+        "# The frontier: perplexity against sparsity",
         "",
         f"{content['model']['name']}, calibrated on {calibration['sequences']} sequences of {calibration['length']} "
         f"tokens of {calibration['data']}; perplexity on the first {content['test']['bytes']:,} bytes of "

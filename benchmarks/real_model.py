@@ -14,7 +14,7 @@ One script of more than 400 lines, because the five parts share their cells, the
 - tasks: accuracy on the task that is shipped, dense and pruned by each method.
 - cost: time and peak memory of pruning beside llm-compressor and a plain two-pass loop (`--peer-python`).
 
-Cells that benchmarks/frontier.py has measured in the same setting are taken over from results/frontier.json.
+Cells that benchmarks/frontier.py has measured in the same setting are taken over from results/frontier_MODEL.json.
 
 Every finished cell is stored at once; run it again to go on where it stopped. Two processes with `--shard 1/2` and
 `--shard 2/2` fill one file together. On two cores everything takes a night. Writes results/real_model.json and .md.
@@ -156,7 +156,7 @@ class Bench:
         self.train = train
         machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
         self.store = Store(arguments.output / RESULT, header, markdown, beside={"machine": machine})
-        self.adopt(arguments.output / "frontier.json", header)
+        self.adopt(arguments.output / f"frontier_{arguments.model.name}.json", header)
 
     def adopt(self, path: Path, header: dict[str, Any]) -> None:
         """Take over what benchmarks/frontier.py has measured in the same setting."""

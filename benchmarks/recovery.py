@@ -1,9 +1,8 @@
 """Recovery on the reference model: perplexity, time and memory of LoSA, its ablations and its baselines.
 
-    python benchmarks/recovery.py [--budget short|long] [--seeds 3] [--levels 0.7 ...] [--methods losa ...] [--fresh]
+    python benchmarks/recovery.py [--seeds 3] [--levels 0.7 ...] [--methods losa ...] [--fresh]
 
-The short budget is for the whole grid, 200 optimizer steps of 512 tokens; the long one, 200 steps of 2,048 tokens, is
-for what the first is too noisy to tell apart. Writes benchmarks/results/recovery.json and .md, or recovery_long.
+Every method trains for 200 optimizer steps of 512 tokens. Writes benchmarks/results/recovery.json and .md.
 
 Every cell (method, level, seed) runs in a process of its own, on one thread, and is stored when it ends; run the
 script again to go on where it stopped. All trained methods see the same number of tokens, of texts that the seed
@@ -49,8 +48,6 @@ SETTINGS: dict[str, Any] = {
         "accumulation": 1,
     },
 }
-
-BUDGETS: dict[str, dict[str, Any]] = {"short": {}, "long": {"train_sequences": 1600, "batch_size": 8}}
 
 
 def run_cell(method: str, level: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -175,7 +172,6 @@ def _key(method: str, level: str, seed: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--budget", choices=list(BUDGETS), default="short", help="Training tokens and batch.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS)
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
@@ -183,8 +179,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="Change settings, to explore.")
     parser.add_argument("--cell", nargs=4, metavar=("METHOD", "LEVEL", "SEED", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    changed = [f"{key}={json.dumps(value)}" for key, value in BUDGETS[arguments.budget].items()] + arguments.set
-    for pair in changed:
+    for pair in arguments.set:
         key, _, value = pair.partition("=")
         where = SETTINGS["training"] if key in SETTINGS["training"] else SETTINGS
         where[key] = json.loads(value)
@@ -197,8 +192,7 @@ def main() -> None:
     cells += [
         (m, level, seed) for seed in range(arguments.seeds) for level in arguments.levels for m in arguments.methods
     ]
-    name = "recovery.json" if arguments.budget == "short" else f"recovery_{arguments.budget}.json"
-    bench = Bench(arguments.output / name, arguments.fresh, changed)
+    bench = Bench(arguments.output / "recovery.json", arguments.fresh, arguments.set)
     bench.run(cells)
     print(markdown(bench.store.content))
 
