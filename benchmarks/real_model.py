@@ -86,9 +86,10 @@ RECOVERIES = {
     "sparsegpt-sparse-lora-90-long": Recovery(
         "SparseGPT + Sparse LoRA, 90 %", "sparse-lora", "sparsegpt", sparsity=0.9, setting=LONG
     ),
-    "alps-sparse-lora-3e-4": sparse_lora("alps", "ALPS", "3e-4"),
     "alps-sparse-lora-3e-3": sparse_lora("alps", "ALPS", "3e-3"),
+    "alps-sparse-lora-1e-2": sparse_lora("alps", "ALPS", "1e-2"),
     "sparsegpt-sparse-lora-90-3e-3": sparse_lora("sparsegpt", "SparseGPT", "3e-3", 0.9),
+    "sparsegpt-sparse-lora-90-1e-2": sparse_lora("sparsegpt", "SparseGPT", "1e-2", 0.9),
     "elsa-50": elsa(0.5),
     "elsa-60": elsa(0.6),
     "elsa-80": elsa(0.8),
