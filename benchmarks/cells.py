@@ -338,7 +338,7 @@ class Recovery:
         return RecoverySetting(**{**common, **row, **texts})
 
 
-_SLOW = {"training": {"learning_rate": 1e-3}}  # all weights are trained, not factors alone
+ALL_WEIGHTS = {"training": {"learning_rate": 1e-3}}  # where all are trained, and not factors alone
 # The rows of every table of recoveries.
 RECOVERIES_COMPARED = {
     "sparse-lora": Recovery("Wanda + Sparse LoRA", "sparse-lora", "wanda"),
@@ -351,8 +351,8 @@ RECOVERIES_COMPARED = {
     "sparsegpt-sparse-lora": Recovery("SparseGPT + Sparse LoRA", "sparse-lora", "sparsegpt"),
     "alps-sparse-lora": Recovery("ALPS + Sparse LoRA", "sparse-lora", "alps"),
     "alps-sparse-lora-kl": Recovery("ALPS + Sparse LoRA, loss kl", "sparse-lora", "alps", loss="kl"),
-    "elsa": Recovery("ELSA from ALPS, learning rate 1e-3", "elsa", "alps", setting=_SLOW),
-    "elsa-kl": Recovery("ELSA from ALPS, learning rate 1e-3, loss kl", "elsa", "alps", setting=_SLOW, loss="kl"),
+    "elsa": Recovery("ELSA from ALPS", "elsa", "alps", setting=ALL_WEIGHTS),
+    "elsa-kl": Recovery("ELSA from ALPS, loss kl", "elsa", "alps", setting=ALL_WEIGHTS, loss="kl"),
 }
 
 

@@ -71,6 +71,7 @@ class Bench:
                     "label": RECOVERIES[rest[0]].label,
                     "rate": 1 - cell.get("effective_density", 1 - cell["sparsity"]),
                     **{name: cell[name] for name in ("perplexity", "tokens", "cpu_seconds")},
+                    "learning_rate": cell["training"]["learning_rate"],
                 }
         new = {key: cell for key, cell in cells.items() if self.store.missing(key)}
         if new or trained != self.store.content.get("trained"):
@@ -186,11 +187,17 @@ def markdown(content: dict[str, Any]) -> str:
             lines.append(f"| {method} | {allocation}{chosen} | {text} | {times} |")
         lines.append("")
     if trained := content.get("trained"):
-        lines += ["## Trained", "", "| rate | | perplexity | training tokens | CPU time |", "|---:|---|---:|---:|---:|"]
+        lines += [
+            "## Trained",
+            "",
+            "| rate | | perplexity | training tokens | learning rate | CPU time |",
+            "|---:|---|---:|---:|---:|---:|",
+        ]
         for row in sorted(trained.values(), key=lambda row: (round(row["rate"], 3), row["perplexity"] or math.inf)):
             value = "diverged" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
             lines.append(
-                f"| {row['rate']:.0%} | {row['label']} | {value} | {row['tokens']:,} | {row['cpu_seconds']:.0f} s |"
+                f"| {row['rate']:.0%} | {row['label']} | {value} | {row['tokens']:,} | {row['learning_rate']} "
+                f"| {row['cpu_seconds']:.0f} s |"
             )
         lines.append("")
     if solve := content.get("solve"):

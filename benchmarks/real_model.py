@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RECOVERIES_COMPARED, Recovery, Setting, Store, prune_cell, read_measured, recovery_cell
+from cells import ALL_WEIGHTS, RECOVERIES_COMPARED, Recovery, Setting, Store, prune_cell, read_measured, recovery_cell
 
 from sparsedeploy import progress
 
@@ -48,21 +48,24 @@ SAMPLES = (2, 32, 128)  # beside the 8 of every other cell
 TASKS = ("python_lines",)
 
 
-def elsa(rate: float, learning_rate: str = "1e-3", note: str = "", **changed: Any) -> Recovery:
-    """ELSA from ALPS at another rate than 70 %."""
+def elsa(rate: float, learning_rate: float = 1e-3, note: str = "", **changed: Any) -> Recovery:
+    """ELSA from ALPS at another rate than 70 %, or at another learning rate."""
     setting = changed.pop("setting", {})
-    training = {**setting.get("training", {}), "learning_rate": float(learning_rate)}
-    label = f"ELSA from ALPS, {round(100 * rate)} %, learning rate {learning_rate}{note}"
+    training = {**setting.get("training", {}), "learning_rate": learning_rate}
+    label = f"ELSA from ALPS, {round(100 * rate)} %{note}"
     return Recovery(label, "elsa", "alps", sparsity=rate, setting={**setting, "training": training}, **changed)
 
 
-def sparse_lora(pruner: str, title: str, learning_rate: str, rate: float = 0.7) -> Recovery:
-    """Sparse LoRA at another learning rate than the other rows'."""
-    label = f"{title} + Sparse LoRA, {round(100 * rate)} %, learning rate {learning_rate}"
-    setting = {"training": {"learning_rate": float(learning_rate)}}
-    return Recovery(label, "sparse-lora", pruner, sparsity=rate, setting=setting)
+def sparse_lora(pruner: str, rate: float, learning_rate: float | None = None, **changed: Any) -> Recovery:
+    """Sparse LoRA at another rate than 70 %, or at another learning rate than the other adapters'."""
+    setting = changed.pop("setting", {})
+    if learning_rate is not None:
+        setting = {**setting, "training": {**setting.get("training", {}), "learning_rate": learning_rate}}
+    label = f"{PRUNER_NAMES[pruner]} + Sparse LoRA, {round(100 * rate)} %"
+    return Recovery(label, "sparse-lora", pruner, sparsity=rate, setting=setting, **changed)
 
 
+PRUNER_NAMES = {"sparsegpt": "SparseGPT", "alps": "ALPS"}
 LONG = {"train_sequences": 400, "training": {"batch_size": 2}}  # twice the tokens in four times the steps
 RECOVERIES = {
     "wanda": Recovery("Wanda alone", None, "wanda"),
@@ -70,43 +73,36 @@ RECOVERIES = {
     "alps": Recovery("ALPS alone", None, "alps"),
     "dense-trained": Recovery("the dense model trained alike (1 % pruned)", "sparse-lora", "magnitude", sparsity=0.01),
     "dense-elsa": Recovery(
-        "the dense model, all weights trained alike (1 % pruned)", "elsa", "magnitude", sparsity=0.01
+        "the dense model, all weights trained alike (1 % pruned)",
+        "elsa",
+        "magnitude",
+        sparsity=0.01,
+        setting=ALL_WEIGHTS,
     ),
     **RECOVERIES_COMPARED,
     "sparselo": Recovery("Wanda + SparseLo, rank 32 on top", "sparselo", "wanda", {"rank": 32}),
     "sparselo-equal": Recovery(
         "Wanda + SparseLo, rank 32 within 30 %", "sparselo", "wanda", {"rank": 32}, sparsity=None
     ),
-    "sparsegpt-losa": Recovery("SparseGPT + LoSA", "losa", "sparsegpt"),
+    "alps-sparse-lora-1e-3": sparse_lora("alps", 0.7, 1e-3),
+    "alps-sparse-lora-3e-3": sparse_lora("alps", 0.7, 3e-3),
     "alps-atp-sparse-lora": Recovery("ALPS, atp + Sparse LoRA", "sparse-lora", "alps", allocation="atp"),
-    "alps-dlp-sparse-lora-50": Recovery(
-        "ALPS, dlp + Sparse LoRA, 50 %", "sparse-lora", "alps", sparsity=0.5, allocation="dlp"
-    ),
-    "sparsegpt-sparse-lora-90": Recovery("SparseGPT + Sparse LoRA, 90 %", "sparse-lora", "sparsegpt", sparsity=0.9),
-    "sparsegpt-sparse-lora-90-long": Recovery(
-        "SparseGPT + Sparse LoRA, 90 %", "sparse-lora", "sparsegpt", sparsity=0.9, setting=LONG
-    ),
-    "alps-sparse-lora-3e-3": sparse_lora("alps", "ALPS", "3e-3"),
-    "alps-sparse-lora-1e-2": sparse_lora("alps", "ALPS", "1e-2"),
-    "sparsegpt-sparse-lora-90-3e-3": sparse_lora("sparsegpt", "SparseGPT", "3e-3", 0.9),
-    "sparsegpt-sparse-lora-90-1e-2": sparse_lora("sparsegpt", "SparseGPT", "1e-2", 0.9),
+    "elsa-2e-3": elsa(0.7, 2e-3),
+    "alps-sparse-lora-50": sparse_lora("alps", 0.5),
     "elsa-50": elsa(0.5),
     "elsa-60": elsa(0.6),
     "elsa-80": elsa(0.8),
-    "elsa-90": elsa(0.9, "3e-4"),
-    "elsa-90-1e-3": elsa(0.9),
-    "elsa-90-2e-3": elsa(0.9, "2e-3"),
+    "sparsegpt-sparse-lora-90": sparse_lora("sparsegpt", 0.9),
+    "sparsegpt-sparse-lora-90-1e-3": sparse_lora("sparsegpt", 0.9, 1e-3),
+    "sparsegpt-sparse-lora-90-3e-3": sparse_lora("sparsegpt", 0.9, 3e-3),
+    "sparsegpt-sparse-lora-90-long": sparse_lora("sparsegpt", 0.9, setting=LONG),
+    "sparsegpt-sparse-lora-90-long-1e-3": sparse_lora("sparsegpt", 0.9, 1e-3, setting=LONG),
+    "elsa-90": elsa(0.9),
+    "elsa-90-3e-4": elsa(0.9, 3e-4),
+    "elsa-90-2e-3": elsa(0.9, 2e-3),
     "elsa-90-fixed": elsa(0.9, note=", the mask stays", options={"settle": 1.0}),
-    "elsa-90-atp": elsa(0.9, note=", atp", allocation="atp"),
     "elsa-90-dlp": elsa(0.9, note=", dlp", allocation="dlp"),
     "elsa-90-long": elsa(0.9, setting=LONG),
-    "alps-atp-sparse-lora-long": Recovery(
-        "ALPS, atp + Sparse LoRA, five times the tokens",
-        "sparse-lora",
-        "alps",
-        allocation="atp",
-        setting={"train_sequences": 1000},
-    ),
 }
 RECOVERY_SEEDS = 2
 RECOVERY: dict[str, Any] = {
@@ -115,7 +111,7 @@ RECOVERY: dict[str, Any] = {
     "train_sequences": 200,
     "dropout": 0.0,
     "training": {
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-2,
         "warmup_ratio": 0.1,
         "weight_decay": 0.0,
         "clip": 1.0,
@@ -380,7 +376,7 @@ def recovery_table(cells: dict[str, Any], setting: dict[str, Any]) -> list[str]:
         half = " (bfloat16)" if training.get("precision") == "bfloat16" else ""
         rows.append(
             f"| {row.label} | {text_of(values, -1)} | {density:.1%} | {f'{tokens:,}' if tokens else ''} | {steps} "
-            f"| {seconds:.0f} s{half} | {peak:.0f} |"
+            f"| {training.get('learning_rate', '') if tokens else ''} | {seconds:.0f} s{half} | {peak:.0f} |"
         )
     if not rows:
         return []
@@ -392,8 +388,8 @@ def recovery_table(cells: dict[str, Any], setting: dict[str, Any]) -> list[str]:
         "range. Density: nonzero weights, with SparseLo's factors, over the dense weights; LoRA's factors, which also "
         "stay beside the weights, are not counted. Multiplied in float32, or in bfloat16 where it says so.",
         "",
-        "| | perplexity | density | training tokens | steps | CPU time | peak MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | perplexity | density | training tokens | steps | learning rate | CPU time | peak MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
         *rows,
         "",
     ]

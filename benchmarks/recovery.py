@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cells import RECOVERIES_COMPARED, Recovery
+from cells import ALL_WEIGHTS, RECOVERIES_COMPARED, Recovery
 
 from sparsedeploy import progress
 
@@ -117,7 +117,8 @@ def markdown(content: dict[str, Any]) -> str:
         "",
         f"The shipped model; test perplexity at {SETTINGS['length']} tokens of context, lower "
         f"is better; {trained:,} training tokens for every trained method, {SETTINGS['training']['batch_size']} "
-        f"sequences a step. Mean over seeds ± half the range.",
+        f"sequences a step at a learning rate of {SETTINGS['training']['learning_rate']:g}, ELSA at "
+        f"{ALL_WEIGHTS['training']['learning_rate']:g}. Mean over seeds ± half the range.",
         "",
         "| | " + " | ".join(_level_name(level) for level in levels) + " |",
         "|---|" + "---|" * len(levels),
