@@ -97,6 +97,7 @@ RECOVERIES = {
     "sparsegpt-sparse-lora-90-3e-3": sparse_lora("sparsegpt", 0.9, 3e-3),
     "sparsegpt-sparse-lora-90-long": sparse_lora("sparsegpt", 0.9, setting=LONG),
     "sparsegpt-sparse-lora-90-long-1e-3": sparse_lora("sparsegpt", 0.9, 1e-3, setting=LONG),
+    "alps-sparse-lora-90": sparse_lora("alps", 0.9),
     "elsa-90": elsa(0.9),
     "elsa-90-3e-4": elsa(0.9, 3e-4),
     "elsa-90-2e-3": elsa(0.9, 2e-3),
