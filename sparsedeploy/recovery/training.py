@@ -36,8 +36,9 @@ class TrainingOptions(Options):
 
     learning_rate: float = option(
         2e-4,
-        "Peak learning rate: a linear warm-up over `warmup_ratio` of the steps, then a linear decay to zero. The default "
-        "is LoSA's for 7B; a model of 135M, trained for 50 steps, did best with 1e-2 for adapters and 1e-3 for `elsa`.",
+        "Peak learning rate: a linear warm-up over `warmup_ratio` of the steps, then a linear decay to zero. The "
+        "default is LoSA's for 7B; a model of 135M, trained for 50 steps, did best with 1e-2 for adapters and 1e-3 for "
+        "`elsa`.",
         above=0,
     )
     warmup_ratio: float = option(0.03, "Fraction of the steps that warm up.", at_least=0, at_most=1)
