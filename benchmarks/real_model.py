@@ -86,7 +86,6 @@ RECOVERIES = {
     ),
     "alps-sparse-lora-1e-3": sparse_lora("alps", 0.7, 1e-3),
     "alps-sparse-lora-3e-3": sparse_lora("alps", 0.7, 3e-3),
-    "alps-atp-sparse-lora": Recovery("ALPS, atp + Sparse LoRA", "sparse-lora", "alps", allocation="atp"),
     "elsa-2e-3": elsa(0.7, 2e-3),
     "alps-sparse-lora-50": sparse_lora("alps", 0.5),
     "elsa-50": elsa(0.5),
