@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,24 +49,24 @@ SAMPLES = (2, 32, 128)  # beside the 8 of every other cell
 TASKS = ("python_lines",)
 
 
-def elsa(rate: float, learning_rate: float = 1e-3, note: str = "", **changed: Any) -> Recovery:
-    """ELSA from ALPS at another rate than 70 %, or at another learning rate."""
-    setting = changed.pop("setting", {})
-    training = {**setting.get("training", {}), "learning_rate": learning_rate}
-    label = f"ELSA from ALPS, {round(100 * rate)} %{note}"
-    return Recovery(label, "elsa", "alps", sparsity=rate, setting={**setting, "training": training}, **changed)
-
-
-def sparse_lora(pruner: str, rate: float, learning_rate: float | None = None, **changed: Any) -> Recovery:
-    """Sparse LoRA at another rate than 70 %, or at another learning rate than the other adapters'."""
-    setting = changed.pop("setting", {})
+def varied(
+    name: str,
+    rate: float,
+    learning_rate: float | None = None,
+    *,
+    note: str = "",
+    setting: Mapping[str, Any] | None = None,
+    **changed: Any,
+) -> Recovery:
+    """A row of every table at a rate that its label names, and with what else differs."""
+    row, setting = RECOVERIES_COMPARED[name], setting or {}
+    training = {**row.setting.get("training", {}), **setting.get("training", {})}
     if learning_rate is not None:
-        setting = {**setting, "training": {**setting.get("training", {}), "learning_rate": learning_rate}}
-    label = f"{PRUNER_NAMES[pruner]} + Sparse LoRA, {round(100 * rate)} %"
-    return Recovery(label, "sparse-lora", pruner, sparsity=rate, setting=setting, **changed)
+        training["learning_rate"] = learning_rate
+    label = f"{row.label}, {round(100 * rate)} %{note}"
+    return replace(row, label=label, sparsity=rate, setting={**row.setting, **setting, "training": training}, **changed)
 
 
-PRUNER_NAMES = {"sparsegpt": "SparseGPT", "alps": "ALPS"}
 LONG = {"train_sequences": 400, "training": {"batch_size": 2}}  # twice the tokens in four times the steps
 RECOVERIES = {
     "wanda": Recovery("Wanda alone", None, "wanda"),
@@ -84,25 +85,25 @@ RECOVERIES = {
     "sparselo-equal": Recovery(
         "Wanda + SparseLo, rank 32 within 30 %", "sparselo", "wanda", {"rank": 32}, sparsity=None
     ),
-    "alps-sparse-lora-1e-3": sparse_lora("alps", 0.7, 1e-3),
-    "alps-sparse-lora-3e-3": sparse_lora("alps", 0.7, 3e-3),
-    "elsa-2e-3": elsa(0.7, 2e-3),
-    "alps-sparse-lora-50": sparse_lora("alps", 0.5),
-    "elsa-50": elsa(0.5),
-    "elsa-60": elsa(0.6),
-    "elsa-80": elsa(0.8),
-    "sparsegpt-sparse-lora-90": sparse_lora("sparsegpt", 0.9),
-    "sparsegpt-sparse-lora-90-1e-3": sparse_lora("sparsegpt", 0.9, 1e-3),
-    "sparsegpt-sparse-lora-90-3e-3": sparse_lora("sparsegpt", 0.9, 3e-3),
-    "sparsegpt-sparse-lora-90-long": sparse_lora("sparsegpt", 0.9, setting=LONG),
-    "sparsegpt-sparse-lora-90-long-1e-3": sparse_lora("sparsegpt", 0.9, 1e-3, setting=LONG),
-    "alps-sparse-lora-90": sparse_lora("alps", 0.9),
-    "elsa-90": elsa(0.9),
-    "elsa-90-3e-4": elsa(0.9, 3e-4),
-    "elsa-90-2e-3": elsa(0.9, 2e-3),
-    "elsa-90-fixed": elsa(0.9, note=", the mask stays", options={"settle": 1.0}),
-    "elsa-90-dlp": elsa(0.9, note=", dlp", allocation="dlp"),
-    "elsa-90-long": elsa(0.9, setting=LONG),
+    "alps-sparse-lora-1e-3": varied("alps-sparse-lora", 0.7, 1e-3),
+    "alps-sparse-lora-3e-3": varied("alps-sparse-lora", 0.7, 3e-3),
+    "elsa-2e-3": varied("elsa", 0.7, 2e-3),
+    "alps-sparse-lora-50": varied("alps-sparse-lora", 0.5),
+    "elsa-50": varied("elsa", 0.5),
+    "elsa-60": varied("elsa", 0.6),
+    "elsa-80": varied("elsa", 0.8),
+    "sparsegpt-sparse-lora-90": varied("sparsegpt-sparse-lora", 0.9),
+    "sparsegpt-sparse-lora-90-1e-3": varied("sparsegpt-sparse-lora", 0.9, 1e-3),
+    "sparsegpt-sparse-lora-90-3e-3": varied("sparsegpt-sparse-lora", 0.9, 3e-3),
+    "sparsegpt-sparse-lora-90-long": varied("sparsegpt-sparse-lora", 0.9, setting=LONG),
+    "sparsegpt-sparse-lora-90-long-1e-3": varied("sparsegpt-sparse-lora", 0.9, 1e-3, setting=LONG),
+    "alps-sparse-lora-90": varied("alps-sparse-lora", 0.9),
+    "elsa-90": varied("elsa", 0.9),
+    "elsa-90-3e-4": varied("elsa", 0.9, 3e-4),
+    "elsa-90-2e-3": varied("elsa", 0.9, 2e-3),
+    "elsa-90-fixed": varied("elsa", 0.9, note=", the mask stays", options={"settle": 1.0}),
+    "elsa-90-dlp": varied("elsa", 0.9, note=", dlp", allocation="dlp"),
+    "elsa-90-long": varied("elsa", 0.9, setting=LONG),
 }
 RECOVERY_SEEDS = 2
 RECOVERY: dict[str, Any] = {
@@ -376,7 +377,7 @@ def recovery_table(cells: dict[str, Any], setting: dict[str, Any]) -> list[str]:
         half = " (bfloat16)" if training.get("precision") == "bfloat16" else ""
         rows.append(
             f"| {row.label} | {text_of(values, -1)} | {density:.1%} | {f'{tokens:,}' if tokens else ''} | {steps} "
-            f"| {training.get('learning_rate', '') if tokens else ''} | {seconds:.0f} s{half} | {peak:.0f} |"
+            f"| {training.get('learning_rate', '')} | {seconds:.0f} s{half} | {peak:.0f} |"
         )
     if not rows:
         return []
